@@ -1,0 +1,502 @@
+"""salekit bench: dense attention, every stage and the whole call, timed with events and with the L2 flushed."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from salekit.errors import GpuError
+
+from . import options, render
+
+SCHEMA = 1
+TWIN_SECONDS_A_PAIR = 2e-8  # dense, every stage and the total once, a query head; at 2k and 4k tokens on two cores
+TWIN_LIMIT_SECONDS = 120.0
+CHOICES = ("auto", "int4", "int8", "int8-sp24")
+
+
+@click.command("bench")
+@click.option("--seqlen", default=None, help="Lengths, as 8k,32k,128k,1m. Default: 8k,32k,128k; without a GPU 1k,2k.")
+@click.option("--heads", type=click.IntRange(min=1), default=None, help="Query heads. Default: 32; without a GPU 2.")
+@click.option("--kv-heads", type=click.IntRange(min=1), default=None, help="KV heads. Default: a quarter of the heads.")
+@click.option("--head-dim", type=click.Choice(["64", "128"]), default="128", show_default=True)
+@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True)
+@click.option(
+    "--input", "input_file", type=click.Path(exists=True, dir_okay=False), help="Real q, k, v instead of generated."
+)
+@click.option(
+    "--masks",
+    "masks_file",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Attend through these masks (npz); estimation is timed as usual.",
+)
+@click.option("--estimator", type=click.Choice(CHOICES), default="auto", show_default=True)
+@click.option("--query-stride", type=click.Choice(["1", "2", "4"]), default="1", show_default=True)
+@click.option("--attend", type=click.Choice(["exact"]), default="exact", show_default=True)
+@click.option("--tau", type=float, default=0.008, show_default=True, help="Threshold of every head.")
+@click.option(
+    "--thresholds",
+    "thresholds_file",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Per-head thresholds (JSON) instead of --tau.",
+)
+@click.option(
+    "--block",
+    type=click.Choice(["64x32", "64x64", "64x128", "128x32", "128x64", "128x128"]),
+    default="128x32",
+    show_default=True,
+    help="Mask block, query rows x keys.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout instead of a table.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, writable=True), help="Write the JSON to a file.")
+def bench(**settings: Any) -> None:
+    """Time dense attention, each stage and the whole sparse call.
+
+    CUDA events, L2 flushed before each sample, median and spread (interquartile range / median). Without a GPU the NumPy
+    twin is timed, at small sizes.
+    """
+    report = run_bench(**settings)
+    text = json.dumps(report, indent=2)
+    if settings["output"]:
+        Path(settings["output"]).write_text(text + "\n")
+        render.note(f"wrote {settings['output']}")
+    if settings["as_json"]:
+        render.print_json(report)
+    else:
+        _print_tables(report)
+
+
+def run_bench(
+    *,
+    seqlen: str | None,
+    heads: int | None,
+    kv_heads: int | None,
+    head_dim: str,
+    dtype: str,
+    input_file: str | None,
+    masks_file: str | None,
+    estimator: str,
+    query_stride: str,
+    attend: str,
+    tau: float,
+    thresholds_file: str | None,
+    block: str,
+    seed: int,
+    **_: Any,
+) -> dict[str, Any]:
+    """The report as a JSON object. Raises SalekitError children and click.UsageError."""
+    from salekit import timing
+
+    cuda = _has_gpu()
+    settings = dict(
+        estimator=estimator,
+        attend=attend,
+        query_stride=int(query_stride),
+        block=tuple(map(int, block.split("x"))),
+        dense_below=0,  # the sparse path is what is timed, at every length
+    )
+    if not tau >= 0:
+        raise click.UsageError(f"--tau: got {tau}; wants a number >= 0")
+    masks = _load_masks(masks_file, settings["block"]) if masks_file else None
+    cases = _cases(seqlen, heads, kv_heads, int(head_dim), dtype, input_file, masks, cuda, seed)
+    if not cuda:
+        render.note("no usable GPU: timing the NumPy twin")
+        for case in cases:
+            _refuse_long(case)
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": "salekit-bench",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": timing.versions(),
+        "commit": timing.git_commit(),
+        "command": timing.command_line(),
+        "backend": "cuda" if cuda else "numpy",
+        "gpu": timing.gpu_info() if cuda else None,
+        "settings": {
+            **settings,
+            "tau": tau,
+            "thresholds": thresholds_file and Path(thresholds_file).name,
+            "input": Path(input_file).name if input_file else "generated",
+            "seed": seed,
+            "masks": Path(masks_file).name if masks_file else None,
+            "causal": True,
+        },
+        "copy_bytes_per_s": None,
+        "results": [],
+    }
+    if cuda:
+        report["copy_bytes_per_s"] = timing.copy_bandwidth()
+    for case in cases:
+        render.note(
+            f"bench: {case['seqlen_q']} tokens, {case['heads']}/{case['kv_heads']} heads, head_dim {case['head_dim']}"
+        )
+        report["results"].append(_bench_case(case, settings, tau, thresholds_file, masks, report, cuda))
+    return report
+
+
+# --- what is timed -------------------------------------------------------------------------------------------------
+def _bench_case(case, settings, tau, thresholds_file, masks, report, cuda: bool) -> dict[str, Any]:
+    from salekit import arrays, timing
+    from salekit.anchors import anchor_statistics, row_limits
+    from salekit.attend import attend
+    from salekit.attention import dense_attention, sparse_attention
+    from salekit.estimate import estimate
+    from salekit.quantize import quantize
+    from salekit.thresholds import as_thresholds, load_thresholds
+
+    q, k, v = case["make"]()
+    thresholds = as_thresholds(load_thresholds(thresholds_file) if thresholds_file else tau, case["heads"], q)
+    plan = arrays.make_plan(q, k, v, **settings)
+
+    quantized = quantize(q, k, plan)
+    m, l = anchor_statistics(q, k, quantized.k_mean, plan)
+    limits = row_limits(m, l, quantized, thresholds, plan)
+    estimated = estimate(quantized, limits, plan)
+    mask = _given_mask(masks, case["heads"], q) if masks is not None else estimated
+
+    def anchors_and_limits():
+        row_limits(*anchor_statistics(q, k, quantized.k_mean, plan), quantized, thresholds, plan)
+
+    def stages_in_a_row():
+        codes = quantize(q, k, plan)
+        bounds = row_limits(*anchor_statistics(q, k, codes.k_mean, plan), codes, thresholds, plan)
+        estimate(codes, bounds, plan)
+        attend(q, k, v, mask, plan)
+
+    whole_call = lambda: sparse_attention(q, k, v, thresholds=thresholds, **settings)  # noqa: E731
+    functions = {
+        "dense": lambda: dense_attention(q, k, v),
+        "quantize": lambda: quantize(q, k, plan),
+        "anchors": anchors_and_limits,
+        "estimate": lambda: estimate(quantized, limits, plan),
+        "attend": lambda: attend(q, k, v, mask, plan),
+        # With given masks the call's own mask would be attended to, so the same stages run one after another instead.
+        "total": stages_in_a_row if masks is not None else whole_call,
+    }
+    times = {}
+    clocks = None
+    if cuda:
+        with timing.ClockSampler() as sampler:
+            for name, function in functions.items():
+                times[name] = timing.time_call(function, cuda=True)
+        clocks = sampler.result
+    else:
+        for name, function in functions.items():
+            times[name] = timing.time_call(function, cuda=False, warmup=1, min_samples=2, max_samples=3)
+
+    blocks = _selected_blocks(mask)
+    result = {
+        "seqlen_q": plan.seqlen_q,
+        "seqlen_k": plan.seqlen_k,
+        "batch": plan.batch,
+        "heads": plan.num_heads,
+        "kv_heads": plan.num_kv_heads,
+        "head_dim": plan.head_dim,
+        "dtype": plan.dtype,
+        "estimator": plan.estimator,
+        "arch": plan.arch,
+        "times": {name: timing_.as_json() for name, timing_ in times.items()},
+        "clocks": clocks,
+    }
+    visible = int(plan.visible_blocks.sum())
+    result["density"] = float(blocks.mean() / visible)
+    result["density_per_head"] = [round(float(x), 5) for x in blocks.mean(axis=0) / visible]
+    if masks is not None:
+        result["estimated_density"] = float(_selected_blocks(estimated).mean() / visible)
+    result["speedup"] = times["dense"].median_ms / times["total"].median_ms
+    result["rates"] = _rates(plan, blocks, times, report)
+    return result
+
+
+def _given_mask(masks, heads: int, q):
+    """The first ``heads`` heads of a mask file, where q is."""
+    import numpy as np
+
+    from salekit import arrays
+    from salekit.block_mask import BlockMask
+
+    words = np.ascontiguousarray(masks.words[:, :heads])
+    if arrays.is_cuda(q):
+        words = arrays.import_cupy().asarray(words)
+    return BlockMask(words, masks.block_q, masks.block_k, masks.seqlen_q, masks.seqlen_k, masks.causal)
+
+
+def _selected_blocks(mask):
+    """int64 [batch, heads]: set bits, counted a head at a time because the unpacked bits of 1M tokens take gigabytes."""
+    import numpy as np
+
+    ones = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
+    words = mask.to_numpy().words
+    counts = np.zeros(words.shape[:2], np.int64)
+    for index in np.ndindex(*counts.shape):
+        counts[index] = ones[np.ascontiguousarray(words[index]).view(np.uint8)].sum(dtype=np.int64)
+    return counts
+
+
+def _rates(plan, blocks, times, report) -> dict[str, Any]:
+    """Achieved rates. Pairs are causal; int8-sp24 and query_stride count as if every pair were multiplied."""
+    from salekit import timing
+
+    seen = [plan.visible_keys(1), plan.visible_keys(plan.seqlen_q)]
+    rows = min(plan.seqlen_q, seen[1])  # rows that see a key, each one more than the last
+    pairs = rows * (2 * seen[1] - rows + 1) // 2
+    calls = plan.batch * plan.num_heads
+    dense_flop = 4 * plan.head_dim * pairs * calls
+    # Blocks on the diagonal reach past it; they are anchors, so every mask has them all (a ragged last row is counted whole).
+    beyond = int(plan.visible_blocks.sum()) * plan.block_q * plan.block_k - pairs
+    selected_pairs = max(0, int(blocks.sum()) * plan.block_q * plan.block_k - beyond * calls)
+    attend_flop = 4 * plan.head_dim * selected_pairs
+    estimate_op = 2 * plan.head_dim * pairs * calls
+
+    # Fewest passes: a mean before the codes costs a second pass over what it is subtracted from.
+    q_bytes = plan.batch * plan.seqlen_q * plan.num_heads * plan.head_dim
+    k_bytes = plan.batch * plan.seqlen_k * plan.num_kv_heads * plan.head_dim
+    q_passes = 2 if plan.estimator == "int4" else 1
+    moved = 2 * (q_passes * q_bytes + 2 * k_bytes) + (q_bytes + k_bytes) * plan.code_bits // 8
+
+    def per_second(amount, name):
+        return amount / (times[name].median_ms * 1e-3)
+
+    rates: dict[str, Any] = {
+        "dense_tflops": per_second(dense_flop, "dense") / 1e12,
+        "attend_tflops": per_second(attend_flop, "attend") / 1e12,
+        "estimate_tops": per_second(estimate_op, "estimate") / 1e12,
+        "quantize_bytes_per_s": per_second(moved, "quantize"),
+        "quantize_copy_share": None,
+        "dense_chip_share": None,
+        "attend_chip_share": None,
+        "estimate_chip_share": None,
+    }
+    if report["copy_bytes_per_s"]:
+        rates["quantize_copy_share"] = rates["quantize_bytes_per_s"] / report["copy_bytes_per_s"]
+    if report["gpu"]:
+        chip = timing.chip_rates(report["gpu"]["name"])
+        integer = chip["int4"] if plan.code_bits == 4 else chip["int8"]
+        if chip["half"]:
+            rates["dense_chip_share"] = rates["dense_tflops"] / chip["half"]
+            rates["attend_chip_share"] = rates["attend_tflops"] / chip["half"]
+        if integer:
+            rates["estimate_chip_share"] = rates["estimate_tops"] / integer
+    return rates
+
+
+# --- cases ---------------------------------------------------------------------------------------------------------
+def _has_gpu() -> bool:
+    from salekit.jit import device_arch
+
+    try:
+        device_arch()
+    except GpuError:
+        return False
+    return True
+
+
+def _load_masks(path: str, block: tuple[int, int]):
+    """The file's mask on the host, ORed up to ``block``."""
+    from salekit.block_mask import BlockMask
+
+    masks = BlockMask.load_npz(path)
+    if (masks.block_q, masks.block_k) == block:
+        return masks
+    if block[0] % masks.block_q or block[1] % masks.block_k:
+        raise click.UsageError(
+            f"--block: got {block[0]}x{block[1]}; {path} has blocks of {masks.block_q}x{masks.block_k}, which do not divide it"
+        )
+    return masks.coarsen(*block)
+
+
+def _cases(seqlen, heads, kv_heads, head_dim: int, dtype: str, input_file, masks, cuda: bool, seed: int) -> list[dict]:
+    lengths = options.parse_seqlens(seqlen) if seqlen else None
+    if input_file:
+        cases = _cases_of_file(input_file, lengths, heads, kv_heads, cuda)
+    else:
+        if masks is not None:
+            if lengths is not None and list(lengths) != [masks.seqlen_k]:
+                raise click.UsageError(f"--seqlen: got {seqlen}; the masks are of {masks.seqlen_k} keys")
+            lengths = [masks.seqlen_k]
+            heads = heads or masks.words.shape[1]
+        lengths = lengths or ([8192, 32768, 131072] if cuda else [1024, 2048])
+        heads = heads or kv_heads or (32 if cuda else 2)
+        kv_heads = kv_heads or (heads // 4 if heads % 4 == 0 else 1)
+        if heads % kv_heads:
+            raise click.UsageError(f"--kv-heads: got {kv_heads}; wants a number that divides the {heads} heads")
+        cases = [_generated(n, masks, heads, kv_heads, head_dim, dtype, cuda, seed) for n in lengths]
+    if masks is not None:
+        for case in cases:
+            have = (masks.words.shape[0], masks.seqlen_q, masks.seqlen_k, masks.causal)
+            if (
+                have != (case["batch"], case["seqlen_q"], case["seqlen_k"], True)
+                or masks.words.shape[1] < case["heads"]
+            ):
+                raise click.UsageError(
+                    f"--masks: got batch, seqlen_q, seqlen_k, causal {have} and {masks.words.shape[1]} heads; the input has "
+                    f"{(case['batch'], case['seqlen_q'], case['seqlen_k'], True)} and {case['heads']} heads"
+                )
+    return cases
+
+
+def _generated(seqlen: int, masks, heads, kv_heads, head_dim, dtype, cuda, seed) -> dict:
+    batch, seqlen_q = (1, seqlen) if masks is None else (masks.words.shape[0], masks.seqlen_q)
+
+    def make():
+        from salekit.workloads import llm_like_qkv
+
+        return llm_like_qkv(
+            seqlen,
+            heads,
+            kv_heads,
+            head_dim,
+            dtype={"bf16": "bfloat16", "fp16": "float16"}[dtype],
+            batch=batch,
+            seqlen_q=seqlen_q,
+            seed=seed,
+            cuda=cuda,
+        )
+
+    return dict(
+        seqlen_q=seqlen_q, seqlen_k=seqlen, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, make=make
+    )
+
+
+def _cases_of_file(path: str, lengths, heads, kv_heads, cuda: bool) -> list[dict]:
+    from salekit.data_files import load_qkv
+
+    q, k, v, _ = load_qkv(path)
+    for name, want, have in (("--heads", heads, q.shape[2]), ("--kv-heads", kv_heads, k.shape[2])):
+        if want not in (None, have):
+            raise click.UsageError(f"{name}: got {want}; {path} has {have}")
+    whole = q.shape[1]
+    if lengths is not None and q.shape[1] != k.shape[1]:
+        raise click.UsageError(f"--seqlen: {path} has {q.shape[1]} rows and {k.shape[1]} keys and is taken whole")
+    cases = []
+    for length in lengths or [whole]:
+        if length > whole:
+            raise click.UsageError(f"--seqlen: got {length}; {path} has {whole} tokens")
+        keys = k.shape[1] if length == whole else length
+
+        def make(length=length, keys=keys):
+            parts = [x[:, :n] for x, n in ((q, length), (k, keys), (v, keys))]
+            if not cuda:
+                return tuple(parts)
+            return tuple(to_device(x) for x in parts)
+
+        cases.append(
+            dict(
+                seqlen_q=length,
+                seqlen_k=keys,
+                batch=q.shape[0],
+                heads=q.shape[2],
+                kv_heads=k.shape[2],
+                head_dim=q.shape[3],
+                make=make,
+            )
+        )
+    return cases
+
+
+def to_device(x):
+    """A CuPy copy of a NumPy array."""
+    import cupy
+    import numpy as np
+
+    return cupy.asarray(np.ascontiguousarray(x))
+
+
+def _refuse_long(case: dict) -> None:
+    pairs = case["seqlen_q"] * case["seqlen_k"] * case["heads"] * case["batch"]
+    seconds = 4 * TWIN_SECONDS_A_PAIR * pairs
+    if seconds > TWIN_LIMIT_SECONDS:
+        raise GpuError(
+            f"{case['seqlen_k']} tokens and {case['heads']} heads would take the NumPy twin about {_duration(seconds)}: run this on "
+            "a machine with an NVIDIA GPU of compute capability 8.0 or newer ('salekit doctor' says what is missing here), "
+            "or time the twin with --seqlen 1k,2k --heads 2"
+        )
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+def _print_tables(report: dict[str, Any]) -> None:
+    gpu = report["gpu"]
+    where = f"{gpu['name']}, driver {gpu['driver']}" if gpu else "NumPy twin"
+    stages = ("dense", "quantize", "anchors", "estimate", "attend", "total")
+    rows = []
+    for result in report["results"]:
+        times = result["times"]
+        rows.append(
+            [
+                _length(result["seqlen_q"]),
+                *(_ms(times[name]) for name in stages),
+                f"{result['density']:.3f}",
+                f"{result['speedup']:.2f}x",
+            ]
+        )
+    first = report["results"][0]
+    title = (
+        f"salekit bench: {where}; {first['estimator']}, {first['heads']}/{first['kv_heads']} heads, head_dim "
+        f"{first['head_dim']}, {first['dtype']}, causal; ms, median ± spread"
+    )
+    render.table(
+        title, ["seqlen", "dense", "quantise", "anchors", "estimate", "attend", "total", "density", "speed-up"], rows
+    )
+    rows = []
+    for result in report["results"]:
+        rates, clocks = result["rates"], result["clocks"] or {}
+        rows.append(
+            [
+                _length(result["seqlen_q"]),
+                _rate(rates["dense_tflops"], rates["dense_chip_share"]),
+                f"{rates['quantize_bytes_per_s'] / 1e9:.0f}" + _share(rates["quantize_copy_share"]),
+                _rate(rates["estimate_tops"], rates["estimate_chip_share"]),
+                _rate(rates["attend_tflops"], rates["attend_chip_share"]),
+                f"{clocks['sm_mhz']:.0f}" if clocks.get("sm_mhz") else "-",
+                f"{clocks['power_w']:.0f}" if clocks.get("power_w") else "-",
+            ]
+        )
+    render.table(
+        "achieved rate (share of the data sheet's; quantise: of a device copy)",
+        ["seqlen", "dense TFLOPS", "quantise GB/s", "estimate TOPS", "attend TFLOPS", "SM MHz", "W"],
+        rows,
+    )
+    rows = []
+    for result in report["results"]:
+        heads = sorted(result["density_per_head"])
+        rows.append(
+            [
+                _length(result["seqlen_q"]),
+                f"{heads[0]:.4f}",
+                f"{heads[len(heads) // 2]:.4f}",
+                f"{heads[-1]:.4f}",
+                " ".join(f"{x:.3f}" for x in result["density_per_head"]),
+            ]
+        )
+    render.table("density a head", ["seqlen", "least", "median", "most", "heads in order"], rows)
+
+
+def _length(tokens: int) -> str:
+    for unit, size in (("m", 2**20), ("k", 2**10)):
+        if tokens >= size and tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return str(tokens)
+
+
+def _ms(time_: dict[str, Any]) -> str:
+    return f"{time_['median_ms']:.3f} ±{time_['spread'] * 100:.1f}%"
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f" ({share * 100:.0f}%)"
+
+
+def _rate(rate: float, share: float | None) -> str:
+    return f"{rate:.2f}{_share(share)}" if rate < 10 else f"{rate:.0f}{_share(share)}"

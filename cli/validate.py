@@ -1,0 +1,645 @@
+"""salekit validate: each stage against the NumPy twin (or, on the twin, against float64), the pipeline against float64."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from salekit.errors import GpuError
+
+from . import options, render
+
+SCHEMA = 1
+EXIT_ACCURACY = 5
+MAX_ROWS = 512  # rows of a head that float64 attention is computed for; fewer than 1% of the work at 16K tokens
+MAX_BLOCKS = 16  # query blocks of a head whose bits are recomputed pair by pair on the twin
+TWIN_SECONDS_A_PAIR = 5e-8  # the whole command without float64, a query head; at 4k tokens on two cores
+U32 = 2.0**-24  # unit roundoff of float32
+UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+# A few rounding steps of exp, log and of the products around them (2 ulp each in the hardware's ex2 and lg2).
+FEW = 16 * U32
+
+
+@dataclass(frozen=True)
+class Check:
+    """One verdict. error and bound are those of the element that came closest to (or passed) its own bound."""
+
+    stage: str
+    compared: str
+    error: float
+    bound: float
+    passed: bool
+
+
+@click.command("validate")
+@click.option(
+    "--input", "input_file", type=click.Path(exists=True, dir_okay=False), help="q, k, v (safetensors or npz)."
+)
+@click.option(
+    "--seqlen", default=None, help="Only the first tokens, as 2k; without --input of a generated workload past 4k."
+)
+@click.option("--backend", type=click.Choice(["auto", "numpy", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--estimator", type=click.Choice(["auto", "int4", "int8", "int8-sp24"]), default="auto", show_default=True
+)
+@click.option("--query-stride", type=click.Choice(["1", "2", "4"]), default="1", show_default=True)
+@click.option("--tau", type=float, default=0.008, show_default=True)
+@click.option(
+    "--block",
+    type=click.Choice(["64x32", "64x64", "64x128", "128x32", "128x64", "128x128"]),
+    default="128x32",
+    show_default=True,
+    help="Mask block, query rows x keys.",
+)
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout instead of tables.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, writable=True), help="Write the JSON to a file.")
+@click.pass_context
+def validate(context: click.Context, **settings: Any) -> None:
+    """Check every stage against the NumPy twin and the pipeline against float64 dense attention.
+
+    Without arguments: the built-in sample, 4,096 tokens of real q, k, v. Without a GPU the twin itself is checked against
+    float64. Exit 5 when a verdict fails.
+    """
+    report = run_validate(**settings)
+    if settings["output"]:
+        Path(settings["output"]).write_text(json.dumps(report, indent=2) + "\n")
+        render.note(f"wrote {settings['output']}")
+    if settings["as_json"]:
+        render.print_json(report)
+    else:
+        _print_tables(report)
+    if not report["passed"]:
+        context.exit(EXIT_ACCURACY)
+
+
+def run_validate(
+    *,
+    input_file: str | None,
+    seqlen: str | None,
+    backend: str,
+    estimator: str,
+    query_stride: str,
+    tau: float,
+    block: str,
+    **_: Any,
+) -> dict[str, Any]:
+    """The report as a JSON object. Raises SalekitError children and click.UsageError."""
+    from salekit import arrays, timing
+
+    if not tau >= 0:
+        raise click.UsageError(f"--tau: got {tau}; wants a number >= 0")
+    cuda = _choose_cuda(backend)
+    q, k, v, source = _load(input_file, seqlen)
+    plan_options = dict(
+        estimator=estimator, query_stride=int(query_stride), block=tuple(map(int, block.split("x"))), dense_below=0
+    )
+    render.note(
+        f"validate: {source}, {q.shape[1]} tokens, {q.shape[2]}/{k.shape[2]} heads, head_dim {q.shape[3]}; "
+        + ("GPU kernels against the NumPy twin" if cuda else "no GPU in use: the NumPy twin against float64")
+    )
+    seconds = TWIN_SECONDS_A_PAIR * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2]
+    if seconds > 30:
+        render.note(f"validate: the twin will take some {seconds / 60:.0f} minutes on two cores")
+    started = time.perf_counter()
+    if cuda:
+        plan, checks, mask, out, lse = _check_kernels(q, k, v, tau, plan_options)
+    else:
+        plan = arrays.make_plan(q, k, v, **plan_options)
+        checks, mask, out, lse = _check_twin(q, k, v, tau, plan)
+    render.note("validate: float64 attention")
+    heads, pipeline_checks = _check_pipeline(q, k, v, mask, out, lse, plan)
+    checks += pipeline_checks
+    return {
+        "schema": SCHEMA,
+        "kind": "salekit-validate",
+        "passed": all(check.passed for check in checks),
+        "backend": "cuda" if cuda else "numpy",
+        "input": source,
+        "tau": tau,
+        "versions": timing.versions(),
+        "commit": timing.git_commit(),
+        "command": timing.command_line(),
+        "gpu": timing.gpu_info() if cuda else None,
+        "plan": {
+            name: getattr(plan, name)
+            for name in (
+                "batch",
+                "seqlen_q",
+                "seqlen_k",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "dtype",
+                "estimator",
+                "block_q",
+                "block_k",
+                "query_stride",
+                "arch",
+            )
+        },
+        "float64_rows_per_head": len(sample_rows(plan)),
+        "seconds": round(time.perf_counter() - started, 2),
+        "checks": [_finite(asdict(check)) for check in checks],
+        "heads": heads,
+    }
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN or infinity."""
+    return {name: None if isinstance(x, float) and not np.isfinite(x) else x for name, x in record.items()}
+
+
+def _choose_cuda(backend: str) -> bool:
+    from salekit.jit import device_arch
+
+    if backend == "numpy":
+        return False
+    try:
+        device_arch()
+    except GpuError:
+        if backend == "cuda":
+            raise
+        return False
+    return True
+
+
+def _load(input_file: str | None, seqlen: str | None):
+    """q, k, v on the host and where they came from."""
+    from salekit.data_files import load_qkv, load_sample
+
+    lengths = options.parse_seqlens(seqlen) if seqlen else [None]
+    if len(lengths) != 1:
+        raise click.UsageError(f"--seqlen: got {seqlen}; wants one length")
+    length = lengths[0]
+    if input_file:
+        q, k, v, _ = load_qkv(input_file)
+        source = Path(input_file).name
+    else:
+        sample = load_sample()
+        q, k, v, source = sample["q"], sample["k"], sample["v"], "the built-in sample"
+    whole = q.shape[1]
+    if length is None or length == whole:
+        return q, k, v, source
+    if length > whole and not input_file:
+        from salekit.workloads import llm_like_qkv
+
+        return (*llm_like_qkv(length, 2, 1), "a generated workload")
+    if length > whole or k.shape[1] != whole:
+        raise click.UsageError(f"--seqlen: got {length}; {source} has {whole} rows and {k.shape[1]} keys")
+    return q[:, :length], k[:, :length], v[:, :length], source
+
+
+# --- comparing -----------------------------------------------------------------------------------------------------
+def within(stage: str, compared: str, got: Any, want: Any, bound: Any) -> Check:
+    """|got - want| <= bound, element by element; NaN and infinity must sit in the same places."""
+    got, want = (np.asarray(x, np.float64) for x in (got, want))
+    bound = np.broadcast_to(np.asarray(bound, np.float64), want.shape)
+    if got.shape != want.shape:
+        return Check(stage, f"{compared} (shapes {got.shape} and {want.shape})", float("nan"), 0.0, False)
+    if want.size == 0:
+        return Check(stage, compared, 0.0, 0.0, True)
+    same = (got == want) | (np.isnan(got) & np.isnan(want))
+    with np.errstate(all="ignore"):
+        error = np.where(same, 0.0, np.abs(got - want))
+        ratio = np.where(error == 0, 0.0, np.where(np.isnan(error), np.inf, error / np.maximum(bound, 1e-300)))
+    worst = np.unravel_index(np.argmax(ratio), ratio.shape)
+    if ratio[worst] == 0:  # all equal: show the least bound
+        return Check(stage, compared, 0.0, float(bound.min()), True)
+    return Check(stage, compared, float(error[worst]), float(bound[worst]), bool((error <= bound).all()))
+
+
+def equal(stage: str, compared: str, got: Any, want: Any) -> Check:
+    """Every element equal; the error is how many are not."""
+    got, want = np.asarray(got), np.asarray(want)
+    different = float(np.count_nonzero(got != want)) if got.shape == want.shape else float("nan")
+    return Check(stage, compared, different, 0.0, different <= 0)
+
+
+def share(stage: str, compared: str, different: Any, bound: float) -> Check:
+    """The share of true elements is at most ``bound``."""
+    error = float(np.mean(different)) if np.size(different) else 0.0
+    return Check(stage, compared, error, bound, error <= bound)
+
+
+def _f64(x: Any) -> np.ndarray:
+    """bshd -> float64 [batch, heads, seqlen, d]."""
+    return np.ascontiguousarray(np.moveaxis(x, 1, 2).astype(np.float64))
+
+
+def _per_query_head(x: np.ndarray, plan) -> np.ndarray:
+    return np.repeat(x, plan.group_size, axis=1)
+
+
+def score_bound(q: np.ndarray, k: np.ndarray, plan) -> np.ndarray:
+    """[batch, heads, seqlen_q]: how far a float32 score may be from the exact one.
+
+    Products of 16-bit numbers are exact in float32; a sum of d of them in groups of four or more takes d/4 additions, each
+    wrong by at most 2^-23 (tensor cores truncate) of sum |q_d k_d| <= |q| |k|.
+    """
+    norm_q = np.linalg.norm(_f64(q), axis=-1)
+    norm_k = np.linalg.norm(_f64(k), axis=-1).max(axis=-1, initial=0.0)
+    return plan.softmax_scale * (plan.head_dim / 4 + 2) * 2 * U32 * norm_q * _per_query_head(norm_k, plan)[..., None]
+
+
+def sample_rows(plan) -> np.ndarray:
+    """Evenly spaced rows, the first and the last among them."""
+    count = min(plan.seqlen_q, MAX_ROWS)
+    return np.unique(np.linspace(0, max(0, plan.seqlen_q - 1), count).round().astype(np.int64))
+
+
+# --- kernels against the twin --------------------------------------------------------------------------------------
+def _check_kernels(q, k, v, tau: float, plan_options: dict):
+    from salekit import arrays, reference
+    from salekit.anchors import anchor_statistics, row_limits
+    from salekit.attend import attend
+    from salekit.attention import sparse_attention
+    from salekit.codes import tiles_to_rows
+    from salekit.estimate import estimate
+    from salekit.quantize import quantize
+
+    from .bench import to_device
+
+    gq, gk, gv = (to_device(x) for x in (q, k, v))
+    plan = arrays.make_plan(gq, gk, gv, **plan_options)
+
+    render.note("validate: quantise")
+    codes = quantize(gq, gk, plan)
+    host = _codes_on_host(codes, plan, tiles_to_rows)
+    twin = reference.quantize(q, k, plan)
+    checks = _compare_codes(host, twin, q, k, plan)
+
+    render.note("validate: anchors and limits")
+    gm, gl = anchor_statistics(gq, gk, codes.k_mean, plan)
+    m, l = (x.get()[..., : plan.seqlen_q] for x in (gm, gl))
+    twin_m, twin_l = reference.anchor_statistics(q, k, host.k_mean, plan)
+    slack = score_bound(q, k, plan)
+    norm_q = np.linalg.norm(_f64(q), axis=-1)
+    norm_mean = _per_query_head(np.linalg.norm(host.k_mean.astype(np.float64), axis=-1), plan)[..., None]
+    slack_m = (
+        slack
+        + plan.softmax_scale * plan.head_dim * U32 * norm_q * norm_mean
+        + FEW * (1 + np.abs(np.nan_to_num(twin_m)))
+    )
+    checks.append(within("anchors", "m with the twin's", m, twin_m, slack_m))
+    # Every exponent moves by two score errors; a row has fewer than 1024 anchors to sum.
+    with np.errstate(all="ignore"):
+        slack_l = twin_l * (np.expm1(2 * slack) + FEW * (1 + np.abs(np.nan_to_num(twin_m))) + 1024 * U32)
+    checks.append(within("anchors", "l with the twin's", l, twin_l, slack_l))
+
+    limits = row_limits(gm, gl, codes, tau, plan)
+    host_limits = limits.get()[..., : plan.seqlen_q]
+    y = reference.row_limits(m, l, tau, plan)
+    with np.errstate(all="ignore"):
+        slack_y = FEW * (np.abs(m) + np.abs(np.log(tau * l)) + 1)
+    slack_y = np.where(np.isfinite(y), np.nan_to_num(slack_y), 0)
+    if plan.estimator == "int4":
+        checks.append(within("limits", "y with the twin's, from the same m and l", host_limits, y, slack_y))
+    else:
+        k_scale = _per_query_head(host.k_scale, plan)[..., None]
+        want = reference.integer_thresholds(y, host.q_scale, k_scale, plan)
+        step = plan.softmax_scale * host.q_scale.astype(np.float64) * k_scale
+        slack_t = np.where(np.isfinite(y), 1 + np.ceil(np.nan_to_num(slack_y / step)), 0)
+        checks.append(within("limits", "T with the twin's, from the same m and l", host_limits, want, slack_t))
+
+    render.note("validate: estimate")
+    mask = estimate(codes, limits, plan)
+    same_input = reference.estimate(host, host_limits, plan)
+    checks.append(
+        equal(
+            "estimate",
+            "mask bits with the twin's, from the same codes and limits",
+            mask.to_dense(),
+            same_input.to_dense(),
+        )
+    )
+
+    out, lse, pipeline_mask = sparse_attention(
+        gq, gk, gv, thresholds=tau, return_lse=True, return_mask=True, **plan_options
+    )
+    again = sparse_attention(gq, gk, gv, thresholds=tau, **plan_options)
+    checks.append(equal("pipeline", "mask bits with those of the stages", pipeline_mask.to_dense(), mask.to_dense()))
+    checks.append(equal("pipeline", "output bits of two runs", again.get().view(np.uint16), out.get().view(np.uint16)))
+    twin_limits = reference.row_limits(twin_m, twin_l, tau, plan)
+    if plan.estimator != "int4":
+        twin_limits = reference.integer_thresholds(
+            twin_limits, twin.q_scale, _per_query_head(twin.k_scale, plan)[..., None], plan
+        )
+    twin_mask = reference.estimate(twin, twin_limits, plan)
+    visible = mask.visible()
+    different = (pipeline_mask.to_dense() != twin_mask.to_dense())[..., visible]
+    # A bit may differ where a block's largest score lies within rounding of its limit. Integer scores spread over thousands
+    # of values while limits and scores move by one or two: fewer than two blocks in a thousand.
+    checks.append(share("pipeline", "share of mask bits that differ from the twin's", different, 2e-3))
+
+    alone, _ = attend(gq, gk, gv, mask, plan, return_lse=True)
+    checks.append(
+        equal(
+            "attend", "output bits with those of the pipeline", alone.get().view(np.uint16), out.get().view(np.uint16)
+        )
+    )
+    return plan, checks, pipeline_mask.to_numpy(), out.get(), lse.get()
+
+
+def _codes_on_host(codes, plan, tiles_to_rows):
+    """The kernels' codes in the twin's order, padding dropped."""
+    from salekit.codes import Quantized
+    from salekit.plans import ceil_div
+
+    groups_q, groups_k = 8 * ceil_div(plan.seqlen_q, 16), 4 * ceil_div(plan.seqlen_k, 32)
+    int4 = plan.estimator == "int4"
+    return Quantized(
+        codes.estimator,
+        codes.code_bits,
+        tiles_to_rows(codes.q_codes.get(), codes.code_bits, plan.seqlen_q),
+        tiles_to_rows(codes.k_codes.get(), codes.code_bits, plan.seqlen_k),
+        codes.q_scale.get()[..., : groups_q if int4 else plan.seqlen_q],
+        codes.k_scale.get()[..., :groups_k] if int4 else codes.k_scale.get(),
+        codes.k_mean.get(),
+        codes.q_mean.get() if int4 else None,
+        codes.correction.get()[..., : plan.seqlen_k] if int4 else None,
+    )
+
+
+def _mean_bound(x, mean) -> np.ndarray:
+    """[batch, heads, d]: a float32 sum of n terms, in any order, is wrong by at most n 2^-24 sum |x|; then one rounding."""
+    size = np.abs(_f64(x)).mean(axis=2)
+    return x.shape[1] * U32 * size + 2 * U32 * np.abs(mean)
+
+
+def _compare_codes(host, twin, q, k, plan) -> list[Check]:
+    int4, limit = plan.estimator == "int4", 7 if plan.estimator == "int4" else 127
+    bound_k = _mean_bound(k, twin.k_mean)
+    checks = [within("quantise", "mean of k with the twin's", host.k_mean, twin.k_mean, bound_k)]
+    worst_k = bound_k.max(axis=-1, keepdims=True)
+    if int4:
+        bound_q = _mean_bound(q, twin.q_mean)
+        checks.append(within("quantise", "mean of q with the twin's", host.q_mean, twin.q_mean, bound_q))
+        slack = bound_q.max(axis=-1, keepdims=True) / limit + 4 * U32 * twin.q_scale
+        checks.append(within("quantise", "scales of q with the twin's", host.q_scale, twin.q_scale, slack))
+        checks.append(within("quantise", "codes of q with the twin's", host.q_codes, twin.q_codes, 1))
+    elif plan.estimator == "int8":
+        checks.append(equal("quantise", "scales of q with the twin's", host.q_scale, twin.q_scale))
+        checks.append(equal("quantise", "codes of q with the twin's", host.q_codes, twin.q_codes))
+    else:
+        # The rms decides which two of four stay; two weights within its rounding may swap, which moves whole codes.
+        moved = np.abs(host.q_codes.astype(np.int32) - twin.q_codes) > 1
+        checks.append(share("quantise", "share of codes of q that differ from the twin's", moved, 1e-4))
+    slack = (worst_k if int4 else worst_k[..., 0]) / limit + 4 * U32 * np.abs(twin.k_scale)
+    checks.append(within("quantise", "scales of k with the twin's", host.k_scale, twin.k_scale, slack))
+    # The means differ by less than a thousandth of a code's step, so a code can only tip over to its neighbour.
+    checks.append(within("quantise", "codes of k with the twin's", host.k_codes, twin.k_codes, 1))
+    if int4:
+        keys = np.abs(_f64(k) - twin.k_mean[:, :, None].astype(np.float64))
+        keys, mean_q = _per_query_head(keys, plan), np.abs(twin.q_mean.astype(np.float64))
+        slack = np.einsum("bhsd,bhd->bhs", keys, plan.head_dim * 2 * U32 * mean_q + bound_q)
+        slack += (mean_q * _per_query_head(bound_k, plan)).sum(axis=-1)[..., None]
+        checks.append(within("quantise", "correction with the twin's", host.correction, twin.correction, slack))
+    return checks
+
+
+# --- the twin against float64 --------------------------------------------------------------------------------------
+def _check_twin(q, k, v, tau: float, plan):
+    """Checks of the twin by other means: float64, straight from the definitions, on a sample of rows."""
+    from salekit import reference
+
+    queries, keys = _f64(q), _f64(k)
+    render.note("validate: quantise")
+    codes = reference.quantize(q, k, plan)
+    mean = keys.mean(axis=2)
+    checks = [within("quantise", "mean of k with float64", codes.k_mean, mean, _mean_bound(k, mean))]
+    smooth = keys - mean[:, :, None]
+    checks += _check_dequantised(codes, queries, smooth, mean, plan, k)
+
+    render.note("validate: anchors and limits")
+    m, l = reference.anchor_statistics(q, k, codes.k_mean, plan)
+    rows = sample_rows(plan)
+    want = np.stack([_anchor_logsumexp(queries, smooth, int(row), plan) for row in rows], axis=-1)
+    norm_q = np.linalg.norm(queries[:, :, rows], axis=-1)
+    slack = (
+        plan.softmax_scale * norm_q * _per_query_head(np.linalg.norm(_mean_bound(k, mean), axis=-1), plan)[..., None]
+    )
+    with np.errstate(divide="ignore"):
+        got = m[..., rows] + np.log(l[..., rows].astype(np.float64))
+    # m and l are rounded to float32 once each.
+    checks.append(within("anchors", "m + ln(l) with float64", got, want, slack + FEW * (1 + np.abs(m[..., rows]))))
+    y = reference.row_limits(m, l, tau, plan)
+    votes = np.isfinite(want) & reference.rows_that_vote(plan)[rows]
+    if 0 < tau < np.inf:
+        wanted_y = np.where(votes, want + np.log(tau), np.where(np.isfinite(want), np.inf, y[..., rows]))
+        slack_y = slack + FEW * (2 + np.abs(m[..., rows]) + np.abs(np.log(tau)))
+        checks.append(within("limits", "y with float64", y[..., rows], wanted_y, slack_y))
+    limits = y
+    if plan.estimator != "int4":
+        k_scale = _per_query_head(codes.k_scale, plan)[..., None]
+        limits = reference.integer_thresholds(y, codes.q_scale, k_scale, plan)
+        step = plan.softmax_scale * codes.q_scale.astype(np.float64) * k_scale
+        finite = np.isfinite(y) & (np.abs(limits.astype(np.int64)) < 2**30)
+        x = np.where(finite, y, 0) / step
+        middle = np.where(finite, limits + 0.5, 0.5 + 0 * x)
+        # T <= y / step < T + 1, that is, half a unit around T + 1/2.
+        checks.append(
+            within("limits", "T + 1/2 with y / step", middle, np.where(finite, x, middle), 0.5 + FEW * (1 + np.abs(x)))
+        )
+
+    render.note("validate: estimate")
+    mask = reference.estimate(codes, limits, plan)
+    checks.append(_check_bits(codes, limits, mask, plan))
+    render.note("validate: attend")
+    out, lse = reference.attend(q, k, v, mask, plan)
+    return checks, mask, out, lse
+
+
+def _check_dequantised(codes, queries, smooth, mean, plan, k) -> list[Check]:
+    """|x - code * scale| <= scale / 2: what rounding to nearest promises, whatever the scale."""
+    if plan.estimator == "int4":
+        rows, keys = np.arange(plan.seqlen_q), np.arange(plan.seqlen_k)
+        q_scale = codes.q_scale[..., 8 * (rows // 16) + rows % 8].astype(np.float64)[..., None]
+        k_scale = codes.k_scale[..., 4 * (keys // 32) + keys % 8 // 2].astype(np.float64)[..., None]
+        target = queries - queries.mean(axis=2, keepdims=True)
+    else:
+        q_scale = codes.q_scale.astype(np.float64)[..., None]
+        k_scale = codes.k_scale.astype(np.float64)[..., None, None]
+        target = queries
+    checks = []
+    got = codes.q_codes * q_scale
+    if plan.estimator == "int8-sp24":
+        kept = (codes.q_codes != 0).reshape(*codes.q_codes.shape[:-1], -1, 4).sum(axis=-1)
+        checks.append(equal("quantise", "groups of four channels of q with more than two kept", kept > 2, kept < 0))
+        target = np.where(codes.q_codes != 0, target, 0)
+    extra = 256 * U32 * np.abs(target)  # float32 quotients and products, and the float32 mean
+    checks.append(within("quantise", "code * scale with q", got, target, q_scale / 2 + extra + 1e-6 * q_scale))
+    slack = k_scale / 2 + 256 * U32 * np.abs(smooth) + _mean_bound(k, mean)[:, :, None]
+    checks.append(within("quantise", "code * scale with k - mean", codes.k_codes * k_scale, smooth, slack))
+    return checks
+
+
+def _anchor_logsumexp(queries, smooth, row: int, plan) -> np.ndarray:
+    """float64 [batch, heads]: ln sum exp(s) over the row's visible anchor keys, written from the definition."""
+    position = row + plan.seqlen_k - plan.seqlen_q
+    tile_position = row // 64 * 64 + plan.seqlen_k - plan.seqlen_q
+    keys = np.arange(plan.seqlen_k)
+    sink = keys < -(-plan.sink // 32) * 32
+    anchors = (sink | (keys >= max(0, tile_position - plan.local) // 32 * 32)) & (keys <= position)
+    if not anchors.any():
+        return np.full(queries.shape[:2], -np.inf)
+    near = _per_query_head(smooth[:, :, anchors], plan)
+    scores = plan.softmax_scale * np.einsum("bhd,bhkd->bhk", queries[:, :, row], near)
+    top = scores.max(axis=-1)
+    return top + np.log(np.exp(scores - top[..., None]).sum(axis=-1))
+
+
+def _check_bits(codes, limits, mask, plan) -> Check:
+    """The bits of some query blocks, from integer products pair by pair."""
+    from salekit.reference import integer_thresholds
+
+    got, want = [], []
+    dense = mask.to_dense()
+    blocks = np.unique(np.linspace(0, max(0, plan.num_q_blocks - 1), min(MAX_BLOCKS, plan.num_q_blocks)).astype(int))
+    keys = np.arange(plan.seqlen_k)
+    offset = plan.seqlen_k - plan.seqlen_q
+    for b in range(plan.batch):
+        for head in range(plan.num_heads):
+            kv = head // plan.group_size
+            codes_k = codes.k_codes[b, kv].astype(np.float64)  # exact, and a library does the product
+            for block in blocks:
+                rows = np.arange(block * plan.block_q, min((block + 1) * plan.block_q, plan.seqlen_q))
+                acc = codes.q_codes[b, head, rows].astype(np.float64) @ codes_k.T
+                t = limits[b, head, rows][:, None]
+                if plan.estimator == "int4":
+                    q_scale = codes.q_scale[b, head, 8 * (rows // 16) + rows % 8][:, None]
+                    k_scale = codes.k_scale[b, kv, 4 * (keys // 32) + keys % 8 // 2][None]
+                    acc = acc + np.clip(np.rint(codes.correction[b, head][None] / (q_scale * k_scale)), -(2**30), 2**30)
+                    t = integer_thresholds(t, q_scale, k_scale, plan)
+                visible = keys[None] <= rows[:, None] + offset
+                start = rows // 64 * 64 + offset
+                local = keys[None] >= (np.maximum(0, start - plan.local) // 32 * 32)[:, None]
+                anchor = local | (keys < -(-plan.sink // 32) * 32)[None]
+                # An anchor block counts where a row of its 64-row tile sees any of its keys.
+                pairs = ((acc > t) | anchor) & visible
+                padded = np.zeros((rows.size, plan.num_k_blocks * plan.block_k), bool)
+                padded[:, : plan.seqlen_k] = pairs
+                want.append(padded.reshape(rows.size, plan.num_k_blocks, plan.block_k).any(axis=(0, 2)))
+                got.append(dense[b, head, block])
+    return equal(
+        "estimate", f"mask bits of {len(blocks)} query blocks a head, pair by pair", np.array(got), np.array(want)
+    )
+
+
+# --- the pipeline against float64 ----------------------------------------------------------------------------------
+def _check_pipeline(q, k, v, mask, out, lse, plan) -> tuple[list[dict[str, Any]], list[Check]]:
+    """Per head: density, recall and output error over sampled rows; checks of out and lse against float64 under the
+    same mask."""
+    rows = sample_rows(plan)
+    bits, density = mask.to_dense(), mask.density()
+    slack_s = score_bound(q, k, plan)[..., rows]
+    u = UNIT_ROUNDOFF[plan.dtype]
+    keys = np.arange(plan.seqlen_k)
+    visible = keys[None] <= (rows + plan.seqlen_k - plan.seqlen_q)[:, None]
+    heads, seen = [], {"out": [], "lse": [], "recall": []}
+    for b in range(plan.batch):
+        for head in range(plan.num_heads):
+            kv = head // plan.group_size
+            queries, key, value = (x.astype(np.float64) for x in (q[b, rows, head], k[b, :, kv], v[b, :, kv]))
+            scores = np.where(visible, plan.softmax_scale * (queries @ key.T), -np.inf)
+            selected = bits[b, head][rows // plan.block_q][:, keys // plan.block_k]
+            dense_out, dense_lse, dense_p = _softmax(scores, value)
+            want, want_lse, p = _softmax(np.where(selected, scores, -np.inf), value)
+            recall = (dense_p * selected).sum(axis=1)
+            got, got_lse = out[b, rows, head].astype(np.float64), lse[b, head, rows].astype(np.float64)
+            # P is rounded to 16 bits (u), so is the output; scores may be off by s, which moves p by 2s; ex2 and the sums
+            # round in float32.
+            s = slack_s[b, head][:, None]
+            with np.errstate(invalid="ignore"):
+                spread = p @ np.abs(value)
+                count = selected.sum(axis=1)
+                slack = (u + np.expm1(2 * s) + FEW * (1 + np.abs(want_lse))[:, None] + (count * U32)[:, None]) * spread
+                slack = slack + u * np.abs(want)
+                slack_lse = s[:, 0] + FEW * (1 + np.abs(want_lse)) + count * U32
+            seen["out"].append((got, want, np.nan_to_num(slack)))
+            seen["lse"].append((got_lse, want_lse, np.nan_to_num(slack_lse)))
+            some = np.isfinite(dense_lse)
+            ratio = np.exp(np.where(some, got_lse, 0) - np.where(some, dense_lse, 0))
+            slack_recall = 2 * recall * np.where(np.isfinite(want_lse), slack_lse, 0) + FEW
+            seen["recall"].append((ratio[some], recall[some], slack_recall[some]))
+            scale = np.linalg.norm(dense_out)
+            heads.append(
+                {
+                    "batch": b,
+                    "head": head,
+                    "density": float(density[b, head]),
+                    "recall": float(recall[some].mean()) if some.any() else 1.0,
+                    "recall_worst_row": float(recall[some].min()) if some.any() else 1.0,
+                    "relative_output_error": float(np.linalg.norm(got - dense_out) / scale) if scale else 0.0,
+                }
+            )
+    where = f"{len(rows)} rows a head"
+    names = {
+        "out": ("attend", f"out with float64, same mask, {where}"),
+        "lse": ("attend", f"lse with float64, same mask, {where}"),
+        "recall": ("pipeline", "exp(lse - dense lse) with the attention mass kept"),
+    }
+    checks = []
+    for name, (stage, text) in names.items():
+        got, want, slack = (np.concatenate([part[i].ravel() for part in seen[name]]) for i in range(3))
+        checks.append(within(stage, text, got, want, slack))
+    return heads, checks
+
+
+def _softmax(scores: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(out, lse, p) in float64; an empty row has out 0, lse -inf, p 0."""
+    top = scores.max(axis=1, keepdims=True, initial=-np.inf)
+    p = np.exp(scores - np.where(np.isfinite(top), top, 0))
+    total = p.sum(axis=1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = np.where(total > 0, top + np.log(total), -np.inf)[:, 0]
+    p = p / np.where(total > 0, total, 1)
+    return p @ value, lse, p
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+def _print_tables(report: dict[str, Any]) -> None:
+    plan = report["plan"]
+    where = report["gpu"]["name"] if report["gpu"] else "NumPy twin, no GPU in use"
+    rows = [
+        [
+            check["stage"],
+            check["compared"],
+            _show(check["error"]),
+            _show(check["bound"]),
+            "ok" if check["passed"] else "FAILED",
+        ]
+        for check in report["checks"]
+    ]
+    title = (
+        f"salekit validate: {where}; {report['input']}, {plan['seqlen_k']} tokens, {plan['estimator']}, "
+        f"tau {report['tau']:g}, blocks {plan['block_q']}x{plan['block_k']}"
+    )
+    render.table(title, ["stage", "what is compared", "error", "bound", "verdict"], rows)
+    rows = [
+        [
+            str(head["head"]) if plan["batch"] == 1 else f"{head['batch']}.{head['head']}",
+            f"{head['density']:.4f}",
+            f"{head['recall']:.4f}",
+            f"{head['recall_worst_row']:.4f}",
+            f"{head['relative_output_error']:.4f}",
+        ]
+        for head in report["heads"]
+    ]
+    render.table(
+        f"against float64 dense attention, {report['float64_rows_per_head']} rows a head",
+        ["head", "density", "recall", "worst row", "output error"],
+        rows,
+    )
+    render.note("all verdicts ok" if report["passed"] else "a verdict FAILED")
+
+
+def _show(x: float | None) -> str:
+    if x is None:
+        return "not finite"
+    return "0" if x == 0 else f"{x:.3g}"

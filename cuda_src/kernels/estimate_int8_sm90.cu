@@ -1,0 +1,221 @@
+// Which key blocks matter, on Hopper: int8 scores of every visible pair, one bit a block, with wgmma.
+//
+// bit(row block, key block) = any score > its row's threshold, or anchor; words, of 32-key blocks,
+// [batch, num_heads, num_q_blocks, num_words]. q_codes, k_codes: 128-row tiles in shared-memory order
+// (salekit/codes.py); limits: int32 [batch, num_heads, padded_q].
+// Two consumer warpgroups have 128 rows each, as two products of 64 rows that cover for each other's decisions; one
+// thread of a third warpgroup copies key tiles through a ring of six stages.
+// Grid: ceil(seqlen_q / 256) * batch * num_heads CTAs of 384 threads, the rows that see most first.
+#include "ptx/bar_sync.cuh"
+#include "ptx/bulk_copy.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/setmaxnreg.cuh"
+#include "ptx/wgmma.cuh"
+#include "tile/mask_bits.cuh"
+#include "tile/votes.cuh"
+
+constexpr int ESTIMATE_BLOCK_Q = 256;
+constexpr int ESTIMATE_STAGES = 6;
+constexpr int ESTIMATE_CONSUMERS = 2;       // warpgroups
+constexpr int ESTIMATE_TILES_PER_WORD = 8;  // 128-key tiles of a mask word
+constexpr int ESTIMATE_VOTE_WORDS = 32;     // words between two stores
+
+template <int HEAD_DIM>
+struct EstimateInt8Storage {
+  alignas(1024) uint8_t Q_smem[ESTIMATE_CONSUMERS][CODE_TILE_ROWS * HEAD_DIM];
+  alignas(1024) uint8_t K_smem[ESTIMATE_STAGES][CODE_TILE_ROWS * HEAD_DIM];
+  uint32_t votes[ESTIMATE_CONSUMERS][2][4][ESTIMATE_VOTE_WORDS];  // [warpgroup][64-row half][warp][word]
+  alignas(8) uint64_t full[ESTIMATE_STAGES], empty[ESTIMATE_STAGES], q_full;
+  uint8_t alignment_slack[1024];  // dynamic shared memory is not promised to start on 1024 bytes
+};
+
+// Scores of 64 rows and 128 keys.
+template <int HEAD_DIM>
+__device__ __forceinline__ void multiply(int (&d)[64], uint64_t q_desc, uint64_t k_desc) {
+#pragma unroll
+  for (int step = 0; step < HEAD_DIM / 32; ++step)
+    wgmma_m64n128k32_s8(d, q_desc + step * 2, k_desc + step * 2, step != 0);
+}
+
+// Tells the compiler that the asynchronous products have written these registers.
+__device__ __forceinline__ void touch(int (&d)[64]) {
+#pragma unroll
+  for (int i = 0; i < 64; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+
+// Bit b: a score of the lane's two rows in the tile's block b passes its threshold.
+__device__ __forceinline__ uint32_t tile_votes(const int (&d)[64], const int (&thresholds)[2]) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int block = 0; block < 4; ++block) {
+    // Both maxima before the test: a short-circuit would branch eight times a tile.
+    const int tops[2] = {row_max(d + 16 * block, 0), row_max(d + 16 * block, 1)};
+    if (tops[0] > thresholds[0] || tops[1] > thresholds[1]) bits |= 1u << block;
+  }
+  return bits;
+}
+
+// The same for a tile with absent keys, whose scores are 0 and must not vote.
+__device__ __forceinline__ uint32_t tile_votes_present(const int (&d)[64], const int (&thresholds)[2],
+                                                       int num_present) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int block = 0; block < 4; ++block)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (row_max_present(d + 16 * block, r, num_present - block * KEY_BLOCK) > thresholds[r]) bits |= 1u << block;
+  return bits;
+}
+
+template <int HEAD_DIM, int BLOCK_Q>
+__global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
+    estimate_int8_sm90(const uint8_t* q_codes_gmem, const uint8_t* k_codes_gmem, const int* limits_gmem,
+                       uint32_t* words_gmem, Shape shape) {
+  static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "code rows are one 64- or 128-byte swizzled row");
+  static_assert(BLOCK_Q == 64 || BLOCK_Q == 128, "mask blocks are 64 or 128 query rows");
+  using Storage = EstimateInt8Storage<HEAD_DIM>;
+  constexpr uint32_t TILE_BYTES = CODE_TILE_ROWS * HEAD_DIM;
+  extern __shared__ uint8_t dynamic_smem[];
+  Storage& smem = *reinterpret_cast<Storage*>((reinterpret_cast<uint64_t>(dynamic_smem) + 1023) & ~uint64_t(1023));
+
+  // Which rows of which head.
+  const int num_heads_all = shape.batch * shape.num_heads;
+  const int q_index = ceil_div(shape.seqlen_q, ESTIMATE_BLOCK_Q) - 1 - blockIdx.x / num_heads_all;
+  const int head = blockIdx.x % num_heads_all;  // of all batches
+  const int kv_head = head / shape.num_heads * shape.num_kv_heads + head % shape.num_heads / shape.group_size();
+  const int num_code_tiles = ceil_div(shape.seqlen_q, CODE_TILE_ROWS);
+  const int first_code_tile = q_index * ESTIMATE_CONSUMERS;
+  const int num_tiles = ceil_div(shape.visible_keys((q_index + 1) * ESTIMATE_BLOCK_Q - 1), CODE_TILE_ROWS);
+
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < ESTIMATE_STAGES; ++stage) {
+      mbarrier_init(&smem.full[stage], 1);
+      mbarrier_init(&smem.empty[stage], 4 * ESTIMATE_CONSUMERS);  // every consumer warp
+    }
+    mbarrier_init(&smem.q_full, 1);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == ESTIMATE_CONSUMERS) {
+    setmaxnreg_dec<24>();
+    if (threadIdx.x % 128 == 0 && num_tiles != 0) {
+      // The last CTA's second code tile may be absent: its rows then have no threshold and its scores do not count.
+      const uint32_t q_bytes = min(ESTIMATE_CONSUMERS, num_code_tiles - first_code_tile) * TILE_BYTES;
+      mbarrier_arrive_expect_tx(&smem.q_full, q_bytes);
+      const uint8_t* q_tiles = q_codes_gmem + (int64_t(head) * num_code_tiles + first_code_tile) * TILE_BYTES;
+      bulk_copy(shared_address(smem.Q_smem), q_tiles, q_bytes, shared_address(&smem.q_full));
+      const uint8_t* k_tiles = k_codes_gmem + int64_t(kv_head) * shape.padded_k() * HEAD_DIM;
+      int stage = 0;
+      uint32_t parity = 1;
+      for (int tile = 0; tile < num_tiles; ++tile) {
+        mbarrier_wait(&smem.empty[stage], parity);
+        mbarrier_arrive_expect_tx(&smem.full[stage], TILE_BYTES);
+        bulk_copy(shared_address(smem.K_smem[stage]), k_tiles + int64_t(tile) * TILE_BYTES, TILE_BYTES,
+                  shared_address(&smem.full[stage]));
+        if (++stage == ESTIMATE_STAGES) stage = 0, parity ^= 1;
+      }
+    }
+  } else {
+    setmaxnreg_inc<240>();
+    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    const int code_tile = first_code_tile + warpgroup;
+
+    int thresholds[2][2];  // [half][row]
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = code_tile * CODE_TILE_ROWS + half * 64 + warp * 16 + r * 8 + lane / 4;
+        thresholds[half][r] =
+            row < shape.seqlen_q ? limits_gmem[int64_t(head) * shape.padded_q() + row] : SELECT_NONE;
+      }
+
+    // Mask rows of this warpgroup: one of 128 rows, or two of 64.
+    constexpr int MASK_ROWS = CODE_TILE_ROWS / BLOCK_Q;
+    const int num_q_blocks = ceil_div(shape.seqlen_q, BLOCK_Q);
+    const int num_words = shape.num_words();
+    auto mask_row = [&](int i) {
+      return words_gmem + (int64_t(head) * num_q_blocks + code_tile * MASK_ROWS + i) * num_words;
+    };
+    // Stores words [begin, end), which all warps of the warpgroup have finished.
+    auto store_words = [&](int begin, int end) {
+      const int i = thread / ESTIMATE_VOTE_WORDS, word = begin + thread % ESTIMATE_VOTE_WORDS;
+      if (i >= MASK_ROWS || code_tile * MASK_ROWS + i >= num_q_blocks || word >= end) return;
+      uint32_t votes = 0;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        if constexpr (BLOCK_Q == 128)
+          votes |= smem.votes[warpgroup][0][w][word - begin] | smem.votes[warpgroup][1][w][word - begin];
+        else
+          votes |= smem.votes[warpgroup][i][w][word - begin];
+      }
+      mask_row(i)[word] = finish_word<BLOCK_Q>(shape, code_tile * MASK_ROWS + i, word, votes);
+    };
+
+    const uint64_t q_desc = wgmma_descriptor<HEAD_DIM>(shared_address(smem.Q_smem[warpgroup]));
+    const uint64_t k_desc_0 = wgmma_descriptor<HEAD_DIM>(shared_address(smem.K_smem[0]));
+    constexpr uint64_t HALF = TILE_BYTES / 2 / 16;  // 64 rows further, in a descriptor's units
+    // Causal calls need no care: the rows that see the ragged last block have it as an anchor.
+    const bool ragged = !shape.causal && shape.seqlen_k % KEY_BLOCK != 0;
+
+    if (num_tiles != 0) mbarrier_wait(&smem.q_full, 0);
+    uint32_t votes[2] = {0, 0};  // of the lane's rows, in the current word
+    int stage = 0;
+    uint32_t parity = 0;
+    for (int tile = 0; tile < num_tiles; ++tile) {
+      const uint64_t k_desc = k_desc_0 + stage * uint64_t(TILE_BYTES / 16);
+      const int shift = tile % ESTIMATE_TILES_PER_WORD * 4;
+      mbarrier_wait(&smem.full[stage], parity);
+
+      // Multiply. No product may be in flight at the loop's end: ptxas would serialise all of them.
+      int upper[64], lower[64];
+      wgmma_fence();
+      multiply<HEAD_DIM>(upper, q_desc, k_desc);
+      wgmma_commit();
+      multiply<HEAD_DIM>(lower, q_desc + HALF, k_desc);
+      wgmma_commit();
+
+      // Decide.
+      wgmma_wait<1>();
+      touch(upper);
+      uint32_t upper_votes = tile_votes(upper, thresholds[0]);
+      wgmma_wait<0>();
+      touch(lower);
+      if (lane == 0) mbarrier_arrive(&smem.empty[stage]);
+      if (++stage == ESTIMATE_STAGES) stage = 0, parity ^= 1;
+      uint32_t lower_votes = tile_votes(lower, thresholds[1]);
+      if (ragged && tile == num_tiles - 1) {
+        const int num_present = shape.seqlen_k - tile * CODE_TILE_ROWS;
+        upper_votes = tile_votes_present(upper, thresholds[0], num_present);
+        lower_votes = tile_votes_present(lower, thresholds[1], num_present);
+      }
+      votes[0] |= upper_votes << shift;
+      votes[1] |= lower_votes << shift;
+
+      // Store.
+      if (tile % ESTIMATE_TILES_PER_WORD == ESTIMATE_TILES_PER_WORD - 1 || tile == num_tiles - 1) {
+        const int word = tile / ESTIMATE_TILES_PER_WORD;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t of_warp = __reduce_or_sync(~0u, votes[half]);
+          if (lane == 0) smem.votes[warpgroup][half][warp][word % ESTIMATE_VOTE_WORDS] = of_warp;
+          votes[half] = 0;
+        }
+        if (word % ESTIMATE_VOTE_WORDS == ESTIMATE_VOTE_WORDS - 1 || tile == num_tiles - 1) {
+          bar_sync(1 + warpgroup, 128);
+          store_words(word / ESTIMATE_VOTE_WORDS * ESTIMATE_VOTE_WORDS, word + 1);
+          bar_sync(1 + warpgroup, 128);  // before the buffer is used again
+        }
+      }
+    }
+
+    // Nothing is visible beyond.
+    const int words_done = ceil_div(num_tiles, ESTIMATE_TILES_PER_WORD);
+#pragma unroll
+    for (int i = 0; i < MASK_ROWS; ++i)
+      if (code_tile * MASK_ROWS + i < num_q_blocks)
+        for (int word = words_done + thread; word < num_words; word += 128) mask_row(i)[word] = 0;
+  }
+}

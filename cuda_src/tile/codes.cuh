@@ -1,0 +1,70 @@
+// Codes from floats: amax as bits (so that NaN counts), scales, rounding, and where a thread's eight codes are stored.
+#pragma once
+#include "tile/element.cuh"
+#include "tile/shape.cuh"
+#include "tile/swizzle.cuh"
+
+constexpr uint32_t INFINITE_BITS = 0x7F800000;  // |x| as bits from here on: infinity and NaN
+constexpr float ZERO_GROUP = 7.8886090522101181e-31f;  // 2^-100: a group whose amax is below has codes 0, scale 1
+
+__device__ __forceinline__ uint32_t magnitude_bits(float x) { return __float_as_uint(x) & 0x7FFFFFFF; }
+
+// Largest of a power-of-two number of neighbouring lanes.
+template <int LANES>
+__device__ __forceinline__ uint32_t max_over_lanes(uint32_t bits) {
+#pragma unroll
+  for (int step = LANES / 2; step > 0; step /= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, step));
+  return bits;
+}
+
+// How a group is quantised: code = rint(x * factor), factor 0 for zero and non-finite groups.
+struct GroupScale {
+  float factor, scale;
+
+  __device__ __forceinline__ GroupScale(uint32_t amax_bits, float limit) {
+    float amax = __uint_as_float(amax_bits);
+    bool finite = amax_bits < INFINITE_BITS, zero = amax < ZERO_GROUP;
+    factor = finite && !zero ? __fdiv_rn(limit, amax) : 0.f;
+    scale = zero ? 1.f : finite ? __fdiv_rn(amax, limit) : __uint_as_float(0x7FC00000);
+  }
+};
+
+// Half to even, clamped; a factor of 0 gives 0 whatever x is.
+__device__ __forceinline__ int encode(float x, float factor, int limit) {
+  int code = factor == 0.f ? 0 : __float2int_rn(__fmul_rn(x, factor));
+  return max(-limit, min(limit, code));
+}
+
+template <typename Element>
+__device__ __forceinline__ void load_eight(float (&x)[8], const uint16_t* gmem) {
+  const uint4 words = *reinterpret_cast<const uint4*>(gmem);
+  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float2 pair = unpack<Element>(word[i]);
+    x[2 * i] = pair.x;
+    x[2 * i + 1] = pair.y;
+  }
+}
+
+// Stores eight codes, dims [8 * chunk, + 8) of row `row`, into the head's tiles (salekit/codes.py).
+template <int HEAD_DIM, int CODE_BITS>
+__device__ __forceinline__ void store_eight(uint8_t* tiles, int row, int chunk, const int (&code)[8]) {
+  constexpr int ROW_BYTES = HEAD_DIM * CODE_BITS / 8;
+  uint8_t* tile = tiles + int64_t(row / CODE_TILE_ROWS) * (CODE_TILE_ROWS * ROW_BYTES);
+  uint8_t* target = tile + swizzle<ROW_BYTES>(row % CODE_TILE_ROWS * ROW_BYTES + chunk * CODE_BITS);
+  if constexpr (CODE_BITS == 8) {
+    uint2 packed = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      packed.x |= uint32_t(code[i] & 255) << (8 * i);
+      packed.y |= uint32_t(code[4 + i] & 255) << (8 * i);
+    }
+    *reinterpret_cast<uint2*>(target) = packed;
+  } else {
+    uint32_t packed = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) packed |= uint32_t(code[i] & 15) << (4 * i);
+    *reinterpret_cast<uint32_t*>(target) = packed;
+  }
+}

@@ -1,0 +1,47 @@
+// The shape of a call, its causal limits and its anchors. Mirrors salekit/plans.py (SHAPE_RECORD and the methods).
+#pragma once
+#include "tile/types.cuh"
+
+constexpr int TILE_ROWS = 64;        // anchors are defined per 64-row query tile
+constexpr int KEY_BLOCK = 32;        // votes and anchors are taken per 32 keys
+constexpr int CODE_TILE_ROWS = 128;  // codes are stored in 128-row tiles
+constexpr int SELECT_ALL = -2147483647 - 1;  // integer threshold of a row that selects every visible block
+constexpr int SELECT_NONE = 2147483647;      // integer threshold of a row that never votes
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+struct Range {
+  int begin, end;
+};
+
+struct Shape {
+  int batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, causal, sink_end, local, query_stride, full_rows;
+
+  __device__ int offset() const { return seqlen_k - seqlen_q; }
+  __device__ int group_size() const { return num_heads / num_kv_heads; }
+  __device__ int padded_q() const { return ceil_div(seqlen_q, CODE_TILE_ROWS) * CODE_TILE_ROWS; }
+  __device__ int padded_k() const { return ceil_div(seqlen_k, CODE_TILE_ROWS) * CODE_TILE_ROWS; }
+  __device__ int num_words() const { return ceil_div(seqlen_k, 32 * KEY_BLOCK); }  // of a mask with 32-key blocks
+
+  // Keys that row `row` sees: [0, visible_keys(row)).
+  __device__ int visible_keys(int row) const {
+    if (!causal) return seqlen_k;
+    int end = min(row, seqlen_q - 1) + offset() + 1;
+    return max(0, min(seqlen_k, end));
+  }
+
+  // Keys of the local anchors of a 64-row tile; in causal calls `end` is the last row's limit + 1.
+  __device__ Range local_range(int tile) const {
+    int position = tile * TILE_ROWS + offset();
+    int begin = max(0, position - local) / KEY_BLOCK * KEY_BLOCK;
+    int end;
+    if (causal) {
+      end = position + min(TILE_ROWS, seqlen_q - tile * TILE_ROWS);
+    } else {
+      int reach = position + TILE_ROWS + local;
+      end = reach <= 0 ? 0 : ceil_div(reach, KEY_BLOCK) * KEY_BLOCK;
+    }
+    end = max(0, min(seqlen_k, end));
+    return {min(begin, end), end};
+  }
+};

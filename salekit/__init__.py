@@ -1,0 +1,40 @@
+"""salekit: SALE's sparse prefill attention (arXiv 2505.24179) as stand-alone CUDA kernels with a NumPy twin.
+
+Importing salekit needs no GPU and does not import CuPy.
+"""
+
+from pathlib import Path as _Path
+
+__version__ = "0.1.0"
+
+# In a bare checkout cli/ and cuda_src/ lie beside this folder; an installed package has them inside.
+if not (_Path(__file__).parent / "cuda_src").is_dir():
+    __path__.append(str(_Path(__file__).parent.parent))
+
+# The modules quantize, estimate and attend share a name with their function. They are all loaded here, once, so that
+# ``salekit.quantize`` is the function from then on; ``from salekit.quantize import ...`` still finds the module.
+from . import errors  # noqa: E402
+from .anchors import anchor_statistics, row_limits  # noqa: E402
+from .arrays import make_plan  # noqa: E402
+from .attend import attend  # noqa: E402
+from .attention import dense_attention, sparse_attention  # noqa: E402
+from .block_mask import BlockMask  # noqa: E402
+from .data_files import load_qkv, load_sample  # noqa: E402
+from .errors import (  # noqa: E402
+    ArgumentError,
+    CompileError,
+    DtypeError,
+    FileFormatError,
+    GpuError,
+    SalekitError,
+)
+from .estimate import estimate  # noqa: E402
+from .plans import Plan  # noqa: E402
+from .quantize import quantize  # noqa: E402
+from .thresholds import load_thresholds  # noqa: E402
+
+__all__ = [
+    "ArgumentError", "BlockMask", "CompileError", "DtypeError", "FileFormatError", "GpuError", "Plan", "SalekitError",
+    "__version__", "anchor_statistics", "attend", "dense_attention", "errors", "estimate", "load_qkv", "load_sample",
+    "load_thresholds", "make_plan", "quantize", "row_limits", "sparse_attention",
+]

@@ -1,0 +1,416 @@
+"""Arrays and options in: the only place that rejects. Everything downstream gets checked views and a Plan.
+
+Accepted: NumPy arrays (and host DLPack) for the twin; CuPy arrays, CUDA DLPack and ``__cuda_array_interface__`` for the
+GPU. Inside salekit every tensor is a view in the order [batch, seqlen, heads, head_dim]; strides say the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Iterator
+
+import ml_dtypes
+import numpy as np
+
+from .errors import ArgumentError, DtypeError, GpuError
+from .plans import (
+    BLOCKS,
+    ESTIMATORS,
+    HEAD_DIMS,
+    QUERY_STRIDES,
+    Plan,
+    default_softmax_scale,
+    resolve_estimator,
+)
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPE_NAMES = {np.dtype(np.float16): "float16", BFLOAT16: "bfloat16"}
+LAYOUTS = {"bshd": (0, 1, 2, 3), "bhsd": (0, 2, 1, 3)}  # the transpose that makes a view bshd; its own inverse
+MAX_SEQLEN = 2**30  # positions, and sums of two of them, are int32 in the kernels
+MAX_GRID = 65535  # batch and heads are the y and z of a CUDA grid
+ALIGNMENT = 16  # bytes a kernel's widest load takes
+
+# The TensorView struct of cuda_src/tile/tensor_view.cuh; strides count elements.
+TENSOR_VIEW = np.dtype([("pointer", "<u8"), ("stride_batch", "<i8"), ("stride_row", "<i8"), ("stride_head", "<i8")])
+
+_DLPACK_HOST, _DLPACK_CUDA = (1, 3), (2, 13)  # DLDeviceType: CPU and pinned; CUDA and managed
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked call. q, k, v, out: bshd views; result: what the caller gets back, in the caller's layout."""
+
+    plan: Plan
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    result: Any
+    thresholds: Any  # a float, or float32 [num_heads] where q is
+
+
+def import_cupy():
+    """CuPy, or GpuError saying what to install."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise GpuError(f"CuPy is needed for arrays on a GPU: pip install 'salekit[cuda12]' ({error})") from error
+    return cupy
+
+
+def is_cuda(array: Any) -> bool:
+    """Whether an array that salekit holds (NumPy's or CuPy's) is CuPy's."""
+    return not isinstance(array, np.ndarray)
+
+
+def tensor_view(array: Any) -> np.ndarray:
+    """A size-1 ``TENSOR_VIEW`` record of a CuPy bshd view, to pass to a kernel by value."""
+    item = array.dtype.itemsize
+    batch, row, head = (stride // item for stride in array.strides[:3])
+    return np.array([(array.data.ptr, batch, row, head)], dtype=TENSOR_VIEW)
+
+
+# --- where arrays are ----------------------------------------------------------------------------------------------
+def _place(name: str, x: Any) -> int | None:
+    """CUDA device of ``x``, or None when it is in host memory. DtypeError when it is no array at all."""
+    if isinstance(x, np.ndarray):
+        return None
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        return x.device.id
+    if hasattr(x, "__dlpack_device__"):
+        kind, device = (int(part) for part in x.__dlpack_device__())
+        if kind in _DLPACK_HOST:
+            return None
+        if kind in _DLPACK_CUDA:
+            return device
+        raise ArgumentError(f"{name}: is on a device of DLPack type {kind}; wants host memory or a CUDA GPU")
+    if hasattr(x, "__cuda_array_interface__"):
+        pointer = x.__cuda_array_interface__["data"][0]
+        runtime = import_cupy().cuda.runtime
+        return runtime.pointerGetAttributes(pointer).device if pointer else runtime.getDevice()
+    raise DtypeError(
+        f"{name}: got {type(x).__name__}; wants a NumPy or CuPy array, or an object with DLPack or "
+        "__cuda_array_interface__"
+    )
+
+
+def _place_name(device: int | None) -> str:
+    return "host memory" if device is None else f"cuda:{device}"
+
+
+class _Interface:
+    """A CUDA array interface without its stream: CuPy would wait for that stream on the host."""
+
+    def __init__(self, owner: Any, interface: dict):
+        self.owner = owner
+        self.__cuda_array_interface__ = {**interface, "stream": None}
+
+
+def _import_array(name: str, x: Any, device: int | None) -> Any:
+    """``x`` as a NumPy or CuPy array that shares its memory."""
+    if isinstance(x, np.ndarray):
+        return x
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        return x
+    try:
+        if device is None:
+            return np.from_dlpack(x)
+        cupy = import_cupy()
+        if hasattr(x, "__dlpack__"):
+            return cupy.from_dlpack(x)
+        interface = x.__cuda_array_interface__
+        producer = interface.get("stream")
+        if producer is not None and producer != cupy.cuda.get_current_stream().ptr:
+            event = cupy.cuda.Event(disable_timing=True)
+            event.record(external_stream(producer))
+            cupy.cuda.get_current_stream().wait_event(event)
+        return cupy.asarray(_Interface(x, interface))
+    except GpuError:
+        raise
+    except Exception as error:  # whatever the producer raises, the caller needs the argument's name
+        hint = "; NumPy's DLPack has no bfloat16: pass an array of ml_dtypes.bfloat16" if device is None else ""
+        raise DtypeError(f"{name}: cannot import {type(x).__name__} without a copy: {error}{hint}") from error
+
+
+class _StreamHandle:
+    def __init__(self, pointer: int):
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return (0, self.pointer)
+
+
+def external_stream(pointer: int) -> Any:
+    """A CuPy stream for a ``cudaStream_t`` that something else owns."""
+    stream = import_cupy().cuda.Stream
+    if hasattr(stream, "from_external"):
+        return stream.from_external(_StreamHandle(pointer))
+    return import_cupy().cuda.ExternalStream(pointer)
+
+
+def _as_stream(stream: Any, device: int) -> Any:
+    cupy = import_cupy()
+    if isinstance(stream, cupy.cuda.Stream):
+        if stream.device_id not in (-1, device):
+            raise ArgumentError(f"stream: belongs to cuda:{stream.device_id}; wants one of cuda:{device}, where q is")
+        return stream
+    if hasattr(stream, "__cuda_stream__"):
+        return external_stream(int(stream.__cuda_stream__()[1]))
+    for attribute in ("cuda_stream", "ptr"):
+        if isinstance(getattr(stream, attribute, None), int):
+            return external_stream(getattr(stream, attribute))
+    if isinstance(stream, (int, np.integer)) and not isinstance(stream, bool) and stream >= 0:
+        return external_stream(int(stream))
+    raise ArgumentError(f"stream: got {stream!r}; wants a cudaStream_t as int, a CuPy stream, or None (current)")
+
+
+@contextmanager
+def on_stream(q: Any, stream: Any) -> Iterator[None]:
+    """Make q's device and ``stream`` current; nothing for arrays in host memory, which take no stream."""
+    device = _place("q", q)
+    if device is None:
+        if stream is not None:
+            raise ArgumentError("stream: q is in host memory, where there is no stream; wants None")
+        yield
+        return
+    with import_cupy().cuda.Device(device):
+        if stream is None:
+            yield
+        else:
+            with _as_stream(stream, device):
+                yield
+
+
+# --- tensors -------------------------------------------------------------------------------------------------------
+def _check_tensor(name: str, x: Any, device: int | None, layout: str) -> Any:
+    """``x`` as a checked bshd view."""
+    place = _place(name, x)
+    if place != device:
+        raise ArgumentError(f"{name}: is on {_place_name(place)}; wants {_place_name(device)}, where q is")
+    array = _import_array(name, x, place)
+    if array.ndim != 4:
+        raise ArgumentError(f"{name}: got {array.ndim} axes, shape {array.shape}; wants 4 axes, layout {layout!r}")
+    if array.dtype not in DTYPE_NAMES:
+        raise DtypeError(f"{name}: got dtype {array.dtype}; wants float16 or bfloat16 (ml_dtypes.bfloat16)")
+    return array.transpose(LAYOUTS[layout])
+
+
+def _check_strides(name: str, array: Any, is_output: bool = False) -> None:
+    if array.size == 0:
+        return
+    item = array.dtype.itemsize
+    if array.strides[3] != item:
+        raise ArgumentError(
+            f"{name}: the last axis has a stride of {array.strides[3] / item:g} elements; wants 1 (contiguous)"
+        )
+    used = [stride for size, stride in zip(array.shape[:3], array.strides[:3]) if size > 1]
+    if is_output and any(stride <= 0 for stride in used):
+        raise ArgumentError(f"{name}: has a zero or negative stride; wants memory of its own for each element")
+    if is_cuda(array):
+        pointer = array.data.ptr
+        if pointer % ALIGNMENT or any(stride % ALIGNMENT for stride in used):
+            raise ArgumentError(
+                f"{name}: got an address that is {pointer % ALIGNMENT} past a multiple of 16 bytes and strides "
+                f"{tuple(stride // item for stride in array.strides)}; wants a 16-byte aligned address and strides "
+                "that are multiples of 8 elements"
+            )
+
+
+def as_arrays(q: Any, k: Any, v: Any, layout: str = "bshd") -> tuple[Any, Any, Any]:
+    """Checked bshd views of q, k and v, all NumPy's or all CuPy's on one device.
+
+    q: [batch, seqlen_q, num_heads, head_dim]; k, v: [batch, seqlen_k, num_kv_heads, head_dim] (in "bhsd" with the
+    middle axes swapped), float16 or bfloat16. Raises ArgumentError or DtypeError.
+    """
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        raise ArgumentError(f"layout: got {layout!r}; wants one of {', '.join(map(repr, LAYOUTS))}")
+    device = _place("q", q)
+    q, k, v = (_check_tensor(name, x, device, layout) for name, x in (("q", q), ("k", k), ("v", v)))
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise DtypeError(f"{name}: got dtype {x.dtype}; wants {q.dtype}, as q has")
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    _, seqlen_k, num_kv_heads, _ = k.shape
+    if head_dim not in HEAD_DIMS:
+        raise ArgumentError(f"q: got head_dim {head_dim}; wants one of {', '.join(map(str, HEAD_DIMS))}")
+    if k.shape[0] != batch:
+        raise ArgumentError(f"k: got batch {k.shape[0]}; wants {batch}, as q has")
+    if k.shape[3] != head_dim:
+        raise ArgumentError(f"k: got head_dim {k.shape[3]}; wants {head_dim}, as q has")
+    for name, got, want in zip(("batch", "seqlen", "num_kv_heads", "head_dim"), v.shape, k.shape):
+        if got != want:
+            raise ArgumentError(f"v: got {name} {got}; wants {want}, as k has")
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ArgumentError(
+            f"k: got {num_kv_heads} heads for the {num_heads} of q; wants a positive number that divides them"
+        )
+    for name, length in (("q", seqlen_q), ("k", seqlen_k)):
+        if length > MAX_SEQLEN:
+            raise ArgumentError(f"{name}: got seqlen {length}; wants at most {MAX_SEQLEN}")
+    if device is not None and max(batch, num_heads) > MAX_GRID:
+        raise ArgumentError(f"q: got batch {batch} and {num_heads} heads; wants at most {MAX_GRID} of each")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_strides(name, x)
+    return q, k, v
+
+
+# --- options -------------------------------------------------------------------------------------------------------
+def _check_count(name: str, value: Any) -> int:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = -1
+    if count < 0 or isinstance(value, bool):
+        raise ArgumentError(f"{name}: got {value!r}; wants an integer >= 0")
+    return min(count, MAX_SEQLEN)
+
+
+def _check_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ArgumentError(f"{name}: got {value!r}; wants True or False")
+    return bool(value)
+
+
+def _check_choice(name: str, value: Any, choices: tuple) -> Any:
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ArgumentError(f"{name}: got {value!r}; wants one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def _check_scale(value: Any, head_dim: int) -> float:
+    if value is None:
+        return default_softmax_scale(head_dim)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ArgumentError(f"softmax_scale: got {value!r}; wants a finite number > 0 or None")
+    scale = float(value)
+    # Kernels hold it in float32: it must survive the cast.
+    if not (math.isfinite(scale) and 1e-37 <= scale <= 1e37):
+        raise ArgumentError(f"softmax_scale: got {value!r}; wants a finite number > 0 (1e-37 to 1e37)")
+    return scale
+
+
+def _check_block(block: Any) -> tuple[int, int]:
+    try:
+        pair = tuple(operator.index(size) for size in block)
+    except TypeError:
+        pair = ()
+    if pair not in BLOCKS:
+        raise ArgumentError(f"block: got {block!r}; wants one of {', '.join(map(str, BLOCKS))}")
+    return pair
+
+
+def _plan(
+    q: Any,
+    k: Any,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    estimator: str = "auto",
+    attend: str = "exact",
+    block: tuple[int, int] = (128, 32),
+    query_stride: int = 1,
+    full_rows: int = 1024,
+    sink: int = 32,
+    local: int = 128,
+    dense_below: int = 1024,
+) -> Plan:
+    """The Plan of checked bshd views."""
+    _check_choice("estimator", estimator, ("auto", *ESTIMATORS))
+    if attend == "int8-fp8":
+        raise ArgumentError("attend: 'int8-fp8' is not built yet; wants 'exact'")
+    _check_choice("attend", attend, ("exact",))
+    block_q, block_k = _check_block(block)
+    stride = _check_count("query_stride", query_stride)
+    _check_choice("query_stride", stride, QUERY_STRIDES)
+    arch = None
+    if is_cuda(q):
+        from .jit import device_arch
+
+        arch = device_arch()
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    return Plan(
+        batch=batch, seqlen_q=seqlen_q, seqlen_k=k.shape[1], num_heads=num_heads, num_kv_heads=k.shape[2],
+        head_dim=head_dim, dtype=DTYPE_NAMES[q.dtype], estimator=resolve_estimator(estimator, arch), attend=attend,
+        block_q=block_q, block_k=block_k, query_stride=stride, arch=arch,
+        causal=_check_flag("causal", causal),
+        softmax_scale=_check_scale(softmax_scale, q.shape[3]),
+        full_rows=_check_count("full_rows", full_rows),
+        sink=_check_count("sink", sink),
+        local=_check_count("local", local),
+        dense_below=_check_count("dense_below", dense_below),
+    )
+
+
+def make_plan(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -> Plan:
+    """The Plan of a call, for the stages.
+
+    q, k, v, layout and options (causal, softmax_scale, estimator, attend, block, query_stride, full_rows, sink, local,
+    dense_below) are those of ``sparse_attention``, checked in the same way. Raises ArgumentError, DtypeError; GpuError
+    for a GPU that no kernel supports.
+    """
+    with on_stream(q, None):
+        q, k, v = as_arrays(q, k, v, layout)
+        return _plan(q, k, **options)
+
+
+def _check_out(out: Any, q: Any, layout: str) -> Any:
+    """``out`` as a bshd view like q."""
+    view = _check_tensor("out", out, q.device.id if is_cuda(q) else None, layout)
+    order = LAYOUTS[layout]
+    if view.shape != q.shape:
+        got, want = (tuple(x.shape[axis] for axis in order) for x in (view, q))
+        raise ArgumentError(f"out: got shape {got}; wants {want}, as q has")
+    if view.dtype != q.dtype:
+        raise DtypeError(f"out: got dtype {view.dtype}; wants {q.dtype}, as q has")
+    _check_strides("out", view, is_output=True)
+    if not is_cuda(view) and not view.flags.writeable:
+        raise ArgumentError("out: is read-only; wants memory that can be written")
+    return view
+
+
+def check_call(q: Any, k: Any, v: Any, *, layout: str, out: Any, thresholds: Any = 0.0, **options: Any) -> Call:
+    """Check a whole call inside ``on_stream`` and allocate its output when none is given."""
+    from .thresholds import as_thresholds
+
+    q, k, v = as_arrays(q, k, v, layout)
+    plan = _plan(q, k, **options)
+    thresholds = as_thresholds(thresholds, plan.num_heads, q)
+    order = LAYOUTS[layout]
+    if out is None:
+        empty = import_cupy().empty if is_cuda(q) else np.empty
+        result = empty(tuple(q.shape[axis] for axis in order), q.dtype)
+        view = result.transpose(order)
+    else:
+        result, view = out, _check_out(out, q, layout)
+    return Call(plan=plan, q=q, k=k, v=v, out=view, result=result, thresholds=thresholds)
+
+
+def empty_attention(call: Call) -> tuple[Any, Any]:
+    """(out, lse) of a call without a query row or without a key: zeros and minus infinity."""
+    plan = call.plan
+    lse = np.full((plan.batch, plan.num_heads, plan.seqlen_q), -np.inf, np.float32)
+    if not is_cuda(call.q):
+        call.out[...] = 0
+        return call.out, lse
+    cupy = import_cupy()
+    if call.out.size:
+        # Row by row copies, because CuPy's own fill of a strided view is a kernel that needs the CUDA headers.
+        zeros = cupy.zeros((plan.seqlen_q, plan.head_dim), call.out.dtype)
+        width = plan.head_dim * call.out.dtype.itemsize
+        runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream().ptr
+        for batch in range(plan.batch):
+            for head in range(plan.num_heads):
+                rows = call.out[batch, :, head]
+                pitch = rows.strides[0] if plan.seqlen_q > 1 else width
+                runtime.memcpy2DAsync(
+                    rows.data.ptr, pitch, zeros.data.ptr, width, width, plan.seqlen_q,
+                    runtime.memcpyDeviceToDevice, stream,
+                )
+    return call.out, cupy.asarray(lse)

@@ -1,0 +1,112 @@
+"""Attend: exact softmax attention over the selected blocks (DESIGN section 3, step 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import arrays, jit, reference, tensor_map
+from .block_mask import BlockMask
+from .plans import KEY_BLOCK, Plan, ceil_div
+
+DENSE_BLOCK_Q = 128  # query rows of a CTA when there is no mask to say so
+_NULL = np.uint64(0)  # a pointer that a kernel does not read
+_SM90_THREADS = 384  # a producer and two consumer warpgroups
+# Stages of K and V in attend_sm80. On an H100 two gain 1% on dense calls of 128 rows and lose 1% (128 rows) and 30% (64
+# rows: fewer CTAs an SM) on real masks.
+STAGES = 1
+
+
+def attend(
+    q: Any, k: Any, v: Any, mask: BlockMask | None, plan: Plan, out: Any = None, return_lse: bool = False
+) -> tuple[Any, Any]:
+    """Softmax attention over the selected blocks, float32 accumulation.
+
+    q: [batch, seqlen_q, num_heads, head_dim]; k, v: [batch, seqlen_k, num_kv_heads, head_dim]; bshd views, NumPy's (the
+        twin runs) or CuPy's (16-byte aligned rows). mask: on the same backend; its own block counts, not the plan's.
+        None: every visible key. out: where to write, like q; default a new array.
+
+    Returns (out, lse): lse float32 [batch, num_heads, seqlen_q], natural log, over what was attended, or None without
+    ``return_lse``. A row without a selected, visible key has out 0 and lse -inf. Nothing is checked here.
+    """
+    if not arrays.is_cuda(q):
+        result, lse = reference.attend(q, k, v, mask, plan)
+        if out is not None:
+            out[...] = result
+            result = out
+        return result, lse if return_lse else None
+    cupy = arrays.import_cupy()
+    if out is None:
+        out = cupy.empty(q.shape, q.dtype)
+    lse = cupy.empty((plan.batch, plan.num_heads, plan.seqlen_q), np.float32) if return_lse else None
+    if out.size:
+        if _fits_sm90(plan.arch or jit.device_arch(), mask) and all(tensor_map.can_encode(x) for x in (q, k, v)):
+            _launch_sm90(q, k, v, mask, plan, out, lse)
+        else:
+            _launch_sm80(q, k, v, mask, plan, out, lse)
+    return out, lse
+
+
+def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
+    """The kernels that :func:`attend` launches for this plan: masked, and dense when that is another one."""
+    arch = plan.arch or jit.device_arch()
+    block_rows = dict.fromkeys((plan.block_q, DENSE_BLOCK_Q))
+    hopper = [_sm90_spec(plan)] if arch == "sm_90a" else []
+    return hopper + [_sm80_spec(plan, block_q, STAGES) for block_q in block_rows]
+
+
+def _fits_sm90(arch: str, mask: BlockMask | None) -> bool:
+    """Whether the Hopper kernel can run: its CTAs attend 128 query rows of one mask row."""
+    return arch == "sm_90a" and (mask is None or mask.block_q == DENSE_BLOCK_Q)
+
+
+def _launch_sm90(q: Any, k: Any, v: Any, mask: BlockMask | None, plan: Plan, out: Any, lse: Any) -> None:
+    jit.get_kernel(_sm90_spec(plan))(
+        (plan.batch * plan.num_heads * ceil_div(plan.seqlen_q, DENSE_BLOCK_Q),), (_SM90_THREADS,),
+        (
+            tensor_map.tensor_map(q, DENSE_BLOCK_Q), *(tensor_map.tensor_map(x, KEY_BLOCK) for x in (k, v)),
+            arrays.tensor_view(out), _NULL if lse is None else lse, _NULL if mask is None else mask.words,
+            np.int32(_expand_log2(mask)), plan.shape_record, np.float32(plan.softmax_scale),
+        ),
+    )
+
+
+def _expand_log2(mask: BlockMask | None) -> int:
+    """A mask bit stands for 2 ** this many 32-key blocks."""
+    return 0 if mask is None else (mask.block_k // KEY_BLOCK).bit_length() - 1
+
+
+def _launch_sm80(
+    q: Any, k: Any, v: Any, mask: BlockMask | None, plan: Plan, out: Any, lse: Any, stages: int | None = None
+) -> None:
+    block_q = DENSE_BLOCK_Q if mask is None else mask.block_q
+    stages = stages or STAGES
+    jit.get_kernel(_sm80_spec(plan, block_q, stages))(
+        (plan.batch * plan.num_heads * ceil_div(plan.seqlen_q, block_q),), (block_q,),
+        (
+            *(_view(x) for x in (q, k, v, out)), _NULL if lse is None else lse,
+            _NULL if mask is None else mask.words, np.int32(_expand_log2(mask)), plan.shape_record,
+            np.float32(plan.softmax_scale),
+        ),
+    )
+
+
+def _view(array: Any) -> np.ndarray:
+    view = arrays.tensor_view(array)
+    if array.shape[1] == 1:
+        view["stride_row"] = 0  # DLPack may give a single row any stride, and absent rows need aligned addresses, too
+    return view
+
+
+def _sm80_spec(plan: Plan, block_q: int, stages: int) -> jit.KernelSpec:
+    return jit.KernelSpec(
+        "attend_sm80", (str(plan.head_dim), str(block_q), plan.element, str(stages)),
+        f"AttendSm80Storage<{plan.head_dim}, {block_q}, {stages}>",
+    )
+
+
+def _sm90_spec(plan: Plan) -> jit.KernelSpec:
+    return jit.KernelSpec(
+        "attend_sm90", (str(plan.head_dim), plan.element), f"AttendSm90Storage<{plan.head_dim}>"
+    )

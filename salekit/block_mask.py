@@ -1,0 +1,122 @@
+"""BlockMask: one bit a block, packed little-endian in uint32 words."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import FileFormatError
+from .plans import ceil_div
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """Which key blocks each query block attends to.
+
+    words: uint32 [batch, num_heads, num_q_blocks, ceil(num_k_blocks / 32)], NumPy or CuPy; bit j % 32 of word j // 32
+    is key block j. Bits past the last block and of blocks without a visible pair are 0.
+    """
+
+    words: Any
+    block_q: int
+    block_k: int
+    seqlen_q: int
+    seqlen_k: int
+    causal: bool
+
+    @property
+    def num_q_blocks(self) -> int:
+        return ceil_div(self.seqlen_q, self.block_q)
+
+    @property
+    def num_k_blocks(self) -> int:
+        return ceil_div(self.seqlen_k, self.block_k)
+
+    def to_numpy(self) -> "BlockMask":
+        """The same mask with its words on the host (copies from the GPU and synchronises)."""
+        words = self.words if isinstance(self.words, np.ndarray) else self.words.get()
+        return BlockMask(words, self.block_q, self.block_k, self.seqlen_q, self.seqlen_k, self.causal)
+
+    def to_dense(self) -> np.ndarray:
+        """bool [batch, num_heads, num_q_blocks, num_k_blocks], NumPy."""
+        words = np.ascontiguousarray(self.to_numpy().words)
+        if words.size == 0:
+            return np.zeros((*words.shape[:3], self.num_k_blocks), bool)
+        bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
+        return bits[..., : self.num_k_blocks].astype(bool)
+
+    @classmethod
+    def from_dense(cls, bits, block_q: int, block_k: int, seqlen_q: int, seqlen_k: int, causal: bool) -> "BlockMask":
+        """Packs bool [batch, num_heads, num_q_blocks, num_k_blocks]."""
+        num_words = ceil_div(bits.shape[-1], 32)
+        padded = np.zeros((*bits.shape[:-1], num_words * 32), bool)
+        padded[..., : bits.shape[-1]] = bits
+        words = np.packbits(padded, axis=-1, bitorder="little").view("<u4").reshape(*bits.shape[:-1], num_words)
+        return cls(words, block_q, block_k, seqlen_q, seqlen_k, causal)
+
+    def visible(self) -> np.ndarray:
+        """bool [num_q_blocks, num_k_blocks]: blocks with a visible pair."""
+        ends = np.minimum((np.arange(self.num_q_blocks) + 1) * self.block_q, self.seqlen_q)
+        seen = ends + self.seqlen_k - self.seqlen_q if self.causal else np.full(ends.shape, self.seqlen_k)
+        return np.arange(self.num_k_blocks)[None] * self.block_k < seen[:, None]
+
+    def density(self) -> np.ndarray:
+        """float64 [batch, num_heads]: set blocks over visible blocks."""
+        return self.to_dense().sum(axis=(2, 3)) / max(1, int(self.visible().sum()))
+
+    def coarsen(self, block_q: int, block_k: int) -> "BlockMask":
+        """The OR of blocks up to larger ones (multiples of today's). NumPy words."""
+        rows, cols = block_q // self.block_q, block_k // self.block_k
+        dense = self.to_dense()
+        nq, nk = ceil_div(self.seqlen_q, block_q), ceil_div(self.seqlen_k, block_k)
+        padded = np.zeros((*dense.shape[:2], nq * rows, nk * cols), bool)
+        padded[:, :, : dense.shape[2], : dense.shape[3]] = dense
+        bits = padded.reshape(*dense.shape[:2], nq, rows, nk, cols).any(axis=(3, 5))
+        return BlockMask.from_dense(bits, block_q, block_k, self.seqlen_q, self.seqlen_k, self.causal)
+
+    def save_npz(self, path, metadata: dict | None = None) -> None:
+        """One uint8 [num_q_blocks, ceil(num_k_blocks / 8)] array a head, and ``__meta__``, a JSON text."""
+        dense = self.to_dense()
+        arrays = {}
+        for b in range(dense.shape[0]):
+            for h in range(dense.shape[1]):
+                name = f"h{h}" if dense.shape[0] == 1 else f"b{b}_h{h}"
+                arrays[name] = np.packbits(dense[b, h], axis=-1, bitorder="little")
+        meta = dict(metadata or {}, schema=SCHEMA, batch=dense.shape[0], block_q=self.block_q, block_k=self.block_k,
+                    seqlen_q=self.seqlen_q, seqlen_k=self.seqlen_k, causal=self.causal)
+        np.savez_compressed(path, __meta__=np.array(json.dumps(meta)), **arrays)
+
+    @classmethod
+    def load_npz(cls, path) -> "BlockMask":
+        """Reads what :meth:`save_npz` writes; without ``__meta__`` the blocks are 64x32, causal. FileFormatError."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                names = [name for name in file.files if name != "__meta__"]
+                meta = json.loads(str(file["__meta__"])) if "__meta__" in file.files else {}
+                heads = [file[name] for name in names]
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+            raise FileFormatError(f"{path}: not a readable mask file ({error})") from None
+        if not heads or any(x.ndim != 2 or x.dtype != np.uint8 or x.shape != heads[0].shape for x in heads):
+            raise FileFormatError(f"{path}: wants one uint8 [num_q_blocks, num_k_blocks / 8] array a head, all alike")
+        try:
+            block_q, block_k = int(meta.get("block_q", 64)), int(meta.get("block_k", 32))
+            seqlen_q = int(meta.get("seqlen_q", heads[0].shape[0] * block_q))
+            seqlen_k = int(meta.get("seqlen_k", seqlen_q))
+            batch = int(meta.get("batch", 1))
+            nq, nk = ceil_div(seqlen_q, block_q), ceil_div(seqlen_k, block_k)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise FileFormatError(f"{path}: damaged metadata ({error})") from None
+        if heads[0].shape != (nq, ceil_div(nk, 8)) or batch < 1 or len(heads) % batch:
+            raise FileFormatError(f"{path}: arrays of {heads[0].shape} do not fit seqlen {seqlen_q}x{seqlen_k}, "
+                                  f"blocks {block_q}x{block_k}")
+        bits = np.unpackbits(np.stack(heads), axis=-1, bitorder="little")[..., :nk].astype(bool)
+        bits = bits.reshape(batch, -1, nq, nk)
+        return cls.from_dense(bits, block_q, block_k, seqlen_q, seqlen_k, bool(meta.get("causal", True)))

@@ -1,0 +1,110 @@
+"""q, k and v from files: ``.safetensors``, ``.npz``, and the sample that ships with salekit."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, deserialize
+
+from .arrays import BFLOAT16, LAYOUTS, as_arrays
+from .errors import FileFormatError, SalekitError
+
+SAMPLE = "data/qkv_sample_layer15_4k.safetensors"
+NAMES = ("q", "k", "v")
+_DTYPES = {"F16": np.dtype(np.float16), "BF16": BFLOAT16}
+
+
+def load_sample() -> dict[str, np.ndarray]:
+    """The built-in sample: real q [1, 4096, 2, 128] and k, v [1, 4096, 1, 128], bfloat16, bshd.
+
+    4,096 tokens of public-domain prose through layer 15 of Qwen2.5-Coder-1.5B, after RoPE.
+    """
+    data = resources.files("salekit").joinpath(SAMPLE).read_bytes()
+    q, k, v, _ = _parse_safetensors(data, SAMPLE)
+    return {"q": q, "k": k, "v": v}
+
+
+def load_qkv(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, str]]:
+    """(q, k, v, metadata) of a ``.safetensors`` or ``.npz`` file, as bshd views, float16 or bfloat16.
+
+    The file holds tensors named q, k and v. Its metadata (safetensors: the header's; npz: JSON in an entry
+    ``__meta__``, which may be missing) says ``layout`` = "bshd" (default) or "bhsd". In an npz a 2-byte void dtype,
+    which is how NumPy writes ml_dtypes.bfloat16, is bfloat16. Pickles are never loaded.
+    Raises FileFormatError, with the path, when the file is missing, truncated, or not this.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return _parse_safetensors(path.read_bytes(), str(path))
+        if path.suffix == ".npz":
+            return _load_npz(path)
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
+    raise FileFormatError(f"{path}: got the suffix {path.suffix!r}; wants .safetensors or .npz")
+
+
+def _parse_safetensors(data: bytes, name: str):
+    try:
+        entries = dict(deserialize(data))
+        # deserialize() has checked the header; it does not return the metadata.
+        header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError) as error:
+        raise FileFormatError(f"{name}: is not a whole safetensors file: {error}") from error
+    tensors = {}
+    for key in NAMES:
+        if key not in entries:
+            continue
+        entry = entries[key]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise FileFormatError(f"{name}: {key}: got dtype {entry['dtype']}; wants {' or '.join(_DTYPES)}")
+        if math.prod(entry["shape"]):
+            tensors[key] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+        else:
+            tensors[key] = np.empty(entry["shape"], dtype)
+    return _check(tensors, header.get("__metadata__") or {}, list(entries), name)
+
+
+def _load_npz(path: Path):
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise FileFormatError(f"{path}: is not an npz archive")
+        with archive:
+            found = archive.files
+            tensors = {key: archive[key] for key in NAMES if key in found}
+            metadata = json.loads(str(archive["__meta__"][()])) if "__meta__" in found else {}
+    except FileFormatError:
+        raise
+    except FileNotFoundError as error:
+        raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from error
+    except Exception as error:  # NumPy's parsers of damaged headers raise a dozen unrelated types
+        raise FileFormatError(f"{path}: is not a whole npz file: {error}") from error
+    for key, x in tensors.items():
+        if not isinstance(x, np.ndarray):
+            raise FileFormatError(f"{path}: {key}: is not an array")
+        if x.dtype.kind == "V" and x.dtype.itemsize == 2:
+            tensors[key] = x.view(BFLOAT16)
+    return _check(tensors, metadata, found, str(path))
+
+
+def _check(tensors: dict, metadata: Any, found: list, name: str):
+    missing = [key for key in NAMES if key not in tensors]
+    if missing:
+        raise FileFormatError(f"{name}: has no tensor {missing[0]!r}; got {sorted(found)}, wants q, k and v")
+    if not isinstance(metadata, dict):
+        raise FileFormatError(f"{name}: got metadata {metadata!r}; wants a JSON object")
+    layout = metadata.get("layout", "bshd")
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        raise FileFormatError(f"{name}: got layout {layout!r} in the metadata; wants one of {', '.join(LAYOUTS)}")
+    try:
+        q, k, v = (np.ascontiguousarray(tensors[key]) for key in NAMES)
+        q, k, v = as_arrays(q, k, v, layout)
+    except SalekitError as error:
+        raise FileFormatError(f"{name}: {error}") from error
+    return q, k, v, {**metadata, "layout": "bshd"}

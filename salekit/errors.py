@@ -1,0 +1,27 @@
+"""Errors. Everything salekit raises on purpose is a ``SalekitError``; each child also is what Python users expect."""
+
+from __future__ import annotations
+
+
+class SalekitError(Exception):
+    """Base of every error that salekit raises on purpose."""
+
+
+class ArgumentError(SalekitError, ValueError):
+    """An argument has a value, shape or combination that cannot work."""
+
+
+class DtypeError(SalekitError, TypeError):
+    """An argument has a type or dtype that is not supported."""
+
+
+class GpuError(SalekitError, RuntimeError):
+    """There is no GPU, no CuPy, or a GPU that no kernel supports."""
+
+
+class CompileError(SalekitError, RuntimeError):
+    """A kernel did not compile."""
+
+
+class FileFormatError(SalekitError, ValueError):
+    """A file is truncated, malformed, or not what was expected."""

@@ -1,0 +1,91 @@
+"""Estimate: which key blocks matter, from low-bit products of the codes of q and k (DESIGN section 3, steps 3, 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import arrays, jit, reference
+from .block_mask import BlockMask
+from .codes import Quantized
+from .plans import CODE_TILE_ROWS, KEY_BLOCK, Plan, ceil_div
+
+KERNELS = ("auto", "mma", "wgmma")
+_WGMMA_ROWS = 256  # query rows of a CTA of estimate_int8_sm90
+_NULL = np.uint64(0)  # a pointer that a kernel does not read
+
+
+def estimate(quantized: Quantized, limits: Any, plan: Plan, *, kernel: str = "auto") -> BlockMask:
+    """The block mask: a block is set when a score in it exceeds its row's limit, or when it is an anchor.
+
+    quantized: what ``quantize`` returned for this plan. limits: what ``row_limits`` returned: int8 and int8-sp24, int32
+        thresholds of the integer scores; int4, float32 thresholds of the scores. NumPy, [batch, num_heads, seqlen_q],
+        runs the twin; CuPy, [batch, num_heads, padded_q], the GPU.
+    kernel: "mma" (every architecture) or "wgmma" (sm_90a, 8-bit estimators) instead of the plan's choice. Their bits
+        are equal.
+
+    Returns a BlockMask of ``plan.block_q`` x ``plan.block_k`` blocks on the same backend. Nothing is checked here.
+    """
+    if not arrays.is_cuda(limits):
+        return reference.estimate(quantized, limits, plan)
+    cupy = arrays.import_cupy()
+    words = cupy.empty((plan.batch, plan.num_heads, plan.num_q_blocks, plan.num_words), np.uint32)
+    if words.size:
+        fine_words = ceil_div(plan.seqlen_k, 32 * KEY_BLOCK)
+        fine = words if plan.block_k == KEY_BLOCK else cupy.empty((*words.shape[:3], fine_words), np.uint32)
+        _launch_estimate(quantized, limits, fine, plan, kernel)
+        if fine is not words:
+            num_rows = words.size // plan.num_words
+            jit.get_kernel(_coarsen_spec(plan))(
+                (ceil_div(words.size, 256),), (256,),
+                (fine, words, np.int64(num_rows), np.int32(fine_words), np.int32(plan.num_words)),
+            )
+    return BlockMask(words, plan.block_q, plan.block_k, plan.seqlen_q, plan.seqlen_k, plan.causal)
+
+
+def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
+    """The kernels that :func:`estimate` launches for this plan."""
+    main = _wgmma_spec(plan) if _uses_wgmma(plan, "auto") else _mma_spec(plan, plan.code_bits)
+    return [main] if plan.block_k == KEY_BLOCK else [main, _coarsen_spec(plan)]
+
+
+def _launch_estimate(quantized: Quantized, limits: Any, words: Any, plan: Plan, kernel: str) -> None:
+    heads = plan.batch * plan.num_heads
+    if _uses_wgmma(plan, kernel):
+        jit.get_kernel(_wgmma_spec(plan))(
+            (ceil_div(plan.seqlen_q, _WGMMA_ROWS) * heads,), (384,),
+            (quantized.q_codes, quantized.k_codes, limits, words, plan.shape_record),
+        )
+        return
+    groups = (_NULL, _NULL, _NULL)
+    if plan.estimator == "int4":
+        groups = (quantized.q_scale, quantized.k_scale, quantized.correction)
+    jit.get_kernel(_mma_spec(plan, quantized.code_bits))(
+        (ceil_div(plan.seqlen_q, CODE_TILE_ROWS) * heads,), (128,),
+        (
+            quantized.q_codes, quantized.k_codes, limits, *groups, words, plan.shape_record,
+            np.float32(plan.softmax_scale),
+        ),
+    )
+
+
+def _uses_wgmma(plan: Plan, kernel: str) -> bool:
+    if kernel == "auto":
+        return plan.arch == "sm_90a" and plan.estimator != "int4"
+    return kernel == "wgmma"
+
+
+def _wgmma_spec(plan: Plan) -> jit.KernelSpec:
+    return jit.KernelSpec(
+        "estimate_int8_sm90", (str(plan.head_dim), str(plan.block_q)), f"EstimateInt8Storage<{plan.head_dim}>"
+    )
+
+
+def _mma_spec(plan: Plan, code_bits: int) -> jit.KernelSpec:
+    codes = "Int8" if plan.estimator != "int4" else {4: "Int4", 8: "Int4InBytes"}[code_bits]
+    return jit.KernelSpec("estimate_sm80", (str(plan.head_dim), codes, str(plan.block_q)))
+
+
+def _coarsen_spec(plan: Plan) -> jit.KernelSpec:
+    return jit.KernelSpec("coarsen_mask", (str(plan.block_k // KEY_BLOCK),))

@@ -1,0 +1,351 @@
+"""Compile, cache, load and launch kernels: NVRTC with an explicit ``-arch``, our own cache on disk, CuPy's module loader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from .errors import CompileError, GpuError
+from .plans import arch_of
+
+CACHE_VERSION = 1
+FLAGS = ("-std=c++17", "--ptxas-options=-v")
+DEFAULT_CACHE_BYTES = 512 * 2**20
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
+INSTALL_HINT = 'install CuPy and NVRTC with: pip install "salekit[cuda12]" (or "salekit[cuda13]" for a CUDA 13 driver)'
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One instance of a kernel template: the file and function ``source``, its C++ template arguments as text, and the
+    C++ type whose sizeof is its dynamic shared memory (None: none)."""
+
+    source: str
+    template: tuple[str, ...] = ()
+    storage: str | None = None
+
+    @property
+    def expression(self) -> str:
+        return f"{self.source}<{', '.join(self.template)}>" if self.template else self.source
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """What the compiler reports. Bytes, except registers (per thread) and compile_seconds."""
+
+    registers: int
+    static_shared_bytes: int
+    dynamic_shared_bytes: int
+    stack_bytes: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    warnings: tuple[str, ...]
+    compile_seconds: float
+
+
+@dataclass(frozen=True)
+class Compiled:
+    path: Path
+    lowered_name: str
+    info: KernelInfo
+
+    @property
+    def cubin(self) -> bytes:
+        return self.path.read_bytes()
+
+
+# --- sources -------------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=1)
+def source_root() -> Path:
+    """The folder of the CUDA sources, as installed or in a checkout."""
+    return Path(str(resources.files("salekit.cuda_src")))
+
+
+@lru_cache(maxsize=None)
+def _read(name: str) -> str:
+    try:
+        return (source_root() / name).read_text()
+    except OSError as error:
+        raise CompileError(f"kernel source {name} is missing from the installation: {error}") from None
+
+
+@lru_cache(maxsize=None)
+def _headers(name: str) -> tuple[tuple[str, str], ...]:
+    """(name, text) of a file and of all that it includes, in order of first inclusion."""
+    found: dict[str, str] = {}
+    pending = [name]
+    while pending:
+        current = pending.pop()
+        if current not in found:
+            found[current] = _read(current)
+            pending += _INCLUDE.findall(found[current])
+    return tuple(sorted(found.items()))
+
+
+def sources_hash() -> str:
+    """sha256 over every file of cuda_src, names included."""
+    digest = hashlib.sha256()
+    for path in sorted(source_root().rglob("*.cu*")):
+        digest.update(path.relative_to(source_root()).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+# --- NVRTC ---------------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=1)
+def _nvrtc():
+    try:
+        from cupy.cuda import nvrtc
+
+        nvrtc.getVersion()
+    except Exception as error:  # CuPy raises several kinds when it or NVRTC is missing or broken
+        raise GpuError(f"NVRTC cannot be used ({type(error).__name__}: {str(error).splitlines()[0][:120]}); {INSTALL_HINT}") from None
+    return nvrtc
+
+
+@lru_cache(maxsize=1)
+def nvrtc_version() -> tuple[int, int]:
+    return tuple(_nvrtc().getVersion())
+
+
+def _unit(spec: KernelSpec) -> str:
+    return f'#include "kernels/{spec.source}.cu"\n#include "tile/shared_bytes.cuh"\n'
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    return int(match.group(1)) if match else 0
+
+
+def parse_log(log: str, lowered_name: str) -> dict:
+    """Registers, shared memory, stack, spills of one function, and every warning, from NVRTC's and ptxas' log."""
+    start = log.find(f"Function properties for {lowered_name}")
+    if start < 0:
+        start = log.find(lowered_name)
+    end = log.find("Compiling entry function", start)
+    section = log[start : end if end > 0 else None]
+    warnings = [
+        line.strip()
+        for line in log.splitlines()
+        if "warning" in line.lower() or "serializ" in line.lower() or "Potential Performance Loss" in line
+    ]
+    return dict(
+        registers=_number(r"Used (\d+) registers", section),
+        static_shared_bytes=_number(r"(\d+) bytes smem", section),
+        stack_bytes=_number(r"(\d+) bytes stack frame", section),
+        spill_store_bytes=_number(r"(\d+) bytes spill stores", section),
+        spill_load_bytes=_number(r"(\d+) bytes spill loads", section),
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
+
+
+def _compile(spec: KernelSpec, arch: str) -> tuple[bytes, str, KernelInfo]:
+    nvrtc = _nvrtc()
+    headers = [item for item in _headers(f"kernels/{spec.source}.cu") + _headers("tile/shared_bytes.cuh")]
+    names = dict(headers)
+    program = nvrtc.createProgram(_unit(spec), f"{spec.source}.unit.cu", [text.encode() for text in names.values()],
+                                  [name.encode() for name in names])
+    try:
+        nvrtc.addNameExpression(program, spec.expression)
+        storage = f"shared_bytes<(unsigned)sizeof({spec.storage})>" if spec.storage else None
+        if storage:
+            nvrtc.addNameExpression(program, storage)
+        started = time.perf_counter()
+        try:
+            nvrtc.compileProgram(program, (f"-arch={arch}", *FLAGS))
+        except nvrtc.NVRTCError:
+            raise CompileError(f"{spec.expression} for {arch}:\n{nvrtc.getProgramLog(program)}") from None
+        seconds = time.perf_counter() - started
+        lowered = _text(nvrtc.getLoweredName(program, spec.expression))
+        dynamic = _number(r"ILj(\d+)E", _text(nvrtc.getLoweredName(program, storage))) if storage else 0
+        info = KernelInfo(dynamic_shared_bytes=dynamic, compile_seconds=round(seconds, 3),
+                          **parse_log(nvrtc.getProgramLog(program), lowered))
+        return nvrtc.getCUBIN(program), lowered, info
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _text(name) -> str:
+    return name.decode() if isinstance(name, bytes) else name
+
+
+# --- cache ---------------------------------------------------------------------------------------------------------
+def cache_dir() -> Path:
+    """``SALEKIT_CACHE_DIR``, else ``salekit`` in the user's cache folder."""
+    chosen = os.environ.get("SALEKIT_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "salekit"
+
+
+@lru_cache(maxsize=1)
+def _private_dir() -> Path:
+    return Path(tempfile.mkdtemp(prefix="salekit-"))
+
+
+@lru_cache(maxsize=None)
+def cache_key(spec: KernelSpec, arch: str) -> str:
+    """sha256 of all that decides the cubin: sources with everything they include, names, flags, NVRTC, arch."""
+    digest = hashlib.sha256()
+    parts = [str(CACHE_VERSION), _unit(spec), spec.expression, str(spec.storage), arch, repr(FLAGS), repr(nvrtc_version())]
+    for name, text in _headers(f"kernels/{spec.source}.cu") + _headers("tile/shared_bytes.cuh"):
+        parts += [name, text]
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _load_entry(folder: Path, key: str) -> Compiled | None:
+    """The entry of this key, or None when there is none or it is damaged. The cubin's name carries its own hash."""
+    try:
+        record = json.loads((folder / f"{key}.json").read_text())
+        path = folder / f"{key[:16]}-{record['cubin_sha256']}.cubin"
+        if hashlib.sha256(path.read_bytes()).hexdigest() != record["cubin_sha256"]:
+            return None
+        info = KernelInfo(**{**record["info"], "warnings": tuple(record["info"]["warnings"])})
+        now = time.time()
+        for used in (path, folder / f"{key}.json"):
+            os.utime(used, (now, now))
+        return Compiled(path, record["lowered_name"], info)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _store_entry(folder: Path, key: str, cubin: bytes, lowered: str, info: KernelInfo) -> Compiled:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    sha = hashlib.sha256(cubin).hexdigest()
+    path = folder / f"{key[:16]}-{sha}.cubin"
+    _write(path, cubin)
+    record = {"lowered_name": lowered, "cubin_sha256": sha, "info": asdict(info)}
+    _write(folder / f"{key}.json", json.dumps(record).encode())
+    _trim(folder)
+    return Compiled(path, lowered, info)
+
+
+def _trim(folder: Path) -> None:
+    """Remove the entries used longest ago until the cache fits its bound."""
+    bound = int(os.environ.get("SALEKIT_CACHE_MAX_BYTES", DEFAULT_CACHE_BYTES))
+    files = []
+    for path in folder.iterdir():
+        try:
+            status = path.stat()
+        except OSError:
+            continue
+        files.append((status.st_mtime, status.st_size, path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files, key=lambda item: item[0]):
+        if total <= bound:
+            return
+        try:
+            path.unlink()
+            total -= size
+        except OSError:
+            pass
+
+
+_locks: dict[str, threading.Lock] = {}
+_locks_guard = threading.Lock()
+
+
+def compile_kernel(spec: KernelSpec, arch: str, cache: bool = True) -> Compiled:
+    """Compile for ``arch``, or take it from the cache. Needs no GPU. Raises CompileError with the compiler's log,
+    GpuError when CuPy or NVRTC is missing."""
+    key = cache_key(spec, arch)
+    with _locks_guard:
+        lock = _locks.setdefault(key, threading.Lock())
+    with lock:
+        folder = cache_dir()
+        if cache:
+            entry = _load_entry(folder, key)
+            if entry is not None:
+                return entry
+        built = _compile(spec, arch)
+        try:
+            return _store_entry(folder, key, *built)
+        except OSError:  # read-only or full: work without it
+            return _store_entry(_private_dir(), key, *built)
+
+
+def precompile(specs, arch: str, cache: bool = True) -> list[Compiled]:
+    """Compile many kernels in parallel (NVRTC runs without the interpreter lock)."""
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda spec: compile_kernel(spec, arch, cache), specs))
+
+
+# --- load and launch -----------------------------------------------------------------------------------------------
+@lru_cache(maxsize=None)
+def _arch_of_device(device: int) -> str:
+    import cupy
+
+    capability = cupy.cuda.Device(device).compute_capability
+    arch = arch_of(int(capability[:-1]), int(capability[-1]))
+    if arch is None:
+        raise GpuError(f"GPU {device} has compute capability {capability}; salekit needs 8.0 or newer")
+    return arch
+
+
+def device_arch() -> str:
+    """The -arch of CuPy's current device. Raises GpuError without a GPU or with one older than sm_80."""
+    try:
+        import cupy
+
+        device = cupy.cuda.runtime.getDevice()
+    except Exception as error:
+        raise GpuError(f"no usable GPU ({type(error).__name__}: {str(error).splitlines()[0][:120]}); {INSTALL_HINT}") from None
+    return _arch_of_device(device)
+
+
+class Kernel:
+    """A loaded kernel. Call it with grid, block (threads) and arguments; it runs on CuPy's current stream."""
+
+    def __init__(self, compiled: Compiled):
+        import cupy
+
+        self.info = compiled.info
+        self._module = cupy.RawModule(path=str(compiled.path))
+        self._function = self._module.get_function(compiled.lowered_name)
+        if self.info.dynamic_shared_bytes > 48 * 1024:
+            self._function.max_dynamic_shared_size_bytes = self.info.dynamic_shared_bytes
+
+    def __call__(self, grid, block, args: tuple) -> None:
+        grid = grid if isinstance(grid, tuple) else (grid,)
+        block = block if isinstance(block, tuple) else (block,)
+        self._function(grid, block, args, shared_mem=self.info.dynamic_shared_bytes)
+
+
+_loaded: dict[tuple, Kernel] = {}
+
+
+def get_kernel(spec: KernelSpec, arch: str | None = None) -> Kernel:
+    """The kernel for CuPy's current device, compiled at most once and loaded once per device."""
+    import cupy
+
+    key = (spec, cupy.cuda.runtime.getDevice())
+    kernel = _loaded.get(key)
+    if kernel is None:
+        kernel = _loaded.setdefault(key, Kernel(compile_kernel(spec, arch or device_arch())))
+    return kernel

@@ -1,0 +1,183 @@
+"""Plan: everything about a call that is known before any data is seen. Pure and frozen; needs no GPU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+TILE_ROWS = 64  # anchors are defined per 64-row query tile, whatever the mask's block (DESIGN: fine print)
+KEY_BLOCK = 32  # the finest key granularity: anchors and votes are taken per 32 keys
+CODE_TILE_ROWS = 128  # codes are stored in tiles of 128 rows, in the shared-memory order of the tensor cores
+BLOCKS = tuple((q, k) for q in (64, 128) for k in (32, 64, 128))
+ESTIMATORS = ("int4", "int8", "int8-sp24")
+HEAD_DIMS = (64, 128)
+DTYPES = ("float16", "bfloat16")
+QUERY_STRIDES = (1, 2, 4)
+
+SELECT_ALL = -(2**31)  # integer threshold of a row that selects every visible block
+SELECT_NONE = 2**31 - 1  # integer threshold of a row that never votes
+CLAMP = 2**30  # finite thresholds and corrections are clamped to +-CLAMP
+
+SHAPE_RECORD = np.dtype(
+    [(name, "<i4") for name in (
+        "batch", "seqlen_q", "seqlen_k", "num_heads", "num_kv_heads", "causal", "sink_end", "local",
+        "query_stride", "full_rows")]
+)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Shapes and options of one call. Build it with ``arrays.make_plan``, which validates; this class does not."""
+
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str  # "float16" | "bfloat16"
+    softmax_scale: float
+    causal: bool = True
+    estimator: str = "int8"  # resolved, never "auto"
+    attend: str = "exact"
+    block_q: int = 128
+    block_k: int = 32
+    query_stride: int = 1
+    full_rows: int = 1024
+    sink: int = 32
+    local: int = 128
+    dense_below: int = 1024
+    arch: str | None = None  # "sm_90a", ...; None on the NumPy twin
+
+    # --- sizes -------------------------------------------------------------------------------------------------
+    @property
+    def num_q_blocks(self) -> int:
+        return ceil_div(self.seqlen_q, self.block_q)
+
+    @property
+    def num_k_blocks(self) -> int:
+        return ceil_div(self.seqlen_k, self.block_k)
+
+    @property
+    def num_words(self) -> int:
+        """uint32 words in one mask row."""
+        return ceil_div(self.num_k_blocks, 32)
+
+    @property
+    def num_q_tiles(self) -> int:
+        """64-row query tiles."""
+        return ceil_div(self.seqlen_q, TILE_ROWS)
+
+    @property
+    def padded_q(self) -> int:
+        """seqlen_q rounded up to whole code tiles of 128 rows."""
+        return ceil_div(self.seqlen_q, CODE_TILE_ROWS) * CODE_TILE_ROWS
+
+    @property
+    def padded_k(self) -> int:
+        return ceil_div(self.seqlen_k, CODE_TILE_ROWS) * CODE_TILE_ROWS
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def is_dense(self) -> bool:
+        """Dense by length alone (DESIGN section 3, step 6)."""
+        return self.seqlen_k <= self.dense_below
+
+    @property
+    def offset(self) -> int:
+        """Position of query row 0: causal row i sees keys j <= i + offset."""
+        return self.seqlen_k - self.seqlen_q
+
+    # --- anchors, per 64-row tile ------------------------------------------------------------------------------
+    @property
+    def sink_end(self) -> int:
+        """Anchor keys [0, sink_end): the 32-key blocks that hold the first ``sink`` keys."""
+        return min(self.seqlen_k, ceil_div(self.sink, KEY_BLOCK) * KEY_BLOCK)
+
+    def local_range(self, tile: int) -> tuple[int, int]:
+        """Keys [begin, end) of the local anchors of 64-row tile ``tile``; end is past the last row's causal limit."""
+        position = tile * TILE_ROWS + self.offset
+        begin = max(0, position - self.local) // KEY_BLOCK * KEY_BLOCK
+        if self.causal:
+            end = position + min(TILE_ROWS, self.seqlen_q - tile * TILE_ROWS)
+        else:
+            end = ceil_div(position + TILE_ROWS + self.local, KEY_BLOCK) * KEY_BLOCK
+        end = max(0, min(self.seqlen_k, end))
+        return min(begin, end), end
+
+    def visible_keys(self, row_end: int) -> int:
+        """How many keys the rows before ``row_end`` see together (the last of them sees most)."""
+        if not self.causal:
+            return self.seqlen_k
+        return max(0, min(self.seqlen_k, min(row_end, self.seqlen_q) + self.offset))
+
+    @cached_property
+    def visible_blocks(self) -> np.ndarray:
+        """int64 [num_q_blocks]: blocks with at least one visible pair, per query block."""
+        return np.array(
+            [ceil_div(self.visible_keys((i + 1) * self.block_q), self.block_k) for i in range(self.num_q_blocks)],
+            dtype=np.int64,
+        )
+
+    # --- for kernels -------------------------------------------------------------------------------------------
+    @cached_property
+    def shape_record(self) -> np.ndarray:
+        """The ``Shape`` struct of cuda_src/tile/shape.cuh, as a size-1 record that CuPy passes by value."""
+        return np.array(
+            [(self.batch, self.seqlen_q, self.seqlen_k, self.num_heads, self.num_kv_heads, int(self.causal),
+              self.sink_end, min(self.local, 2**30), self.query_stride, self.full_rows)],
+            dtype=SHAPE_RECORD,
+        )
+
+    @property
+    def element(self) -> str:
+        """The element type's name in the CUDA sources."""
+        return {"float16": "Half", "bfloat16": "BFloat16"}[self.dtype]
+
+    @property
+    def code_bits(self) -> int:
+        """Bits a stored code takes: int4 codes are packed where the tensor cores multiply them, else held in bytes."""
+        return 4 if self.estimator == "int4" and self.arch in NATIVE_INT4_ARCHS else 8
+
+    @property
+    def code_row_bytes(self) -> int:
+        return self.head_dim * self.code_bits // 8
+
+    def replace(self, **changes) -> "Plan":
+        return replace(self, **changes)
+
+
+NATIVE_INT4_ARCHS = ("sm_80", "sm_86", "sm_89")
+SUPPORTED_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a")
+
+
+def arch_of(major: int, minor: int) -> str | None:
+    """The -arch that salekit compiles for on a GPU of this compute capability, or None when none fits.
+
+    A capability without a build of its own (8.7, 12.1) takes the nearest older one of its generation.
+    """
+    capability = major * 10 + minor
+    exact = {80: "sm_80", 86: "sm_86", 87: "sm_86", 88: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a", 103: "sm_103a", 120: "sm_120a"}
+    return exact.get(capability)
+
+
+def resolve_estimator(estimator: str, arch: str | None) -> str:
+    """"auto" is int8 wherever it is not slower than the paper's int4; it depends on the GPU alone."""
+    if estimator != "auto":
+        return estimator
+    return "int4" if arch in NATIVE_INT4_ARCHS else "int8"
+
+
+def default_softmax_scale(head_dim: int) -> float:
+    return 1.0 / math.sqrt(head_dim)

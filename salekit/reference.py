@@ -1,0 +1,300 @@
+"""The NumPy twin of every stage: the specification that runs.
+
+Follows Ji et al., "SALE" (arXiv 2505.24179), with the fine print that makes twin and kernels agree. All arrays are
+``[batch, seqlen, heads, head_dim]`` (float16, bfloat16 or float32) views; per-row results are ``[batch, heads, seqlen]``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .block_mask import BlockMask
+from .codes import Quantized
+from .plans import CLAMP, KEY_BLOCK, SELECT_ALL, SELECT_NONE, TILE_ROWS, Plan, ceil_div
+
+TINY = np.float32(2.0**-100)  # a group whose amax is below this is a zero group
+
+
+def _heads_first(x: np.ndarray) -> np.ndarray:
+    """[batch, seqlen, heads, d] -> float32 [batch, heads, seqlen, d]."""
+    return np.ascontiguousarray(np.moveaxis(x, 1, 2).astype(np.float32))
+
+
+def _kv(plan: Plan, head: int) -> int:
+    return head // plan.group_size
+
+
+# --- quantise ------------------------------------------------------------------------------------------------------
+def channel_means(x: np.ndarray) -> np.ndarray:
+    """float32 [batch, heads, head_dim]: the mean over all rows."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _heads_first(x).mean(axis=2, dtype=np.float64).astype(np.float32)
+
+
+def _codes(x: np.ndarray, amax: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes int8 like x and scales like amax; amax broadcasts against x."""
+    limit32 = np.float32(limit)
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(amax)
+        zero = amax < TINY
+        usable = np.where(finite & ~zero, amax, np.float32(1)).astype(np.float32)
+        factor = limit32 / usable
+        codes = np.clip(np.rint(np.where(np.isfinite(x), x, 0) * factor), -limit, limit)
+        codes = np.where(finite & ~zero, codes, 0).astype(np.int8)
+        scale = np.where(zero, np.float32(1), np.where(finite, usable / limit32, np.float32(np.nan)))
+    return codes, scale.astype(np.float32)
+
+
+def _amax(x: np.ndarray, axis) -> np.ndarray:
+    return np.abs(x).max(axis=axis, keepdims=True)
+
+
+def prune_2_of_4(q: np.ndarray, rms: np.ndarray) -> np.ndarray:
+    """Zero the two of every four dims with the smaller |q_d| * rms_d; ties keep the lower d. q: [..., d], rms: [..., d]."""
+    weight = (np.abs(q) * rms).reshape(*q.shape[:-1], -1, 4)
+    order = np.argsort(-weight, axis=-1, kind="stable")
+    keep = np.zeros(weight.shape, bool)
+    np.put_along_axis(keep, order[..., :2], True, axis=-1)
+    return np.where(keep.reshape(q.shape), q, np.float32(0))
+
+
+def quantize(q: np.ndarray, k: np.ndarray, plan: Plan) -> Quantized:
+    """Codes in row order (see ``codes.Quantized``) by the plan's estimator."""
+    k_mean = channel_means(k)
+    with np.errstate(all="ignore"):
+        smooth_k = _heads_first(k) - k_mean[:, :, None]
+        rows = _heads_first(q)
+        if plan.estimator == "int4":
+            return _quantize_int4(rows, smooth_k, k_mean, channel_means(q), plan)
+        if plan.estimator == "int8-sp24":
+            rms = np.sqrt((smooth_k.astype(np.float64) ** 2).mean(axis=2)).astype(np.float32)
+            rms = np.repeat(rms, plan.group_size, axis=1)[:, :, None]
+            finite = np.isfinite(rows).all(axis=-1, keepdims=True)
+            rows = np.where(finite, prune_2_of_4(rows, np.nan_to_num(rms)), rows)
+        q_codes, q_scale = _codes(rows, _amax(rows, -1), 127)
+        k_codes, k_scale = _codes(smooth_k, _amax(smooth_k, (2, 3)), 127)
+    return Quantized(plan.estimator, 8, q_codes, k_codes, q_scale[..., 0], k_scale[:, :, 0, 0], k_mean)
+
+
+def _quantize_int4(rows, smooth_k, k_mean, q_mean, plan: Plan) -> Quantized:
+    batch, heads, seqlen_q, d = rows.shape
+    kv_heads, seqlen_k = smooth_k.shape[1:3]
+    smooth_q = rows - q_mean[:, :, None]
+    tiles = np.zeros((batch, heads, ceil_div(seqlen_q, 16) * 16, d), np.float32)
+    tiles[:, :, :seqlen_q] = smooth_q
+    tiles = tiles.reshape(batch, heads, -1, 2, 8, d)  # tile, half, row of the half
+    q_codes, q_scale = _codes(tiles, _amax(tiles, (3, 5)), 7)
+    blocks = np.zeros((batch, kv_heads, ceil_div(seqlen_k, 32) * 32, d), np.float32)
+    blocks[:, :, :seqlen_k] = smooth_k
+    blocks = blocks.reshape(batch, kv_heads, -1, 4, 4, 2, d)  # block, j // 8, group, j % 2
+    k_codes, k_scale = _codes(blocks, _amax(blocks, (3, 5, 6)), 7)
+    grouped = np.repeat(smooth_k, plan.group_size, axis=1)
+    correction = np.einsum("bhd,bhjd->bhj", q_mean.astype(np.float64), grouped.astype(np.float64)).astype(np.float32)
+    return Quantized(
+        "int4", 4,
+        q_codes.reshape(batch, heads, -1, d)[:, :, :seqlen_q],
+        k_codes.reshape(batch, kv_heads, -1, d)[:, :, :seqlen_k],
+        q_scale.reshape(batch, heads, -1), k_scale.reshape(batch, kv_heads, -1), k_mean, q_mean, correction,
+    )
+
+
+# --- anchors -------------------------------------------------------------------------------------------------------
+def anchor_keys(plan: Plan, tile: int) -> np.ndarray:
+    """Sorted anchor keys of a 64-row tile: the sink and the local range, each key once."""
+    begin, end = plan.local_range(tile)
+    return np.union1d(np.arange(plan.sink_end), np.arange(begin, end)).astype(np.int64)
+
+
+def _row_visible(plan: Plan, rows: np.ndarray) -> np.ndarray:
+    """How many keys each row sees."""
+    if not plan.causal:
+        return np.full(rows.shape, plan.seqlen_k)
+    return np.clip(rows + plan.offset + 1, 0, plan.seqlen_k)
+
+
+def anchor_statistics(q: np.ndarray, k: np.ndarray, k_mean: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """m, l: float32 [batch, heads, seqlen_q], maximum of s and sum of exp(s - m) over a row's visible anchor keys.
+
+    s is the score with the smoothed key: taken with the raw key, then softmax_scale * q.mean(k) is subtracted from m.
+    A row without a visible key has m = -inf, l = 0. float64 inside.
+    """
+    m = np.full((plan.batch, plan.num_heads, plan.seqlen_q), -np.inf, np.float32)
+    l = np.zeros_like(m)
+    queries, keys = _heads_first(q).astype(np.float64), _heads_first(k)
+    with np.errstate(all="ignore"):
+        for tile in range(plan.num_q_tiles):
+            rows = np.arange(tile * TILE_ROWS, min((tile + 1) * TILE_ROWS, plan.seqlen_q))
+            anchors = anchor_keys(plan, tile)
+            visible = anchors[None] < _row_visible(plan, rows)[:, None]
+            some = visible.any(axis=1)
+            if not some.any():
+                continue
+            for head in range(plan.num_heads):
+                kv = _kv(plan, head)
+                tile_q = queries[:, head, rows]
+                s = plan.softmax_scale * (tile_q @ keys[:, kv, anchors].astype(np.float64).swapaxes(1, 2))
+                s = np.where(visible[None], s, -np.inf)
+                top = s.max(axis=2)
+                total = np.exp(s - top[..., None]).sum(axis=2)
+                shift = plan.softmax_scale * np.einsum("brd,bd->br", tile_q, k_mean[:, kv].astype(np.float64))
+                m[:, head, rows] = np.where(some, top - shift, -np.inf)
+                l[:, head, rows] = np.where(some, total, 0)
+    return m, l
+
+
+def rows_that_vote(plan: Plan) -> np.ndarray:
+    """bool [seqlen_q]: rows that see a key and that query_stride tests."""
+    rows = np.arange(plan.seqlen_q)
+    block_start = rows // plan.block_q * plan.block_q
+    block_end = np.minimum(block_start + plan.block_q, plan.seqlen_q)
+    whole = block_end > plan.seqlen_q - plan.full_rows
+    tested = whole | ((rows - block_start) % plan.query_stride == 0)
+    return tested & (_row_visible(plan, rows) > 0)
+
+
+def row_limits(m: np.ndarray, l: np.ndarray, thresholds, plan: Plan) -> np.ndarray:
+    """y = m + ln(tau * l), float32 [batch, heads, seqlen_q]; -inf selects every visible block, +inf never votes."""
+    tau = np.broadcast_to(np.asarray(thresholds, np.float32), (plan.num_heads,))[None, :, None]
+    with np.errstate(all="ignore"):
+        y = (m + np.log(tau * l)).astype(np.float32)
+    y = np.where(np.isposinf(tau), np.float32(np.inf), y)
+    y = np.where(np.isfinite(m) & np.isfinite(l) & (tau > 0), y, np.float32(-np.inf))
+    return np.where(rows_that_vote(plan), y, np.float32(np.inf)).astype(np.float32)
+
+
+def integer_thresholds(y: np.ndarray, q_scale: np.ndarray, k_scale: np.ndarray, plan: Plan) -> np.ndarray:
+    """int32 T = floor(y / (softmax_scale * q_scale * k_scale)), clamped; the arguments broadcast."""
+    with np.errstate(all="ignore"):
+        x = np.floor(y / ((np.float32(plan.softmax_scale) * q_scale) * k_scale))
+        everything = np.isnan(x) | np.isneginf(y)
+        t = np.clip(np.where(np.isnan(x), 0, x).astype(np.float64), -CLAMP, CLAMP).astype(np.int64)
+    t = np.where(everything, SELECT_ALL, t)
+    return np.where(np.isposinf(y), SELECT_NONE, t).astype(np.int32)
+
+
+# --- estimate ------------------------------------------------------------------------------------------------------
+def anchor_blocks(plan: Plan) -> np.ndarray:
+    """bool [num_q_tiles, 32-key blocks]: blocks that hold an anchor key of the 64-row tile and that it sees."""
+    num_blocks = ceil_div(plan.seqlen_k, KEY_BLOCK)
+    anchors = np.zeros((plan.num_q_tiles, num_blocks), bool)
+    for tile in range(plan.num_q_tiles):
+        begin, end = plan.local_range(tile)
+        anchors[tile, : ceil_div(plan.sink_end, KEY_BLOCK)] = True
+        if end > begin:
+            anchors[tile, begin // KEY_BLOCK : ceil_div(end, KEY_BLOCK)] = True
+    return anchors & visible_blocks(plan)
+
+
+def visible_blocks(plan: Plan) -> np.ndarray:
+    """bool [num_q_tiles, 32-key blocks]: blocks with a pair that is inside the matrix and visible."""
+    starts = np.arange(ceil_div(plan.seqlen_k, KEY_BLOCK)) * KEY_BLOCK
+    ends = np.array([plan.visible_keys((t + 1) * TILE_ROWS) for t in range(plan.num_q_tiles)])
+    return starts[None] < ends[:, None]
+
+
+def _fold(fine: np.ndarray, plan: Plan) -> np.ndarray:
+    """OR bits of 64-row tiles and 32-key blocks up to the plan's blocks."""
+    rows, cols = plan.block_q // TILE_ROWS, plan.block_k // KEY_BLOCK
+    padded = np.zeros((*fine.shape[:2], plan.num_q_blocks * rows, plan.num_k_blocks * cols), bool)
+    padded[:, :, : fine.shape[2], : fine.shape[3]] = fine
+    return padded.reshape(*fine.shape[:2], plan.num_q_blocks, rows, plan.num_k_blocks, cols).any(axis=(3, 5))
+
+
+def estimate(quantized: Quantized, limits: np.ndarray, plan: Plan) -> BlockMask:
+    """Select blocks from codes and limits: int32 T [batch, heads, seqlen_q] for int8*, float32 y for int4."""
+    num_blocks = ceil_div(plan.seqlen_k, KEY_BLOCK)
+    votes = np.zeros((plan.batch, plan.num_heads, plan.num_q_tiles, num_blocks), bool)
+    padded_k = num_blocks * KEY_BLOCK
+    chunk = max(TILE_ROWS, (2**24 // max(padded_k, 1)) // TILE_ROWS * TILE_ROWS)
+    for b in range(plan.batch):
+        for head in range(plan.num_heads):
+            kv = _kv(plan, head)
+            codes_k = np.zeros((padded_k, plan.head_dim), np.float32)
+            codes_k[: plan.seqlen_k] = quantized.k_codes[b, kv]
+            for start in range(0, plan.seqlen_q, chunk):
+                rows = np.arange(start, min(start + chunk, plan.seqlen_q))
+                # Exact: |sum of products| < 2^24 for head_dim <= 256.
+                acc = quantized.q_codes[b, head, rows].astype(np.float32) @ codes_k.T
+                if plan.estimator == "int4":
+                    vote = _vote_int4(acc, quantized, limits[b, head, rows], rows, b, head, plan)
+                else:
+                    vote = acc > limits[b, head, rows, None]
+                if not plan.causal or plan.seqlen_k % KEY_BLOCK:
+                    vote[:, plan.seqlen_k :] = False
+                if plan.causal:
+                    vote &= np.arange(padded_k)[None] < _row_visible(plan, rows)[:, None]
+                vote = vote.reshape(rows.size, num_blocks, KEY_BLOCK).any(axis=2)
+                for tile in range(start // TILE_ROWS, ceil_div(rows[-1] + 1, TILE_ROWS)):
+                    first = tile * TILE_ROWS - start
+                    votes[b, head, tile] = vote[first : first + TILE_ROWS].any(axis=0)
+    bits = (votes | anchor_blocks(plan)) & visible_blocks(plan)
+    return BlockMask.from_dense(_fold(bits, plan), plan.block_q, plan.block_k, plan.seqlen_q, plan.seqlen_k, plan.causal)
+
+
+def _vote_int4(acc, quantized: Quantized, y, rows, b: int, head: int, plan: Plan) -> np.ndarray:
+    """acc + rint(c_j / (sq * sk)) > T, with the scales of the row pair and of the key group."""
+    kv = _kv(plan, head)
+    q_scale = quantized.q_scale[b, head][8 * (rows // 16) + rows % 8][:, None]
+    keys = np.arange(acc.shape[1])
+    k_scale = quantized.k_scale[b, kv][4 * (keys // 32) + keys % 8 // 2][None]
+    c = np.zeros(acc.shape[1], np.float32)
+    c[: plan.seqlen_k] = quantized.correction[b, head]
+    with np.errstate(all="ignore"):
+        correction = np.fmax(np.float32(-CLAMP), np.fmin(np.float32(CLAMP), c[None] / (q_scale * k_scale)))
+        correction = np.rint(correction).astype(np.int64)
+    return acc.astype(np.int64) + correction > integer_thresholds(y[:, None], q_scale, k_scale, plan)
+
+
+# --- attend --------------------------------------------------------------------------------------------------------
+def attend(q, k, v, mask: BlockMask | None, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """out like q and lse float32 [batch, heads, seqlen_q] over the selected, visible keys; mask None: all of them."""
+    out = np.zeros(q.shape, q.dtype)
+    lse = np.full((plan.batch, plan.num_heads, plan.seqlen_q), -np.inf, np.float32)
+    if plan.seqlen_q == 0 or plan.seqlen_k == 0:
+        return out, lse
+    queries, keys, values = _heads_first(q), _heads_first(k), _heads_first(v)
+    bits = None if mask is None else mask.to_dense()
+    scale = np.float32(plan.softmax_scale)
+    with np.errstate(all="ignore"):
+        for block in range(plan.num_q_blocks):
+            rows = np.arange(block * plan.block_q, min((block + 1) * plan.block_q, plan.seqlen_q))
+            seen = _row_visible(plan, rows)
+            for b in range(plan.batch):
+                for head in range(plan.num_heads):
+                    kv = _kv(plan, head)
+                    if bits is None:
+                        cols = np.arange(seen.max())
+                    else:
+                        blocks = np.flatnonzero(bits[b, head, block])
+                        cols = (blocks[:, None] * plan.block_k + np.arange(plan.block_k)).ravel()
+                        cols = cols[cols < seen.max()]
+                    if cols.size == 0:
+                        continue
+                    s = scale * (queries[b, head, rows] @ keys[b, kv, cols].T)
+                    s = np.where(cols[None] < seen[:, None], s, np.float32(-np.inf))
+                    top = s.max(axis=1, keepdims=True)
+                    p = np.exp(s - np.where(np.isneginf(top), np.float32(0), top))
+                    total = p.sum(axis=1, keepdims=True)
+                    some = ~(total == 0)
+                    o = np.where(some, (p @ values[b, kv, cols]) / np.where(some, total, 1), 0)
+                    out[b, rows, head] = o.astype(q.dtype)
+                    lse[b, head, rows] = np.where(some, top + np.log(np.where(some, total, 1)), -np.inf)[:, 0]
+    return out, lse
+
+
+def dense_attention(q, k, v, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Exact attention: out like q, lse float32 [batch, heads, seqlen_q]."""
+    return attend(q, k, v, None, plan)
+
+
+def sparse_attention(q, k, v, thresholds, plan: Plan):
+    """The whole pipeline: out, lse, mask (None when dense by length)."""
+    if plan.is_dense or plan.seqlen_q == 0:
+        return (*dense_attention(q, k, v, plan), None)
+    quantized = quantize(q, k, plan)
+    m, l = anchor_statistics(q, k, quantized.k_mean, plan)
+    limits = row_limits(m, l, thresholds, plan)
+    if plan.estimator != "int4":
+        limits = integer_thresholds(limits, quantized.q_scale, quantized.k_scale[:, :, None].repeat(plan.group_size, 1), plan)
+    mask = estimate(quantized, limits, plan)
+    return (*attend(q, k, v, mask, plan), mask)

@@ -1,0 +1,71 @@
+"""CUtensorMap records for the Hopper copy engine, encoded by the driver (CUDA driver API, ``cuTensorMapEncodeTiled``)."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+from functools import lru_cache
+
+import numpy as np
+
+from .errors import GpuError
+
+TENSOR_MAP = np.dtype([("opaque", "<u8", (16,))])
+_FLOAT16, _BFLOAT16 = 6, 9  # CU_TENSOR_MAP_DATA_TYPE_*
+_SWIZZLE_128B, _L2_256B = 3, 3
+
+
+@lru_cache(maxsize=1)
+def _encode_tiled():
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            return ctypes.CDLL(name).cuTensorMapEncodeTiled
+        except (OSError, AttributeError):
+            continue
+    raise GpuError("the NVIDIA driver has no cuTensorMapEncodeTiled; salekit's Hopper kernels need driver 525 or newer")
+
+
+def can_encode(array) -> bool:
+    """Whether a ``[batch, seqlen, heads, head_dim]`` view fits the copy engine: strides of 16 bytes and more, none zero."""
+    item = array.dtype.itemsize
+    return array.data.ptr % 16 == 0 and all(
+        size == 1 or (stride > 0 and stride % 16 == 0 and stride < 2**40)
+        for size, stride in zip(array.shape[:3], array.strides[:3])
+    ) and array.strides[3] == item
+
+
+@lru_cache(maxsize=256)
+def _encode(pointer: int, is_bfloat16: bool, sizes: tuple, strides: tuple, box_rows: int) -> np.ndarray:
+    raw = np.zeros(128 + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    aligned = raw[start:start + 128]
+    error = _encode_tiled()(
+        ctypes.c_void_p(aligned.ctypes.data),
+        ctypes.c_int(_BFLOAT16 if is_bfloat16 else _FLOAT16),
+        ctypes.c_uint32(4),
+        ctypes.c_void_p(pointer),
+        (ctypes.c_uint64 * 4)(*sizes),
+        (ctypes.c_uint64 * 3)(*strides),
+        (ctypes.c_uint32 * 4)(64, box_rows, 1, 1),
+        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+        ctypes.c_int(0), ctypes.c_int(_SWIZZLE_128B), ctypes.c_int(_L2_256B), ctypes.c_int(0),
+    )
+    if error:
+        raise GpuError(f"cuTensorMapEncodeTiled failed with CUDA error {error} for sizes {sizes}, strides {strides}")
+    return aligned.copy().view(TENSOR_MAP)
+
+
+def tensor_map(array, box_rows: int) -> np.ndarray:
+    """A size-1 ``TENSOR_MAP`` record for a CuPy ``[batch, seqlen, heads, head_dim]`` 16-bit view.
+
+    Boxes are ``box_rows`` rows of 64 elements, written to shared memory with the 128-byte swizzle; coordinates are
+    (element, row, head, batch). Raises GpuError when the driver refuses.
+    """
+    batch, seqlen, heads, head_dim = array.shape
+    sizes = (head_dim, seqlen, heads, batch)
+    whole = head_dim * array.dtype.itemsize
+    strides = tuple(
+        stride if size > 1 else whole
+        for size, stride in ((seqlen, array.strides[1]), (heads, array.strides[2]), (batch, array.strides[0]))
+    )
+    return _encode(array.data.ptr, array.dtype.name == "bfloat16", sizes, strides, box_rows)

@@ -1,0 +1,96 @@
+"""Thresholds tau: what callers pass, what the stages take, and files of them."""
+
+from __future__ import annotations
+
+import json
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ArgumentError, DtypeError, FileFormatError
+
+SCHEMA = 1
+
+
+def as_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
+    """A float, or float32 [num_heads] where ``q`` (a checked array) is.
+
+    Host values must be >= 0 and not NaN (inf is fine). An array on the GPU is not read, so that nothing waits for it:
+    NaN or a negative value there means a dense head. Raises ArgumentError, DtypeError.
+    """
+    from .arrays import _import_array, _place, _place_name, import_cupy, is_cuda
+
+    if isinstance(thresholds, Real) and not isinstance(thresholds, (bool, np.bool_)):
+        return float(_check_values(np.float64(thresholds)))
+    if isinstance(thresholds, np.ndarray) and thresholds.ndim == 0:
+        return float(_check_values(_as_host(thresholds)))
+    if isinstance(thresholds, (list, tuple)):
+        try:
+            thresholds = np.array(thresholds)
+        except ValueError as error:
+            raise ArgumentError(f"thresholds: got a ragged list; wants {num_heads} numbers, one a head") from error
+    place, want = _place("thresholds", thresholds), q.device.id if is_cuda(q) else None
+    if place is None:
+        values = _as_host(_import_array("thresholds", thresholds, None))
+        _check_shape(values.shape, num_heads)
+        values = np.ascontiguousarray(_check_values(values), np.float32)
+        return import_cupy().asarray(values) if is_cuda(q) else values
+    if place != want:
+        wants = "host memory" if want is None else f"{_place_name(want)} or host memory"
+        raise ArgumentError(f"thresholds: is on {_place_name(place)}; wants {wants}")
+    values = _import_array("thresholds", thresholds, place)
+    if values.dtype != np.float32:
+        raise DtypeError(f"thresholds: got dtype {values.dtype} on the GPU; wants float32")
+    _check_shape(values.shape, num_heads)
+    if not values.flags.c_contiguous:
+        raise ArgumentError("thresholds: is not contiguous; wants a contiguous array on the GPU")
+    return values
+
+
+def _as_host(values: np.ndarray) -> np.ndarray:
+    if values.dtype.kind not in "fiu" and values.dtype.name != "bfloat16":
+        raise DtypeError(f"thresholds: got dtype {values.dtype}; wants real numbers")
+    return values.astype(np.float64)
+
+
+def _check_shape(shape: tuple, num_heads: int) -> None:
+    if tuple(shape) != (num_heads,):
+        raise ArgumentError(f"thresholds: got shape {tuple(shape)}; wants a scalar or [num_heads] = ({num_heads},)")
+
+
+def _check_values(values: Any) -> Any:
+    bad = np.flatnonzero(~(np.atleast_1d(values) >= 0))
+    if bad.size:
+        where = f" for head {bad[0]}" if np.ndim(values) else ""
+        raise ArgumentError(f"thresholds: got {np.atleast_1d(values)[bad[0]]:g}{where}; wants values >= 0, not NaN")
+    return values
+
+
+def load_thresholds(path: str | Path) -> np.ndarray:
+    """Per-head thresholds of a JSON file, float32 [num_heads].
+
+    The file holds ``{"schema": 1, "thresholds": [0.008, ...]}`` or the list alone; ``Infinity`` is a value.
+    Raises FileFormatError, with the path, when it is missing, malformed or holds anything else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: is not JSON: {error}") from error
+    values = content
+    if isinstance(content, dict):
+        if content.get("schema") != SCHEMA:
+            raise FileFormatError(f"{path}: got schema {content.get('schema')!r}; wants {SCHEMA}")
+        values = content.get("thresholds")
+    if not isinstance(values, list) or not values:
+        raise FileFormatError(f"{path}: wants a list of numbers, one a head, alone or under \"thresholds\"")
+    for head, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            raise FileFormatError(f"{path}: got {value!r} for head {head}; wants a number >= 0")
+    try:
+        return np.array([float(value) for value in values], np.float32)
+    except OverflowError as error:
+        raise FileFormatError(f"{path}: holds a number too large for a float") from error

@@ -1,0 +1,180 @@
+"""salekit validate without a GPU: the twin passes, and an error planted in any stage is found."""
+
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from salekit import reference, workloads
+from salekit.block_mask import BlockMask
+from salekit.codes import Quantized, rows_to_tiles, tiles_to_rows
+
+validate_module = pytest.importorskip("salekit.cli.validate")
+SETTINGS = dict(input_file=None, backend="numpy", query_stride="1", tau=0.008, block="128x32")
+
+
+def failed(report):
+    return [check["stage"] for check in report["checks"] if not check["passed"]]
+
+
+@pytest.mark.parametrize("estimator", ["int4", "int8", "int8-sp24"])
+def test_the_twin_passes(estimator):
+    report = validate_module.run_validate(**SETTINGS, seqlen="3000", estimator=estimator)
+    assert report["passed"], report["checks"]
+    assert report["backend"] == "numpy" and report["plan"]["estimator"] == estimator
+    assert {"quantise", "anchors", "limits", "estimate", "attend", "pipeline"} == {c["stage"] for c in report["checks"]}
+    # Real activations at 3,000 tokens: sparse in part, and most of the attention mass is kept.
+    assert all(head["density"] < 0.9 and head["recall"] > 0.9 for head in report["heads"])
+    json.dumps(report, allow_nan=False)
+
+
+@pytest.mark.parametrize("tau", [0.0, float("inf")])
+def test_extreme_thresholds_pass(tau):
+    report = validate_module.run_validate(**{**SETTINGS, "tau": tau}, seqlen="500", estimator="int8")
+    assert not failed(report)
+    if tau == 0:
+        assert all(head["density"] == 1 and head["recall"] == 1 for head in report["heads"])
+
+
+# --- an error in one stage -----------------------------------------------------------------------------------------
+class Device(np.ndarray):
+    """An array that stands for one on a GPU."""
+
+    def get(self):
+        return np.array(self)
+
+
+def put(x):
+    return np.ascontiguousarray(x).view(Device)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The stages as the kernels would answer, from the twin; ``broken[stage]`` spoils what a stage returns."""
+    broken = {}
+
+    def spoil(stage, x):
+        return broken[stage](x) if stage in broken else x
+
+    def quantize(q, k, plan):
+        codes = reference.quantize(q, k, plan)
+        fields = {name: getattr(codes, name) for name in ("q_scale", "k_scale", "k_mean", "q_mean", "correction")}
+        fields = {name: None if x is None else put(spoil(name, x)) for name, x in fields.items()}
+        rows = (spoil("q_codes", codes.q_codes), spoil("k_codes", codes.k_codes))
+        return Quantized(codes.estimator, 8, *(put(rows_to_tiles(x, 8)) for x in rows), **fields)
+
+    def anchor_statistics(q, k, k_mean, plan):
+        m, l = reference.anchor_statistics(q, k, k_mean, plan)
+        return put(spoil("m", m)), put(spoil("l", l))
+
+    def row_limits(m, l, codes, tau, plan):
+        y = reference.row_limits(np.asarray(m), np.asarray(l), tau, plan)
+        if plan.estimator != "int4":
+            k_scale = np.asarray(codes.k_scale).repeat(plan.group_size, axis=1)[..., None]
+            y = reference.integer_thresholds(y, np.asarray(codes.q_scale), k_scale, plan)
+        return put(spoil("limits", y))
+
+    def estimate(codes, limits, plan):
+        host = validate_module._codes_on_host(codes, plan, tiles_to_rows)
+        mask = reference.estimate(host, np.asarray(limits), plan)
+        dense = spoil("mask", mask.to_dense())
+        mask = BlockMask.from_dense(dense, mask.block_q, mask.block_k, mask.seqlen_q, mask.seqlen_k, mask.causal)
+        return BlockMask(put(mask.words), mask.block_q, mask.block_k, mask.seqlen_q, mask.seqlen_k, mask.causal)
+
+    def attend(q, k, v, mask, plan, out=None, return_lse=False):
+        out, lse = reference.attend(q, k, v, mask, plan)
+        return put(spoil("out", out)), put(spoil("lse", lse))
+
+    def sparse_attention(q, k, v, *, thresholds, return_lse=False, return_mask=False, **options):
+        from salekit.arrays import make_plan
+
+        plan = make_plan(q, k, v, **options)
+        codes = quantize(q, k, plan)
+        limits = row_limits(*anchor_statistics(q, k, codes.k_mean, plan), codes, thresholds, plan)
+        mask = estimate(codes, limits, plan)
+        out, lse = attend(q, k, v, mask, plan)
+        return (out, lse, mask) if return_lse else out
+
+    for name in ("quantize", "anchors", "estimate", "attend", "attention", "cli.bench"):
+        importlib.import_module(f"salekit.{name}")
+    replaced = {
+        "quantize": [quantize],
+        "anchors": [anchor_statistics, row_limits],
+        "estimate": [estimate],
+        "attend": [attend],
+        "attention": [sparse_attention],
+    }
+    for module, functions in replaced.items():
+        for function in functions:
+            monkeypatch.setattr(sys.modules[f"salekit.{module}"], function.__name__, function)
+    monkeypatch.setattr(sys.modules["salekit.cli.bench"], "to_device", lambda x: x)
+    monkeypatch.setattr(validate_module, "_choose_cuda", lambda backend: True)
+    monkeypatch.setattr("salekit.timing.gpu_info", lambda: {"name": "stand-in"})
+    return broken
+
+
+def run(estimator="int8"):
+    return validate_module.run_validate(**SETTINGS, seqlen="700", estimator=estimator)
+
+
+@pytest.mark.parametrize("estimator", ["int4", "int8", "int8-sp24"])
+def test_faultless_kernels_pass(kernels, estimator):
+    report = run(estimator)
+    assert report["passed"], report["checks"]
+
+
+def _changed(x, change):
+    x = np.array(x)
+    x.reshape(-1)[x.size // 2] = change(x.reshape(-1)[x.size // 2])
+    return x
+
+
+@pytest.mark.parametrize(
+    "what, change, stage",
+    [
+        ("q_codes", lambda c: c - 1 if c > 0 else c + 1, "quantise"),
+        ("k_codes", lambda c: c - 2 if c > 0 else c + 2, "quantise"),
+        ("q_scale", lambda s: np.nextafter(s, np.float32(9)), "quantise"),
+        ("k_mean", lambda x: x + 0.1, "quantise"),
+        ("k_mean", lambda x: np.nan, "quantise"),
+        ("m", lambda m: m + 0.5, "anchors"),
+        ("l", lambda l: l * 1.2, "anchors"),
+        ("l", lambda l: np.nan, "anchors"),
+        ("limits", lambda t: t + 3, "limits"),
+        ("mask", lambda bit: not bit, "estimate"),
+        ("out", lambda x: np.nan, "attend"),
+        ("lse", lambda x: x + 0.05, "attend"),
+    ],
+)
+def test_a_planted_error_is_found(kernels, monkeypatch, what, change, stage):
+    monkeypatch.setattr(validate_module, "MAX_ROWS", 700)  # every row, so that the spoilt one is among them
+    kernels[what] = lambda x: _changed(x, change)
+    assert stage in failed(run())
+
+
+def test_exit_code_5(kernels):
+    kernels["out"] = lambda x: x * np.asarray(1.5, x.dtype)
+    result = CliRunner().invoke(validate_module.validate, ["--seqlen", "300", "--json"])
+    assert result.exit_code == 5, result.output
+
+
+def test_a_file_and_its_json(tmp_path):
+    q, k, v = workloads.llm_like_qkv(600, 2, 1, 64, dtype="float16")
+    np.savez(tmp_path / "x.npz", q=q, k=k, v=v)
+    target = tmp_path / "report.json"
+    arguments = ["--input", str(tmp_path / "x.npz"), "--backend", "numpy", "-o", str(target)]
+    result = CliRunner().invoke(validate_module.validate, arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads(target.read_text())
+    assert report["schema"] == 1 and report["passed"] and report["plan"]["dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--tau", "nan"], ["--tau", "-1"], ["--seqlen", "1k,2k"], ["--input", "missing.npz"]]
+)
+def test_usage_errors(arguments):
+    result = CliRunner().invoke(validate_module.validate, arguments)
+    assert result.exit_code == 2

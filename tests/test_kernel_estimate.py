@@ -1,0 +1,235 @@
+"""The estimation kernels against their twin: the same codes, scales, corrections and limits give the same words."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from salekit import jit, reference
+from salekit.codes import Quantized, rows_to_tiles
+from salekit.estimate import estimate
+from salekit.plans import SELECT_ALL, SELECT_NONE, Plan, ceil_div
+
+pytestmark = pytest.mark.gpu
+
+PATHS = [  # estimator, kernel, bits of a stored code
+    pytest.param(("int8", "mma", 8), id="int8-mma"),
+    pytest.param(("int8", "wgmma", 8), id="int8-wgmma"),
+    pytest.param(("int8-sp24", "auto", 8), id="sp24-auto"),
+    pytest.param(("int4", "mma", 4), id="int4-packed"),
+    pytest.param(("int4", "mma", 8), id="int4-bytes"),
+]
+
+
+def make_plan(estimator, seqlen_q, seqlen_k, *, batch=1, heads=2, kv_heads=1, head_dim=128, **options) -> Plan:
+    return Plan(
+        batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
+        dtype="bfloat16", softmax_scale=head_dim**-0.5, estimator=estimator, dense_below=0, **options,
+    )
+
+
+def make_inputs(plan: Plan, seed: int = 0) -> tuple[Quantized, np.ndarray]:
+    """Random full-range codes in rows, and limits that some of the blocks pass, with the special values."""
+    rng = np.random.default_rng(seed)
+    largest = 7 if plan.estimator == "int4" else 127
+    q_shape = (plan.batch, plan.num_heads, plan.seqlen_q)
+    k_shape = (plan.batch, plan.num_kv_heads, plan.seqlen_k)
+    q_codes = rng.integers(-largest, largest + 1, (*q_shape, plan.head_dim)).astype(np.int8)
+    k_codes = rng.integers(-largest, largest + 1, (*k_shape, plan.head_dim)).astype(np.int8)
+    # The largest of the 64 * 32 scores of a block is near 3.4 standard deviations, and rows differ in their limit.
+    deviation = float(largest * (largest + 1) / 3 * plan.head_dim**0.5)
+    limits = rng.normal(4.0 * deviation, 0.3 * deviation, q_shape)
+    special = rng.random(q_shape)
+    special[:, -1] = np.where(special[:, -1] < 0.01, 0, 1)  # the last head alone has rows that select everything
+    if plan.estimator != "int4":
+        limits = np.floor(limits).astype(np.int32)
+        limits[special == 0] = SELECT_ALL
+        limits[(special > 0.2) & (special < 0.3)] = SELECT_NONE
+        return Quantized(plan.estimator, 8, q_codes, k_codes, None, None, None), limits
+
+    q_scale = rng.uniform(0.01, 0.02, (*q_shape[:2], 8 * ceil_div(plan.seqlen_q, 16))).astype(np.float32)
+    k_scale = rng.uniform(0.01, 0.02, (*k_shape[:2], 4 * ceil_div(plan.seqlen_k, 32))).astype(np.float32)
+    unit = 0.015**2
+    correction = (rng.normal(0, deviation * unit, (*q_shape[:2], plan.seqlen_k))).astype(np.float32)
+    # Scores with a correction spread by sqrt(2) more. Half-integer quotients, ties, come from equal scales.
+    q_scale[:, 0, :8] = k_scale[:, 0, :4] = 0.015625
+    correction[:, 0, :32] = np.round(correction[:, 0, :32] * 8192) / 8192
+    y = (limits * np.sqrt(2) * unit * plan.softmax_scale).astype(np.float32)
+    y[special == 0] = -np.inf
+    y[(special > 0.2) & (special < 0.3)] = np.inf
+    return Quantized("int4", 8, q_codes, k_codes, q_scale, k_scale, None, None, correction), y
+
+
+def poison_odd_groups(quantized: Quantized, limits: np.ndarray) -> None:
+    """Scales, corrections and limits that leave the fast path, in place."""
+    for array, period, values in (
+        (quantized.q_scale, 149, (np.nan, 1e-30, 1e30, np.inf)),
+        (quantized.k_scale, 53, (np.nan, 1e-25, 1e25, 1e-38)),
+        (quantized.correction, 89, (np.nan, 1e30, -1e30, np.inf, -np.inf, 1e-44, 0.0, 1e5, -1e5)),
+        (limits, 211, (1e30, np.nan, 0.0, -0.0, -1e30, 1e-44, -1e-44)),
+    ):
+        spots = array.reshape(-1)[::period]
+        spots[:] = np.resize(np.array(values, np.float32), spots.size)
+
+
+def _pad(array: np.ndarray, length: int, value) -> np.ndarray:
+    padded = np.full((*array.shape[:2], length), value, array.dtype)
+    padded[..., : array.shape[2]] = array
+    return padded
+
+
+def to_gpu(quantized: Quantized, limits: np.ndarray, plan: Plan, code_bits: int):
+    """The GPU's copy: tiles, and padding that must not count poisoned with NaN."""
+    import cupy
+
+    int4 = plan.estimator == "int4"
+    fields = {}
+    if int4:
+        fields = {
+            "q_scale": cupy.asarray(_pad(quantized.q_scale, plan.padded_q // 2, np.nan)),
+            "k_scale": cupy.asarray(_pad(quantized.k_scale, plan.padded_k // 8, np.nan)),
+            "correction": cupy.asarray(_pad(quantized.correction, plan.padded_k, np.nan)),
+        }
+    tiles = Quantized(
+        plan.estimator, code_bits, cupy.asarray(rows_to_tiles(quantized.q_codes, code_bits)),
+        cupy.asarray(rows_to_tiles(quantized.k_codes, code_bits)),
+        fields.pop("q_scale", None), fields.pop("k_scale", None), None, **fields,
+    )
+    return tiles, cupy.asarray(_pad(limits, plan.padded_q, np.inf if int4 else SELECT_NONE))
+
+
+def run(tiles: Quantized, limits, plan: Plan, kernel: str) -> np.ndarray:
+    """The kernel's words; whatever memory it gets is poisoned."""
+    import cupy
+
+    num_words = plan.num_words if plan.block_k == 32 else ceil_div(plan.seqlen_k, 1024)
+    for words in {plan.num_words, num_words}:
+        size = plan.batch * plan.num_heads * plan.num_q_blocks * words * 4
+        poison = cupy.empty(size, np.uint8)
+        poison.data.memset(0xA5, size)
+        del poison
+    return estimate(tiles, limits, plan, kernel=kernel).words.get()
+
+
+def check(plan: Plan, path, seed: int = 0, inputs=None) -> np.ndarray:
+    _, kernel, code_bits = path
+    plan = plan.replace(arch=jit.device_arch())
+    if kernel == "wgmma" and plan.arch != "sm_90a":
+        pytest.skip("wgmma needs sm_90a")
+    if code_bits == 4 and plan.arch not in ("sm_80", "sm_86", "sm_89", "sm_90a"):
+        pytest.skip("packed int4 codes are not used on this GPU")
+    quantized, limits = inputs or make_inputs(plan, seed)
+    expected = reference.estimate(quantized, limits, plan).words
+    tiles, gpu_limits = to_gpu(quantized, limits, plan, code_bits)
+    got = run(tiles, gpu_limits, plan, kernel)
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    wrong = np.argwhere(got != expected)
+    assert not wrong.size, (
+        f"{len(wrong)} of {got.size} words differ; first at {wrong[0]}: "
+        f"got {got[tuple(wrong[0])]:08x}, expected {expected[tuple(wrong[0])]:08x}"
+    )
+    assert np.array_equal(run(tiles, gpu_limits, plan, kernel), got), "two runs differ"
+    return got
+
+
+@pytest.mark.parametrize("block_q", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("path", PATHS)
+def test_shapes(path, head_dim, block_q):
+    lengths = [1, 31, 32, 33, 63, 65, 127, 128, 129, 255, 257, 1000, 2049]
+    for index, seqlen in enumerate(lengths):
+        for causal in (True, False):
+            plan = make_plan(path[0], seqlen, seqlen, head_dim=head_dim, block_q=block_q, causal=causal)
+            check(plan, path, seed=index)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "lengths", [(1, 2049), (64, 1000), (200, 3000), (129, 1023), (1000, 31), (2049, 129), (700, 690)]
+)
+@pytest.mark.parametrize("path", PATHS)
+def test_cached_and_short_keys(path, lengths, causal):
+    for block_q in (64, 128):
+        check(make_plan(path[0], *lengths, block_q=block_q, causal=causal), path)
+
+
+@pytest.mark.parametrize("block", [(q, k) for q in (64, 128) for k in (32, 64, 128)])
+@pytest.mark.parametrize("path", PATHS)
+def test_blocks(path, block):
+    for lengths in ((1000, 1000), (130, 4200), (1, 1), (65, 2081)):
+        for causal in (True, False):
+            check(make_plan(path[0], *lengths, block_q=block[0], block_k=block[1], causal=causal), path)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1), (8, 1), (8, 2)])
+@pytest.mark.parametrize("path", PATHS)
+def test_batch_and_groups(path, heads):
+    for head_dim in (64, 128):
+        check(make_plan(path[0], 515, 777, batch=2, heads=heads[0], kv_heads=heads[1], head_dim=head_dim), path)
+
+
+@pytest.mark.parametrize("anchors", [(0, 0), (1, 0), (100, 64), (33, 1000), (5000, 16), (32, 5000)])
+@pytest.mark.parametrize("path", PATHS)
+def test_anchors(path, anchors):
+    for causal in (True, False):
+        for lengths in ((1000, 1000), (500, 1500), (900, 300)):
+            check(make_plan(path[0], *lengths, sink=anchors[0], local=anchors[1], causal=causal), path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_long_rows(path):
+    """More words than the wgmma kernel keeps between two stores."""
+    for block_q in (64, 128):
+        check(make_plan(path[0], 300, 70_001, heads=1, block_q=block_q), path)
+        check(make_plan(path[0], 100, 33_000, heads=1, block_q=block_q, causal=False), path)
+
+
+@pytest.mark.parametrize("seqlen_k", [1, 33, 95, 127, 1000, 1023, 2049])
+@pytest.mark.parametrize("path", PATHS)
+def test_absent_keys_do_not_vote(path, seqlen_k):
+    """Every score is below its negative limit; the zero scores of absent keys are not."""
+    plan = make_plan(path[0], 200, seqlen_k, causal=False, sink=0, local=0, head_dim=64)
+    quantized, limits = make_inputs(plan)
+    quantized.q_codes[:] = np.maximum(np.abs(quantized.q_codes), 1)
+    quantized.k_codes[:] = -np.maximum(np.abs(quantized.k_codes), 1)
+    if path[0] == "int4":
+        quantized.correction[:] = 0
+    limits[:] = -1e-7 if path[0] == "int4" else -1
+    words = check(plan, path, inputs=(quantized, limits))
+    none = plan.replace(arch=None)
+    limits[:] = np.inf if path[0] == "int4" else SELECT_NONE
+    assert np.array_equal(words, reference.estimate(quantized, limits, none).words), "an absent key voted"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_all_and_none(path):
+    for limit in (-np.inf, np.inf):
+        for causal in (True, False):
+            plan = make_plan(path[0], 777, 1111, causal=causal)
+            quantized, limits = make_inputs(plan)
+            limits[:] = limit if path[0] == "int4" else {-np.inf: SELECT_ALL, np.inf: SELECT_NONE}[limit]
+            words = check(plan, path, inputs=(quantized, limits))
+            if limit < 0:
+                counts = np.unpackbits(words.view(np.uint8), axis=-1).sum(axis=-1)
+                assert (counts == plan.visible_blocks).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_int4_odd_groups(bits):
+    """Groups outside the range of the fast division: NaN and infinite scales, quotients that overflow or vanish."""
+    for causal in (True, False):
+        for lengths in ((300, 1300), (1000, 1000)):
+            plan = make_plan("int4", *lengths, heads=3, causal=causal, full_rows=0)
+            quantized, limits = make_inputs(plan)
+            # Row tiles in the middle alone, so that not every block is selected.
+            part = slice(64, 128)
+            odd = Quantized(
+                "int4", 8, quantized.q_codes, quantized.k_codes, quantized.q_scale.copy(), quantized.k_scale.copy(),
+                None, None, quantized.correction.copy(),
+            )
+            odd_limits = limits.copy()
+            poison_odd_groups(odd, odd_limits)
+            check(plan, ("int4", "mma", bits), inputs=(odd, odd_limits))
+            mixed = limits.copy()
+            mixed[..., part] = odd_limits[..., part]
+            check(plan, ("int4", "mma", bits), inputs=(quantized, mixed))

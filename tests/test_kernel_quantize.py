@@ -1,0 +1,201 @@
+"""Quantisation, anchors and limits on the GPU against the twin, each within a derived bound."""
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+import ml_dtypes  # noqa: E402
+
+from salekit import codes, reference  # noqa: E402
+from salekit.plans import SELECT_ALL, SELECT_NONE, Plan  # noqa: E402
+
+EPS = 2.0**-24  # float32 unit roundoff
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def make_case(seqlen_q, seqlen_k, heads=4, kv_heads=2, batch=1, head_dim=128, dtype="bfloat16", estimator="int8",
+              layout="bshd", seed=0, plant=None, **options):
+    cp = pytest.importorskip("cupy")
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((batch, seqlen_q, heads, head_dim)).astype(np.float32)
+    k = (2 * rng.standard_normal((batch, seqlen_k, kv_heads, head_dim)) + 3 * rng.standard_normal(head_dim)).astype(np.float32)
+    if plant:
+        plant(q, k)
+    q, k = q.astype(DTYPES[dtype]), k.astype(DTYPES[dtype])
+    from salekit.jit import device_arch
+
+    plan = Plan(batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim, dtype, head_dim**-0.5, estimator=estimator,
+                dense_below=0, arch=device_arch(), **options)
+
+    def move(x):
+        if layout == "bhsd":
+            return cp.asarray(np.ascontiguousarray(x.transpose(0, 2, 1, 3))).transpose(0, 2, 1, 3)
+        return cp.asarray(x)
+
+    return q, k, move(q), move(k), plan
+
+
+CASES = [
+    dict(seqlen_q=1, seqlen_k=1),
+    dict(seqlen_q=127, seqlen_k=129, head_dim=64),
+    dict(seqlen_q=1000, seqlen_k=1000, batch=2, layout="bhsd"),
+    dict(seqlen_q=513, seqlen_k=2049, heads=8, kv_heads=1, dtype="float16"),
+    dict(seqlen_q=2047, seqlen_k=511, heads=3, kv_heads=3, dtype="float16", head_dim=64),
+]
+ESTIMATORS = ("int8", "int8-sp24", "int4")
+
+
+def stage(name):
+    import importlib
+
+    return importlib.import_module(f"salekit.{name}")
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_codes_and_scales_follow_the_twin(case, estimator):
+    q, k, q_gpu, k_gpu, plan = make_case(**case, estimator=estimator)
+    want = reference.quantize(q, k, plan)
+    got = stage("quantize").quantize(q_gpu, k_gpu, plan)
+    # A mean of n float32 numbers summed in chunks: (32 + 32 + 1) roundings of at most the largest magnitude.
+    top = np.abs(k.astype(np.float32)).max()
+    assert np.abs(got.k_mean.get() - want.k_mean).max() <= 66 * EPS * top
+    q_codes = codes.tiles_to_rows(got.q_codes.get(), got.code_bits, plan.seqlen_q)
+    k_codes = codes.tiles_to_rows(got.k_codes.get(), got.code_bits, plan.seqlen_k)
+    # The means differ by rounding alone, so a code moves by at most one, and rarely; pruning may swap two near ties.
+    assert np.abs(k_codes.astype(int) - want.k_codes).max() <= 1
+    assert (k_codes != want.k_codes).mean() <= 1e-2
+    if estimator == "int8":
+        assert np.array_equal(q_codes, want.q_codes)
+        assert np.array_equal(got.q_scale.get()[:, :, : plan.seqlen_q], want.q_scale)
+    else:
+        assert (q_codes != want.q_codes).mean() <= 1e-2
+    for name, length in (("q_scale", want.q_scale.shape[-1]), ("k_scale", want.k_scale.shape[-1])):
+        ours, twins = getattr(got, name).get()[..., :length], getattr(want, name)
+        assert np.abs(ours - twins).max() <= 1e-5 * np.abs(twins).max() or estimator == "int8-sp24"
+    if estimator == "int4":
+        ours = got.correction.get()[:, :, : plan.seqlen_k]
+        scale = np.abs(want.q_mean).sum() * top
+        assert np.abs(ours - want.correction).max() <= 2 * plan.head_dim * EPS * scale
+    # Rows past the end are zero codes: turn the tiles back with nothing dropped.
+    rest = codes.tiles_to_rows(got.q_codes.get(), got.code_bits, plan.padded_q)[:, :, plan.seqlen_q :]
+    assert not rest.any()
+    rest = codes.tiles_to_rows(got.k_codes.get(), got.code_bits, plan.padded_k)[:, :, plan.seqlen_k :]
+    assert not rest.any()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_codes_are_bitwise_repeatable(estimator):
+    _, _, q_gpu, k_gpu, plan = make_case(700, 700, estimator=estimator)
+    first = stage("quantize").quantize(q_gpu, k_gpu, plan)
+    for _ in range(3):
+        again = stage("quantize").quantize(q_gpu, k_gpu, plan)
+        assert np.array_equal(first.q_codes.get(), again.q_codes.get())
+        assert np.array_equal(first.k_codes.get(), again.k_codes.get())
+
+
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_anchor_statistics_follow_the_twin(case, causal):
+    q, k, q_gpu, k_gpu, plan = make_case(**case, causal=causal)
+    check_anchors(q, k, q_gpu, k_gpu, plan)
+
+
+@pytest.mark.parametrize("sink, local", ((0, 0), (64, 256), (1, 33)))
+def test_anchor_statistics_with_other_anchors(sink, local):
+    check_anchors(*make_case(700, 900, sink=sink, local=local))
+
+
+def check_anchors(q, k, q_gpu, k_gpu, plan):
+    cp = pytest.importorskip("cupy")
+    k_mean = reference.channel_means(k)
+    m_twin, l_twin = reference.anchor_statistics(q, k, k_mean, plan)
+    m, l = (x.get() for x in stage("anchors").anchor_statistics(q_gpu, k_gpu, cp.asarray(k_mean), plan))
+    assert np.array_equal(np.isneginf(m), np.isneginf(m_twin))
+    seen = np.isfinite(m_twin)
+    # A float32 dot of d terms: d + 1 roundings (tensor cores may truncate: twice that) of |q| . |k|, bounded by norms.
+    norms = np.linalg.norm(q.astype(np.float64), axis=-1).max() * np.linalg.norm(k.astype(np.float64), axis=-1).max()
+    bound = plan.softmax_scale * norms * 4 * (plan.head_dim + 2) * EPS
+    assert np.abs(m[seen] - m_twin[seen]).max(initial=0) <= bound
+    # l is a sum of exponentials whose arguments are off by twice that; ex2.approx adds 2^-22.
+    assert (np.abs(l - l_twin) / np.maximum(l_twin, 1))[seen].max(initial=0) <= 2 * bound + 400 * EPS
+    assert not l[~seen].any()
+
+
+@pytest.mark.parametrize("stride, full_rows", ((1, 0), (2, 0), (4, 100), (4, 1024)))
+@pytest.mark.parametrize("tau", (0.0, 0.008, np.inf, "heads"))
+@pytest.mark.parametrize("estimator", ("int8", "int4"))
+def test_limits_follow_the_twin(estimator, tau, stride, full_rows):
+    cp = pytest.importorskip("cupy")
+    q, k, q_gpu, k_gpu, plan = make_case(700, 600, estimator=estimator, query_stride=stride, full_rows=full_rows)
+    twin = reference.quantize(q, k, plan)
+    m, l = reference.anchor_statistics(q, k, twin.k_mean, plan)
+    tau_host = np.array([0.008, np.nan, -1, np.inf], np.float32) if tau == "heads" else float(tau)
+    tau_gpu = cp.asarray(tau_host) if tau == "heads" else tau_host
+    anchors = stage("anchors")
+    want = anchors.row_limits(m, l, twin, tau_host, plan)
+
+    def pad(x, length):
+        full = np.ones((*x.shape[:-1], length), x.dtype)
+        full[..., : x.shape[-1]] = x
+        return cp.asarray(full)
+
+    moved = codes.Quantized(estimator, 8, None, None, pad(twin.q_scale, plan.padded_q if estimator == "int8" else
+                            plan.padded_q // 2), cp.asarray(twin.k_scale), None)
+    got = anchors.row_limits(cp.asarray(m), cp.asarray(l), moved, tau_gpu, plan).get()
+    padding = got[:, :, plan.seqlen_q :]
+    got = got[:, :, : plan.seqlen_q]
+    if estimator == "int4":
+        assert np.isposinf(padding).all()
+        assert np.array_equal(np.isinf(got), np.isinf(want)) and np.array_equal(got[np.isinf(got)], want[np.isinf(want)])
+        finite = np.isfinite(want)
+        assert np.abs(got[finite] - want[finite]).max(initial=0) <= 4 * EPS * np.abs(want[finite]).max(initial=1) + 8 * EPS * 20
+        return
+    assert (padding == SELECT_NONE).all()
+    special = np.isin(want, (SELECT_ALL, SELECT_NONE))
+    assert np.array_equal(got[special], want[special])
+    # y may differ by a few roundings (log is good to 1 ulp); T scales that, and the floor adds one.
+    y_bound = 8 * EPS * (np.abs(m[np.isfinite(m)]).max() + 20)
+    unit = plan.softmax_scale * twin.q_scale * np.repeat(twin.k_scale, plan.group_size, 1)[:, :, None]
+    allowed = 1 + y_bound / unit + 4 * EPS * np.abs(want.astype(np.float64))
+    assert (np.abs(got.astype(np.float64) - want) <= allowed)[~special].all()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("value", (np.nan, np.inf, -np.inf))
+@pytest.mark.parametrize("where", ("q", "k"))
+def test_non_finite_rows_and_heads_select_everything(where, value, estimator):
+    def plant(q, k):
+        if where == "q":
+            q[0, 300, 1, 5] = value
+        else:
+            k[0, 200, 0, 7] = value
+
+    q, k, q_gpu, k_gpu, plan = make_case(500, 500, estimator=estimator, plant=plant)
+    quantized = stage("quantize").quantize(q_gpu, k_gpu, plan)
+    m, l = stage("anchors").anchor_statistics(q_gpu, k_gpu, quantized.k_mean, plan)
+    limits = stage("anchors").row_limits(m, l, quantized, float("inf"), plan)  # inf: only what must be selected is
+    everything = (limits.get() == (-np.inf if estimator == "int4" else SELECT_ALL))[:, :, : plan.seqlen_q]
+    want = np.zeros_like(everything)
+    if where == "q":
+        want[0, 1, 300] = True
+        # int4 smooths q: a non-finite row makes its head's mean non-finite, but anchors are of the raw q.
+    else:
+        want[0, :2] = True
+    assert np.array_equal(everything, want)
+
+
+def test_zero_and_tiny_groups():
+    def plant(q, k):
+        q[0, 10] = 0
+        q[0, 11] = 1e-39
+        k[0, :, 0] = 1.5  # constant: k' is 0 everywhere
+
+    q, k, q_gpu, k_gpu, plan = make_case(200, 200, plant=plant)
+    want = reference.quantize(q, k, plan)
+    got = stage("quantize").quantize(q_gpu, k_gpu, plan)
+    assert np.array_equal(got.q_scale.get()[:, :, :200], want.q_scale)
+    assert (want.q_scale[0, :, 10:12] == 1).all() and want.k_scale[0, 0] == 1
+    assert np.array_equal(codes.tiles_to_rows(got.q_codes.get(), 8, 200), want.q_codes)
+    assert np.array_equal(got.k_scale.get(), want.k_scale) or np.allclose(got.k_scale.get(), want.k_scale, rtol=1e-5)
