@@ -2,8 +2,8 @@
 
     python bench/peers.py --seqlen 8k,32k,128k -o bench/results/peers.json
 
-FlashAttention-2 and cuDNN come with PyTorch (scaled_dot_product_attention), FlashAttention-3 with the wheel `fa3-fwd`. What
-is not installed, or refuses the shape, is left out with the reason. This is the only file here that imports torch.
+FlashAttention-2 and cuDNN come with PyTorch (scaled_dot_product_attention), FlashAttention-3 with the wheel `fa3-fwd`.
+What is not installed, or refuses the shape, is left out with the reason. This is the only file here that imports torch.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from . import options, render
 SCHEMA = 1
 TWIN_SECONDS_A_PAIR = 2e-8  # dense, every stage and the total once, a query head; at 2k and 4k tokens on two cores
 TWIN_LIMIT_SECONDS = 120.0
-CHOICES = ("auto", "int4", "int8", "int8-sp24")
 
 
 @click.command("bench")
@@ -34,31 +34,25 @@ CHOICES = ("auto", "int4", "int8", "int8-sp24")
     type=click.Path(exists=True, dir_okay=False),
     help="Attend through these masks (npz); estimation is timed as usual.",
 )
-@click.option("--estimator", type=click.Choice(CHOICES), default="auto", show_default=True)
-@click.option("--query-stride", type=click.Choice(["1", "2", "4"]), default="1", show_default=True)
+@options.estimator
+@options.query_stride
 @click.option("--attend", type=click.Choice(["exact"]), default="exact", show_default=True)
-@click.option("--tau", type=float, default=0.008, show_default=True, help="Threshold of every head.")
+@options.tau
 @click.option(
     "--thresholds",
     "thresholds_file",
     type=click.Path(exists=True, dir_okay=False),
     help="Per-head thresholds (JSON) instead of --tau.",
 )
-@click.option(
-    "--block",
-    type=click.Choice(["64x32", "64x64", "64x128", "128x32", "128x64", "128x128"]),
-    default="128x32",
-    show_default=True,
-    help="Mask block, query rows x keys.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="JSON on stdout instead of a table.")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, writable=True), help="Write the JSON to a file.")
+@options.block
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the generated input.")
+@options.as_json
+@options.output
 def bench(**settings: Any) -> None:
     """Time dense attention, each stage and the whole sparse call.
 
-    CUDA events, L2 flushed before each sample, median and spread (interquartile range / median). Without a GPU the NumPy
-    twin is timed, at small sizes.
+    CUDA events, L2 flushed before each sample, median and spread (interquartile range / median). Without a GPU the
+    NumPy twin is timed, at small sizes.
     """
     report = run_bench(**settings)
     text = json.dumps(report, indent=2)
@@ -81,11 +75,11 @@ def run_bench(
     input_file: str | None,
     masks_file: str | None,
     estimator: str,
-    query_stride: str,
+    query_stride: int,
     attend: str,
     tau: float,
     thresholds_file: str | None,
-    block: str,
+    block: tuple[int, int],
     seed: int,
     **_: Any,
 ) -> dict[str, Any]:
@@ -96,12 +90,10 @@ def run_bench(
     settings = dict(
         estimator=estimator,
         attend=attend,
-        query_stride=int(query_stride),
-        block=tuple(map(int, block.split("x"))),
+        query_stride=query_stride,
+        block=block,
         dense_below=0,  # the sparse path is what is timed, at every length
     )
-    if not tau >= 0:
-        raise click.UsageError(f"--tau: got {tau}; wants a number >= 0")
     masks = _load_masks(masks_file, settings["block"]) if masks_file else None
     cases = _cases(seqlen, heads, kv_heads, int(head_dim), dtype, input_file, masks, cuda, seed)
     if not cuda:
@@ -119,7 +111,7 @@ def run_bench(
         "gpu": timing.gpu_info() if cuda else None,
         "settings": {
             **settings,
-            "tau": tau,
+            "tau": tau if math.isfinite(tau) else "inf",  # JSON has no infinity
             "thresholds": thresholds_file and Path(thresholds_file).name,
             "input": Path(input_file).name if input_file else "generated",
             "seed": seed,
@@ -227,7 +219,7 @@ def _given_mask(masks, heads: int, q):
 
 
 def _selected_blocks(mask):
-    """int64 [batch, heads]: set bits, counted a head at a time because the unpacked bits of 1M tokens take gigabytes."""
+    """int64 [batch, heads]: set bits, counted head by head because the unpacked bits of 1M tokens take gigabytes."""
     import numpy as np
 
     ones = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
@@ -247,7 +239,8 @@ def _rates(plan, blocks, times, report) -> dict[str, Any]:
     pairs = rows * (2 * seen[1] - rows + 1) // 2
     calls = plan.batch * plan.num_heads
     dense_flop = 4 * plan.head_dim * pairs * calls
-    # Blocks on the diagonal reach past it; they are anchors, so every mask has them all (a ragged last row is counted whole).
+    # Blocks on the diagonal reach past it; they are anchors, so every mask has them all
+    # (a ragged last row is counted whole).
     beyond = int(plan.visible_blocks.sum()) * plan.block_q * plan.block_k - pairs
     selected_pairs = max(0, int(blocks.sum()) * plan.block_q * plan.block_k - beyond * calls)
     attend_flop = 4 * plan.head_dim * selected_pairs
@@ -305,7 +298,8 @@ def _load_masks(path: str, block: tuple[int, int]):
         return masks
     if block[0] % masks.block_q or block[1] % masks.block_k:
         raise click.UsageError(
-            f"--block: got {block[0]}x{block[1]}; {path} has blocks of {masks.block_q}x{masks.block_k}, which do not divide it"
+            f"--block: got {block[0]}x{block[1]}; {path} has blocks of "
+            f"{masks.block_q}x{masks.block_k}, which do not divide it"
         )
     return masks.coarsen(*block)
 
@@ -334,7 +328,8 @@ def _cases(seqlen, heads, kv_heads, head_dim: int, dtype: str, input_file, masks
                 or masks.words.shape[1] < case["heads"]
             ):
                 raise click.UsageError(
-                    f"--masks: got batch, seqlen_q, seqlen_k, causal {have} and {masks.words.shape[1]} heads; the input has "
+                    f"--masks: got batch, seqlen_q, seqlen_k, causal {have} and {masks.words.shape[1]} heads; "
+                    "the input has "
                     f"{(case['batch'], case['seqlen_q'], case['seqlen_k'], True)} and {case['heads']} heads"
                 )
     return cases
@@ -412,9 +407,9 @@ def _refuse_long(case: dict) -> None:
     seconds = 4 * TWIN_SECONDS_A_PAIR * pairs
     if seconds > TWIN_LIMIT_SECONDS:
         raise GpuError(
-            f"{case['seqlen_k']} tokens and {case['heads']} heads would take the NumPy twin about {_duration(seconds)}: run this on "
-            "a machine with an NVIDIA GPU of compute capability 8.0 or newer ('salekit doctor' says what is missing here), "
-            "or time the twin with --seqlen 1k,2k --heads 2"
+            f"{case['seqlen_k']} tokens and {case['heads']} heads would take the NumPy twin "
+            f"about {_duration(seconds)}: run this on a machine with an NVIDIA GPU of compute capability 8.0 or newer "
+            "('salekit doctor' says what is missing here), or time the twin with --seqlen 1k,2k --heads 2"
         )
 
 

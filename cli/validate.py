@@ -1,4 +1,4 @@
-"""salekit validate: each stage against the NumPy twin (or, on the twin, against float64), the pipeline against float64."""
+"""salekit validate: each stage against the NumPy twin (the twin against float64), the pipeline against float64."""
 
 from __future__ import annotations
 
@@ -44,27 +44,19 @@ class Check:
 @click.option(
     "--seqlen", default=None, help="Only the first tokens, as 2k; without --input of a generated workload past 4k."
 )
-@click.option("--backend", type=click.Choice(["auto", "numpy", "cuda"]), default="auto", show_default=True)
-@click.option(
-    "--estimator", type=click.Choice(["auto", "int4", "int8", "int8-sp24"]), default="auto", show_default=True
-)
-@click.option("--query-stride", type=click.Choice(["1", "2", "4"]), default="1", show_default=True)
-@click.option("--tau", type=float, default=0.008, show_default=True)
-@click.option(
-    "--block",
-    type=click.Choice(["64x32", "64x64", "64x128", "128x32", "128x64", "128x128"]),
-    default="128x32",
-    show_default=True,
-    help="Mask block, query rows x keys.",
-)
-@click.option("--json", "as_json", is_flag=True, help="JSON on stdout instead of tables.")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, writable=True), help="Write the JSON to a file.")
+@options.backend
+@options.estimator
+@options.query_stride
+@options.tau
+@options.block
+@options.as_json
+@options.output
 @click.pass_context
 def validate(context: click.Context, **settings: Any) -> None:
     """Check every stage against the NumPy twin and the pipeline against float64 dense attention.
 
-    Without arguments: the built-in sample, 4,096 tokens of real q, k, v. Without a GPU the twin itself is checked against
-    float64. Exit 5 when a verdict fails.
+    Without arguments: the built-in sample, 4,096 tokens of real q, k, v. Without a GPU the twin itself is checked
+    against float64. Exit 5 when a verdict fails.
     """
     report = run_validate(**settings)
     if settings["output"]:
@@ -84,20 +76,18 @@ def run_validate(
     seqlen: str | None,
     backend: str,
     estimator: str,
-    query_stride: str,
+    query_stride: int,
     tau: float,
-    block: str,
+    block: tuple[int, int],
     **_: Any,
 ) -> dict[str, Any]:
     """The report as a JSON object. Raises SalekitError children and click.UsageError."""
     from salekit import arrays, timing
 
-    if not tau >= 0:
-        raise click.UsageError(f"--tau: got {tau}; wants a number >= 0")
     cuda = _choose_cuda(backend)
     q, k, v, source = _load(input_file, seqlen)
     plan_options = dict(
-        estimator=estimator, query_stride=int(query_stride), block=tuple(map(int, block.split("x"))), dense_below=0
+        estimator=estimator, query_stride=query_stride, block=block, dense_below=0
     )
     render.note(
         f"validate: {source}, {q.shape[1]} tokens, {q.shape[2]}/{k.shape[2]} heads, head_dim {q.shape[3]}; "
@@ -121,7 +111,7 @@ def run_validate(
         "passed": all(check.passed for check in checks),
         "backend": "cuda" if cuda else "numpy",
         "input": source,
-        "tau": tau,
+        "tau": tau if np.isfinite(tau) else "inf",
         "versions": timing.versions(),
         "commit": timing.git_commit(),
         "command": timing.command_line(),
@@ -239,8 +229,8 @@ def _per_query_head(x: np.ndarray, plan) -> np.ndarray:
 def score_bound(q: np.ndarray, k: np.ndarray, plan) -> np.ndarray:
     """[batch, heads, seqlen_q]: how far a float32 score may be from the exact one.
 
-    Products of 16-bit numbers are exact in float32; a sum of d of them in groups of four or more takes d/4 additions, each
-    wrong by at most 2^-23 (tensor cores truncate) of sum |q_d k_d| <= |q| |k|.
+    Products of 16-bit numbers are exact in float32; a sum of d of them in groups of four or more takes d/4 additions,
+    each wrong by at most 2^-23 (tensor cores truncate) of sum |q_d k_d| <= |q| |k|.
     """
     norm_q = np.linalg.norm(_f64(q), axis=-1)
     norm_k = np.linalg.norm(_f64(k), axis=-1).max(axis=-1, initial=0.0)
@@ -333,8 +323,8 @@ def _check_kernels(q, k, v, tau: float, plan_options: dict):
     twin_mask = reference.estimate(twin, twin_limits, plan)
     visible = mask.visible()
     different = (pipeline_mask.to_dense() != twin_mask.to_dense())[..., visible]
-    # A bit may differ where a block's largest score lies within rounding of its limit. Integer scores spread over thousands
-    # of values while limits and scores move by one or two: fewer than two blocks in a thousand.
+    # A bit may differ where a block's largest score lies within rounding of its limit. Integer scores spread over
+    # thousands of values while limits and scores move by one or two: fewer than two blocks in a thousand.
     checks.append(share("pipeline", "share of mask bits that differ from the twin's", different, 2e-3))
 
     alone, _ = attend(gq, gk, gv, mask, plan, return_lse=True)
@@ -367,7 +357,7 @@ def _codes_on_host(codes, plan, tiles_to_rows):
 
 
 def _mean_bound(x, mean) -> np.ndarray:
-    """[batch, heads, d]: a float32 sum of n terms, in any order, is wrong by at most n 2^-24 sum |x|; then one rounding."""
+    """[batch, heads, d]: a float32 sum of n terms, in any order, is off by at most n 2^-24 sum |x|; then a rounding."""
     size = np.abs(_f64(x)).mean(axis=2)
     return x.shape[1] * U32 * size + 2 * U32 * np.abs(mean)
 
@@ -552,8 +542,8 @@ def _check_pipeline(q, k, v, mask, out, lse, plan) -> tuple[list[dict[str, Any]]
             want, want_lse, p = _softmax(np.where(selected, scores, -np.inf), value)
             recall = (dense_p * selected).sum(axis=1)
             got, got_lse = out[b, rows, head].astype(np.float64), lse[b, head, rows].astype(np.float64)
-            # P is rounded to 16 bits (u), so is the output; scores may be off by s, which moves p by 2s; ex2 and the sums
-            # round in float32.
+            # P is rounded to 16 bits (u), so is the output; scores may be off by s, which moves p by 2s; ex2 and the
+            # sums round in float32.
             s = slack_s[b, head][:, None]
             with np.errstate(invalid="ignore"):
                 spread = p @ np.abs(value)
@@ -618,7 +608,7 @@ def _print_tables(report: dict[str, Any]) -> None:
     ]
     title = (
         f"salekit validate: {where}; {report['input']}, {plan['seqlen_k']} tokens, {plan['estimator']}, "
-        f"tau {report['tau']:g}, blocks {plan['block_q']}x{plan['block_k']}"
+        f"tau {report['tau']}, blocks {plan['block_q']}x{plan['block_k']}"
     )
     render.table(title, ["stage", "what is compared", "error", "bound", "verdict"], rows)
     rows = [

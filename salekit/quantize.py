@@ -1,4 +1,4 @@
-"""Quantise: low-bit codes and scales of q and of the smoothed k (DESIGN section 3, step 1, and section 4)."""
+"""Quantise: smoothed low-bit codes of q and k, with their scales (DESIGN section 3, step 1, and section 4)."""
 
 from __future__ import annotations
 
@@ -10,90 +10,113 @@ from . import arrays, jit, reference
 from .codes import Quantized
 from .plans import CODE_TILE_ROWS, Plan, ceil_div
 
-_NULL = np.uint64(0)  # a pointer that a kernel does not read, or a result that is not wanted
-_CHUNK_ROWS = 512  # rows of a CTA of reduce_channels: many CTAs from 16K rows on, few partials
+_NULL = np.uint64(0)  # a pointer that a kernel does not read or write
+_REDUCE_ROWS = 512  # REDUCE_ROWS of reduce_channels.cu
+_THREADS = 256
+_STEPS = 4  # QUANTIZE_STEPS of quantize_int8.cu
+_SIDES = {"k": 0, "q": 1, "q pruned": 2}
 
 
 def quantize(q: Any, k: Any, plan: Plan) -> Quantized:
-    """Codes, scales, means and, for int4, corrections by the plan's estimator (SALE, arXiv 2505.24179, section 3.2).
+    """Codes and scales of q and of the smoothed k, by the plan's estimator.
 
-    q: [batch, seqlen_q, num_heads, head_dim]; k: [batch, seqlen_k, num_kv_heads, head_dim]; bshd views, float16 or
-        bfloat16, NumPy's (the twin runs, codes in rows) or CuPy's (16-byte aligned rows; codes in tiles).
-
-    Returns a Quantized; see there for shapes. A group with a NaN or inf has codes 0 and scale NaN. Nothing is checked here.
+    q: [batch, seqlen_q, num_heads, head_dim]; k: [batch, seqlen_k, num_kv_heads, head_dim], bshd views. NumPy arrays give
+    codes in rows, CuPy arrays codes in tiles, rows past the end padded (see ``codes.Quantized``). Nothing is checked.
     """
     if not arrays.is_cuda(q):
         return reference.quantize(q, k, plan)
-    cupy = arrays.import_cupy()
-
-    def empty(*shape: int, dtype: Any = np.float32) -> Any:
-        return cupy.empty((plan.batch, *shape), dtype)
-
-    heads, kv_heads, row_bytes = plan.num_heads, plan.num_kv_heads, plan.code_row_bytes
-    q_tiles, k_tiles = plan.padded_q // CODE_TILE_ROWS, plan.padded_k // CODE_TILE_ROWS
-    q_codes = empty(heads, q_tiles, CODE_TILE_ROWS * row_bytes, dtype=np.uint8)
-    k_codes = empty(kv_heads, k_tiles, CODE_TILE_ROWS * row_bytes, dtype=np.uint8)
-    q_grid, k_grid = plan.batch * q_tiles * heads, plan.batch * k_tiles * kv_heads
-    q_view, k_view = arrays.tensor_view(q), arrays.tensor_view(k)
-    queries_spec, keys_spec = _coding_specs(plan)
-
-    k_mean = empty(kv_heads, plan.head_dim)
     if plan.estimator == "int4":
-        q_mean = empty(heads, plan.head_dim)
-        q_scale, k_scale = empty(heads, plan.padded_q // 2), empty(kv_heads, plan.padded_k // 8)
-        correction = empty(heads, plan.padded_k)
-        _channel_statistics(k, plan, k_mean)
-        _channel_statistics(q, plan, q_mean)
-        jit.get_kernel(queries_spec)(
-            (q_grid,), (256,), (q_view, q_mean, q_codes, q_scale, plan.shape_record)
-        )
-        jit.get_kernel(keys_spec)(
-            (k_grid,), (2 * plan.head_dim,),
-            (k_view, k_mean, q_mean, k_codes, k_scale, correction, plan.shape_record),
-        )
-        return Quantized("int4", plan.code_bits, q_codes, k_codes, q_scale, k_scale, k_mean, q_mean, correction)
-
-    q_scale, k_scale, factor = empty(heads, plan.padded_q), empty(kv_heads), empty(kv_heads)
-    rms = empty(kv_heads, plan.head_dim) if plan.estimator == "int8-sp24" else _NULL
-    _channel_statistics(k, plan, k_mean, rms, k_scale, factor)
-    jit.get_kernel(queries_spec)((q_grid,), (256,), (q_view, rms, q_codes, q_scale, plan.shape_record))
-    jit.get_kernel(keys_spec)((k_grid,), (256,), (k_view, k_mean, factor, k_codes, plan.shape_record))
+        return _quantize_int4(q, k, plan)
+    pruned = plan.estimator == "int8-sp24"
+    k_mean, rms, k_amax, k_scale = _channel_statistics(k, plan, with_rms=pruned, with_amax=True)
+    q_scale = _empty((plan.batch, plan.num_heads, plan.padded_q))
+    q_codes = _quantize_int8(q, "q pruned" if pruned else "q", q_scale, rms, plan)
+    k_codes = _quantize_int8(k, "k", k_amax, k_mean, plan)
     return Quantized(plan.estimator, 8, q_codes, k_codes, q_scale, k_scale, k_mean)
 
 
 def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
     """The kernels that :func:`quantize` launches for this plan."""
-    return [*_channel_specs(plan), *_coding_specs(plan)]
-
-
-def _channel_statistics(x: Any, plan: Plan, mean: Any, rms: Any = _NULL, scale: Any = _NULL, factor: Any = _NULL) -> None:
-    """Fill float32 mean, and rms about it where wanted, [batch, heads, head_dim]; and int8's scale and factor [batch, heads]."""
-    batch, seqlen, heads, head_dim = x.shape
-    num_chunks = ceil_div(seqlen, _CHUNK_ROWS)
-    partials = arrays.import_cupy().empty((batch, heads, num_chunks, 4, head_dim), np.float32)
-    reduce_spec, finish_spec = _channel_specs(plan)
-    sizes = np.int32(num_chunks), np.int32(_CHUNK_ROWS)
-    jit.get_kernel(reduce_spec)(
-        (batch * num_chunks * heads,), (256,), (arrays.tensor_view(x), partials, np.int32(seqlen), np.int32(heads), *sizes)
-    )
-    jit.get_kernel(finish_spec)(
-        (heads, batch), (1024,), (partials, mean, rms, scale, factor, np.int32(seqlen), *sizes)
-    )
-
-
-def _channel_specs(plan: Plan) -> tuple[jit.KernelSpec, jit.KernelSpec]:
-    head_dim = str(plan.head_dim)
-    return jit.KernelSpec("reduce_channels", (head_dim, plan.element)), jit.KernelSpec("finish_channels", (head_dim,))
-
-
-def _coding_specs(plan: Plan) -> tuple[jit.KernelSpec, jit.KernelSpec]:
-    """Of q and of k."""
-    common = (str(plan.head_dim), plan.element)
+    common = [_reduce_spec(plan), _finish_spec(plan)]
     if plan.estimator == "int4":
-        bits = str(plan.code_bits)
-        return (
-            jit.KernelSpec("quantize_queries_int4", (*common, bits)),
-            jit.KernelSpec("quantize_keys_int4", (*common, bits)),
-        )
-    prune = "true" if plan.estimator == "int8-sp24" else "false"
-    return jit.KernelSpec("quantize_queries_int8", (*common, prune)), jit.KernelSpec("quantize_keys_int8", common)
+        return common + [_int4_spec("q", plan), _int4_spec("k", plan)]
+    return common + [_int8_spec("q pruned" if plan.estimator == "int8-sp24" else "q", plan), _int8_spec("k", plan)]
+
+
+def _empty(shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
+    return arrays.import_cupy().empty(shape, dtype)
+
+
+def _empty_codes(heads: int, padded: int, plan: Plan) -> Any:
+    shape = (plan.batch, heads, padded // CODE_TILE_ROWS, CODE_TILE_ROWS * plan.code_row_bytes)
+    return _empty(shape, np.uint8)
+
+
+def _channel_statistics(x: Any, plan: Plan, with_rms: bool = False, with_amax: bool = False) -> tuple[Any, Any, Any, Any]:
+    """mean, rms about it ([batch, heads, head_dim]), largest deviation and int8 scale ([batch, heads]); None unasked."""
+    batch, seqlen, heads, head_dim = x.shape
+    chunks = ceil_div(seqlen, _REDUCE_ROWS)
+    partials = _empty((batch, heads, chunks, 4, head_dim))
+    jit.get_kernel(_reduce_spec(plan))(
+        (chunks, heads, batch), (_THREADS,), (arrays.tensor_view(x), partials, np.int32(seqlen))
+    )
+    mean = _empty((batch, heads, head_dim))
+    rms = _empty((batch, heads, head_dim)) if with_rms else None
+    amax, scale = (_empty((batch, heads)), _empty((batch, heads))) if with_amax else (None, None)
+    jit.get_kernel(_finish_spec(plan))(
+        (heads, batch), (4 * head_dim,),
+        (partials, mean, *(_NULL if out is None else out for out in (rms, amax, scale)), np.int32(chunks),
+         np.int32(_REDUCE_ROWS), np.int32(seqlen), np.float64(1 / seqlen), np.float64(1 / _REDUCE_ROWS),
+         np.float64(1 / (seqlen - (chunks - 1) * _REDUCE_ROWS))),
+    )
+    return mean, rms, amax, scale
+
+
+def _quantize_int8(x: Any, side: str, scale: Any, statistics: Any, plan: Plan) -> Any:
+    batch, seqlen, heads, head_dim = x.shape
+    padded = plan.padded_k if side == "k" else plan.padded_q
+    codes = _empty_codes(heads, padded, plan)
+    rows = _THREADS // (head_dim // 8) * _STEPS
+    group_size = plan.group_size if side == "q pruned" else 1
+    jit.get_kernel(_int8_spec(side, plan))(
+        (padded // rows, heads, batch), (_THREADS,),
+        (arrays.tensor_view(x), codes, scale, _NULL if statistics is None else statistics, np.int32(seqlen),
+         np.int32(padded), np.int32(group_size)),
+    )
+    return codes
+
+
+def _quantize_int4(q: Any, k: Any, plan: Plan) -> Quantized:
+    k_mean = _channel_statistics(k, plan)[0]
+    q_mean = _channel_statistics(q, plan)[0]
+    q_codes = _empty_codes(plan.num_heads, plan.padded_q, plan)
+    k_codes = _empty_codes(plan.num_kv_heads, plan.padded_k, plan)
+    q_scale = _empty((plan.batch, plan.num_heads, plan.padded_q // 2))
+    k_scale = _empty((plan.batch, plan.num_kv_heads, plan.padded_k // 8))
+    correction = _empty((plan.batch, plan.num_heads, plan.padded_k))
+    jit.get_kernel(_int4_spec("q", plan))(
+        (plan.padded_q // CODE_TILE_ROWS, plan.num_heads, plan.batch), (_THREADS,),
+        (arrays.tensor_view(q), q_codes, q_scale, q_mean, np.int32(plan.seqlen_q), np.int32(plan.padded_q)),
+    )
+    jit.get_kernel(_int4_spec("k", plan))(
+        (plan.padded_k // CODE_TILE_ROWS, plan.num_kv_heads, plan.batch), (2 * plan.head_dim,),
+        (arrays.tensor_view(k), k_codes, k_scale, correction, k_mean, q_mean, np.int32(plan.seqlen_k),
+         np.int32(plan.padded_k), np.int32(plan.group_size)),
+    )
+    return Quantized("int4", plan.code_bits, q_codes, k_codes, q_scale, k_scale, k_mean, q_mean, correction)
+
+
+def _reduce_spec(plan: Plan) -> jit.KernelSpec:
+    return jit.KernelSpec("reduce_channels", (str(plan.head_dim), plan.element))
+
+
+def _finish_spec(plan: Plan) -> jit.KernelSpec:
+    return jit.KernelSpec("finish_channels", (str(plan.head_dim),))
+
+
+def _int8_spec(side: str, plan: Plan) -> jit.KernelSpec:
+    return jit.KernelSpec("quantize_int8", (str(plan.head_dim), plan.element, str(_SIDES[side])))
+
+
+def _int4_spec(side: str, plan: Plan) -> jit.KernelSpec:
+    return jit.KernelSpec(f"quantize_int4_{side}", (str(plan.head_dim), plan.element, str(plan.code_bits)))

@@ -69,8 +69,8 @@ def time_call(
     """Median time of ``function``.
 
     cuda: time on CuPy's current stream with events, the L2 flushed before each sample; else on the host's clock.
-    Sampling stops once SPREAD_GOAL is met after ``min_samples``, at ``max_samples``, or when ``max_seconds`` are spent (then
-    with at least two samples, one on the host's clock). Warm-up calls compile, allocate and raise the clocks.
+    Sampling stops once SPREAD_GOAL is met after ``min_samples``, at ``max_samples``, or when ``max_seconds`` are spent
+    (then with at least two samples, one on the host's clock). Warm-up calls compile, allocate and raise the clocks.
     """
     sample = _gpu_sample(function) if cuda else _host_sample(function)
     started = time.perf_counter()

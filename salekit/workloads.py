@@ -1,10 +1,10 @@
 """LLM-like q, k and v, whose block densities under SALE follow those of real heads. Seeded; NumPy or GPU.
 
 A query block of 128 rows has a direction x, a key block of 32 keys a vector y, both in 16 channels: a score is
-``beta * x.y`` plus some noise, so that blocks matter or do not matter as blocks. x leans towards a direction of its head's
-own, so that neighbouring query blocks choose overlapping keys. The first four keys are sinks: in one channel of their own
-every row of a query head gives them the score ``sink_score``, which raises the head's limit and so sets its density.
-Keys are shared by the query heads of a group: all that differs between heads lies on q's side.
+``beta * x.y`` plus some noise, so that blocks matter or do not matter as blocks. x leans towards a direction of its
+head's own, so that neighbouring query blocks choose overlapping keys. The first four keys are sinks: in one channel of
+their own every row of a query head gives them the score ``sink_score``, which raises the head's limit and so sets its
+density. Keys are shared by the query heads of a group: all that differs between heads lies on q's side.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .plans import CODE_TILE_ROWS, KEY_BLOCK, TILE_ROWS, Plan, ceil_div
 
 # Densities of 32 real heads at 131,072 tokens (8 layers of 4 heads; int8, tau .008, 128x32 blocks), anchors included.
 REAL_DENSITIES = (
-    0.0146, 0.0580, 0.1680, 0.2735, 0.0400, 0.1752, 0.0707, 0.9942, 0.0180, 0.0441, 0.2689, 0.0129, 0.1693, 0.6146, 0.9829,
-    0.0378, 0.2041, 0.2722, 0.1634, 0.0164, 0.0267, 0.2887, 0.0607, 0.0820, 0.0232, 0.0124, 0.0394, 0.0587, 0.0998, 0.0121,
-    0.9131, 0.9356,
+    0.0146, 0.0580, 0.1680, 0.2735, 0.0400, 0.1752, 0.0707, 0.9942, 0.0180, 0.0441, 0.2689, 0.0129, 0.1693, 0.6146,
+    0.9829, 0.0378, 0.2041, 0.2722, 0.1634, 0.0164, 0.0267, 0.2887, 0.0607, 0.0820, 0.0232, 0.0124, 0.0394, 0.0587,
+    0.0998, 0.0121, 0.9131, 0.9356,
 )
 REAL_SEQLEN = 131072
 TAU = 0.008  # the threshold at which the densities hold
@@ -86,8 +86,8 @@ def sink_scores() -> np.ndarray:
 def sink_score_for(density: float, *, query_blocks: int = 64, key_blocks: int = 256, seed: int = 1) -> float:
     """The sink score at which a head selects ``density`` of the blocks that are no anchors, by bisection on a sample.
 
-    A row's limit is ln(tau) plus the logarithm of the sum of exp(score) over its anchors, for m + ln(l) is just that; so
-    a block is selected when some score in it, less the row's sum, exceeds ln(tau).
+    A row's limit is ln(tau) plus the logarithm of the sum of exp(score) over its anchors, for m + ln(l) is just that;
+    so a block is selected when some score in it, less the row's sum, exceeds ln(tau).
     """
     rng = np.random.default_rng(seed)
     beta, row_noise = _strength(density)
@@ -145,8 +145,8 @@ def llm_like_qkv(
 ) -> tuple[Any, Any, Any]:
     """q [batch, seqlen_q, num_heads, head_dim], k and v [batch, seqlen, num_kv_heads, head_dim], bshd and contiguous.
 
-    dtype: "bfloat16" or "float16". cuda: CuPy arrays by a kernel on the current stream, else NumPy; the block vectors are
-    the same, the noise within blocks is another draw of the same distribution. Meant for the default softmax_scale.
+    dtype: "bfloat16" or "float16". cuda: CuPy arrays by a kernel on the current stream, else NumPy; the block vectors
+    are the same, the noise within blocks is another draw of the same distribution. Meant for the default softmax_scale.
     """
     seqlen_q = seqlen if seqlen_q is None else seqlen_q
     rng = np.random.default_rng([seed, seqlen, num_heads, num_kv_heads])
@@ -178,7 +178,9 @@ def _seed(rng: np.random.Generator) -> int:
     return int(rng.integers(2**63))
 
 
-def _fill_numpy(vectors, noise_in, constant, noise_out, seqlen, block_rows, skip_rows, constant_rows, seed, *, head_dim, dtype):
+def _fill_numpy(
+    vectors, noise_in, constant, noise_out, seqlen, block_rows, skip_rows, constant_rows, seed, *, head_dim, dtype
+):
     """The twin of cuda_src/kernels/fill_workload.cu: the same distribution, other draws."""
     batch, _, heads, _ = vectors.shape
     numpy_dtype = BFLOAT16 if dtype == "bfloat16" else np.dtype(np.float16)
@@ -206,7 +208,9 @@ def kernel_specs(plan: Plan) -> list:
     return [KernelSpec("fill_workload", (str(plan.head_dim), plan.element))]
 
 
-def _fill_gpu(vectors, noise_in, constant, noise_out, seqlen, block_rows, skip_rows, constant_rows, seed, *, head_dim, dtype):
+def _fill_gpu(
+    vectors, noise_in, constant, noise_out, seqlen, block_rows, skip_rows, constant_rows, seed, *, head_dim, dtype
+):
     cupy = import_cupy()
     from .jit import KernelSpec, get_kernel
 

@@ -13,7 +13,7 @@ from salekit.block_mask import BlockMask
 from salekit.codes import Quantized, rows_to_tiles, tiles_to_rows
 
 validate_module = pytest.importorskip("salekit.cli.validate")
-SETTINGS = dict(input_file=None, backend="numpy", query_stride="1", tau=0.008, block="128x32")
+SETTINGS = dict(input_file=None, backend="numpy", query_stride=1, tau=0.008, block=(128, 32))
 
 
 def failed(report):

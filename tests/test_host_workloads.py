@@ -29,8 +29,8 @@ def test_densities_follow_the_targets():
     q, k, v = workloads.llm_like_qkv(SEQLEN, 4, 1, 128, seed=3)
     target = np.array(workloads.target_densities())[workloads.profiles_of(4)]
     measured = free_density(q, k, v)
-    # 64 query blocks share most of a head's direction and see 256 key blocks: about 256 draws of a share p decide, of which
-    # a fraction p counts; three standard deviations, and 10% for int8 and for the fit.
+    # 64 query blocks share most of a head's direction and see 256 key blocks: about 256 draws of a share p decide;
+    # three standard deviations, and 10% for int8 and for the fit.
     tolerance = 3 * np.sqrt(target * (1 - target) / 256) + 0.1 * target
     assert (np.abs(measured - target) <= tolerance).all(), (measured, target)
     assert np.ptp(measured) > 0.5

@@ -1,7 +1,7 @@
 // Writes one tensor of the LLM-like workload (salekit/workloads.py): block vectors plus element noise plus one channel.
-//   element (row, d) = coherent channel d = 4c, c < 16:  row < skip_rows ? 0 : vector[row / block_rows][c] + noise_in[head] * g
-//                      channel 1:                        row < constant_rows ? constant[head] : 0
-//                      others:                           noise_out * g
+//   channel 4c, c < 16:  row < skip_rows ? 0 : vector[row / block_rows][c] + noise_in[head] * g
+//   channel 1:           row < constant_rows ? constant[head] : 0
+//   others:              noise_out * g
 // with g a standard normal from a counter: the value depends on (seed, batch, row, head, d) alone.
 // tensor: [batch, seqlen, heads, HEAD_DIM]; vectors: float32 [batch, num_blocks, heads, 16].
 // Grid: (ceil(seqlen * HEAD_DIM / 8 / 256), heads, batch), 256 threads; a thread writes 8 channels, 16 bytes.
@@ -50,5 +50,6 @@ __global__ void __launch_bounds__(256) fill_workload(
     if (channel == 0) high = row < constant_rows ? constant[head] : 0.0f;
     words[pair] = Element::pack(low, high);
   }
-  *reinterpret_cast<uint4*>(tensor.row<uint16_t>(batch, row, head) + chunk * 8) = {words[0], words[1], words[2], words[3]};
+  uint4* target = reinterpret_cast<uint4*>(tensor.row<uint16_t>(batch, row, head) + chunk * 8);
+  *target = {words[0], words[1], words[2], words[3]};
 }

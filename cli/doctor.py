@@ -1,0 +1,143 @@
+"""salekit doctor: what this machine can run, and exactly what to install when something is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import click
+
+from salekit import __version__
+
+from . import options, render
+
+GPU_SUITE = Path(__file__).resolve().parent.parent / "bench" / "results" / "gpu-suite.json"
+
+
+@click.command("doctor")
+@options.as_json
+def doctor(as_json: bool) -> None:
+    """Driver, GPU, CuPy, NVRTC, cache, and which kernels will be used and why."""
+    findings = examine()
+    if as_json:
+        render.print_json({"schema": 1, "kind": "salekit-doctor", **findings})
+        return
+    render.table("", ["what", "found"], [[key.replace("_", " "), value] for key, value in findings.items() if key != "advice"])
+    for line in findings["advice"]:
+        render.text(line)
+
+
+def examine() -> dict:
+    """Everything that ``salekit doctor`` says; never raises."""
+    advice: list[str] = []
+    found: dict = {"salekit": __version__, "python": platform.python_version(), "numpy": _version("numpy")}
+    found["driver"] = _driver(advice)
+    found["cupy"] = _cupy(advice)
+    found["nvrtc"] = _nvrtc(advice) if found["cupy"] else None
+    found["gpu"], arch = _gpu(advice) if found["cupy"] else (None, None)
+    found["cache"] = _cache()
+    found["estimate"], found["attend"] = _kernels(arch)
+    found["gpu_suite"] = gpu_suite_state()
+    if arch is None:
+        advice.append("Without a GPU everything runs on the NumPy twin: the same API and masks, small sizes.")
+    found["advice"] = advice
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver(advice: list[str]) -> str | None:
+    try:
+        import ctypes
+
+        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        version = ctypes.c_int()
+        library.cuDriverGetVersion(ctypes.byref(version))
+        return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    except OSError:
+        advice.append("No NVIDIA driver was found; for a GPU install NVIDIA's driver, 525 or newer (580 for CUDA 13).")
+        return None
+
+
+def _cupy(advice: list[str]) -> str | None:
+    try:
+        import cupy
+
+        return cupy.__version__
+    except Exception as error:
+        advice.append(f'CuPy cannot be imported ({type(error).__name__}); for a GPU: pip install "salekit[cuda12]" '
+                      '(or "salekit[cuda13]" with a CUDA 13 driver)')
+        return None
+
+
+def _nvrtc(advice: list[str]) -> str | None:
+    from salekit import jit
+    from salekit.errors import SalekitError
+
+    try:
+        return ".".join(map(str, jit.nvrtc_version()))
+    except SalekitError as error:
+        advice.append(str(error))
+        return None
+
+
+def _gpu(advice: list[str]) -> tuple[str | None, str | None]:
+    from salekit import jit
+    from salekit.errors import SalekitError
+
+    try:
+        arch = jit.device_arch()
+        import cupy
+
+        properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
+        name = properties["name"].decode()
+        return f"{name}, {properties['multiProcessorCount']} SMs, {properties['totalGlobalMem'] / 2**30:.0f} GiB, {arch}", arch
+    except SalekitError as error:
+        advice.append(str(error))
+        return None, None
+
+
+def _cache() -> str:
+    from salekit import jit
+
+    folder = jit.cache_dir()
+    try:
+        files = [path.stat().st_size for path in folder.iterdir()]
+        return f"{folder} ({len(files)} files, {sum(files) / 2**20:.1f} MiB)"
+    except OSError:
+        return f"{folder} (empty)"
+
+
+def _kernels(arch: str | None) -> tuple[str, str]:
+    from salekit.plans import resolve_estimator
+
+    if arch is None:
+        return "NumPy twin (no GPU)", "NumPy twin (no GPU)"
+    auto = resolve_estimator("auto", arch)
+    if arch == "sm_90a":
+        return (f"{auto}: estimate_int8_sm90 (wgmma s8); int4 is only emulated here and runs in bytes",
+                "attend_sm90 (wgmma) for masks of 128 query rows and dense calls, attend_sm80 for 64")
+    why = "native s4 tensor cores" if auto == "int4" else "s8 tensor cores; s4 is only emulated here"
+    return f"{auto}: estimate_sm80 ({why})", "attend_sm80 (mma.sync)"
+
+
+def gpu_suite_state() -> str:
+    """Whether the recorded run of the GPU tests is of today's kernels."""
+    from salekit import jit
+
+    try:
+        record = json.loads(GPU_SUITE.read_text())
+    except OSError:
+        return "no record here (it is kept in a checkout, in bench/results)"
+    except ValueError:
+        return "the record in bench/results is damaged"
+    state = "of these kernels" if record.get("cuda_src_hash") == jit.sources_hash() else "STALE: the kernels have changed since"
+    return f"{record.get('passed')} passed on {record.get('gpu')}, {record.get('date')}, {state}"

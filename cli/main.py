@@ -1,0 +1,89 @@
+"""The ``salekit`` command group: finds commands one file each, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from enum import IntEnum
+
+import click
+
+from salekit import __version__
+from salekit.errors import CompileError, GpuError, SalekitError
+
+COMMANDS = {
+    "bench": "Time dense and sparse attention and each stage.",
+    "doctor": "Say what this machine can run and what is missing.",
+    "kernels": "Compile every kernel and show registers, shared memory and spills.",
+    "mask-dump": "Draw or save the block mask of q, k and v.",
+    "validate": "Compare each stage with the twin and the whole with dense attention.",
+}
+
+
+class ExitCode(IntEnum):
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    NO_GPU = 3
+    COMPILE = 4
+    ACCURACY = 5
+    INTERRUPTED = 130
+
+
+class _Group(click.Group):
+    """Imports a command's file when it is asked for, so that ``--help`` is instant."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = name.replace("-", "_")
+        return getattr(importlib.import_module(f"salekit.cli.{module}"), module)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(COMMANDS.items()))
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="salekit")
+def cli() -> None:
+    """SALE sparse attention for long-context prefill: kernels, measurements and masks.
+
+    Exit codes: 0 fine, 1 failed, 2 usage, 3 no or unsupported GPU, 4 compile error, 5 accuracy failed.
+    """
+
+
+def exit_code_of(error: SalekitError) -> ExitCode:
+    if isinstance(error, GpuError):
+        return ExitCode.NO_GPU
+    if isinstance(error, CompileError):
+        return ExitCode.COMPILE
+    return ExitCode.FAILED
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    try:
+        code = cli.main(args=arguments, prog_name="salekit", standalone_mode=False)
+    except click.exceptions.Abort:
+        code = ExitCode.INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except SalekitError as error:
+        click.echo(f"salekit: error: {error}", err=True)
+        code = exit_code_of(error)
+    except KeyboardInterrupt:
+        code = ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone: nothing is left to say, and the interpreter must not try at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = ExitCode.OK
+    except (OSError, MemoryError) as error:
+        click.echo(f"salekit: error: {error or 'out of memory'}", err=True)
+        code = ExitCode.FAILED
+    sys.exit(int(code) if isinstance(code, int) else 0)

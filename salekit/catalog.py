@@ -1,0 +1,34 @@
+"""Every kernel instance that salekit may launch on an architecture, by walking over Plans."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from .anchors import kernel_specs as anchor_specs
+from .attend import kernel_specs as attend_specs
+from .estimate import kernel_specs as estimate_specs
+from .jit import KernelSpec
+from .plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, Plan
+from .quantize import kernel_specs as quantize_specs
+from .workloads import kernel_specs as workload_specs
+
+STAGES = {"quantize": quantize_specs, "anchors": anchor_specs, "estimate": estimate_specs, "attend": attend_specs}
+
+
+def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
+    """(stage, spec) of every kernel for this architecture, each once."""
+    found: dict[KernelSpec, str] = {}
+    for dtype, head_dim, (block_q, block_k), estimator in product(DTYPES, HEAD_DIMS, BLOCKS, ESTIMATORS):
+        plan = Plan(1, 4096, 4096, 4, 2, head_dim, dtype, head_dim**-0.5, estimator=estimator, block_q=block_q,
+                    block_k=block_k, arch=arch)
+        for stage, specs in STAGES.items():
+            for spec in specs(plan):
+                found.setdefault(spec, stage)
+        for spec in workload_specs(plan):
+            found.setdefault(spec, "workload")
+    return [(stage, spec) for spec, stage in found.items()]
+
+
+def call_specs(plan: Plan) -> list[KernelSpec]:
+    """What one ``sparse_attention`` call of this plan launches."""
+    return [spec for specs in STAGES.values() for spec in specs(plan)]
