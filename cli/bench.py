@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def run_bench(
     from salekit import timing
 
     cuda = _has_gpu()
-    settings = dict(
+    settings: dict[str, Any] = dict(
         estimator=estimator,
         attend=attend,
         query_stride=query_stride,
@@ -365,6 +366,8 @@ def _cases_of_file(path: str, lengths, heads, kv_heads, cuda: bool) -> list[dict
     for name, want, have in (("--heads", heads, q.shape[2]), ("--kv-heads", kv_heads, k.shape[2])):
         if want not in (None, have):
             raise click.UsageError(f"{name}: got {want}; {path} has {have}")
+    if 0 in (*q.shape, *k.shape):
+        raise click.UsageError(f"--input: {path} has shapes {q.shape} and {k.shape}: there is nothing to time")
     whole = q.shape[1]
     if lengths is not None and q.shape[1] != k.shape[1]:
         raise click.UsageError(f"--seqlen: {path} has {q.shape[1]} rows and {k.shape[1]} keys and is taken whole")
@@ -470,7 +473,7 @@ def _print_tables(report: dict[str, Any]) -> None:
             [
                 _length(result["seqlen_q"]),
                 f"{heads[0]:.4f}",
-                f"{heads[len(heads) // 2]:.4f}",
+                f"{statistics.median(heads):.4f}",
                 f"{heads[-1]:.4f}",
                 " ".join(f"{x:.3f}" for x in result["density_per_head"]),
             ]

@@ -86,7 +86,7 @@ def run_validate(
 
     cuda = _choose_cuda(backend)
     q, k, v, source = _load(input_file, seqlen)
-    plan_options = dict(
+    plan_options: dict[str, Any] = dict(
         estimator=estimator, query_stride=query_stride, block=block, dense_below=0
     )
     render.note(
@@ -173,6 +173,10 @@ def _load(input_file: str | None, seqlen: str | None):
     else:
         sample = load_sample()
         q, k, v, source = sample["q"], sample["k"], sample["v"], "the built-in sample"
+    if 0 in (*q.shape, *k.shape):
+        raise click.UsageError(f"--input: {source} has shapes {q.shape} and {k.shape}: there is nothing to compare")
+    if not all(np.isfinite(x.astype(np.float32)).all() for x in (q, k, v)):
+        raise click.UsageError(f"--input: {source} holds NaN or infinity; accuracy is measured on finite q, k, v")
     whole = q.shape[1]
     if length is None or length == whole:
         return q, k, v, source
@@ -189,7 +193,8 @@ def _load(input_file: str | None, seqlen: str | None):
 def within(stage: str, compared: str, got: Any, want: Any, bound: Any) -> Check:
     """|got - want| <= bound, element by element; NaN and infinity must sit in the same places."""
     got, want = (np.asarray(x, np.float64) for x in (got, want))
-    bound = np.broadcast_to(np.asarray(bound, np.float64), want.shape)
+    # Where the inputs are not finite no bound is either: nothing but equality passes.
+    bound = np.broadcast_to(np.nan_to_num(np.asarray(bound, np.float64), nan=0.0, posinf=0.0), want.shape)
     if got.shape != want.shape:
         return Check(stage, f"{compared} (shapes {got.shape} and {want.shape})", float("nan"), 0.0, False)
     if want.size == 0:
@@ -531,7 +536,8 @@ def _check_pipeline(q, k, v, mask, out, lse, plan) -> tuple[list[dict[str, Any]]
     u = UNIT_ROUNDOFF[plan.dtype]
     keys = np.arange(plan.seqlen_k)
     visible = keys[None] <= (rows + plan.seqlen_k - plan.seqlen_q)[:, None]
-    heads, seen = [], {"out": [], "lse": [], "recall": []}
+    heads: list[dict[str, Any]] = []
+    seen: dict[str, list] = {"out": [], "lse": [], "recall": []}
     for b in range(plan.batch):
         for head in range(plan.num_heads):
             kv = head // plan.group_size

@@ -220,7 +220,7 @@ class ClockSampler:
 
         runtime = cupy.cuda.runtime
         command = _query(_LIVE, runtime.deviceGetPCIBusId(runtime.getDevice()), "-lms", "200")
-        self._process = None
+        self._process: subprocess.Popen[str] | None = None
         if command:
             try:
                 self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -245,7 +245,7 @@ class ClockSampler:
         names = ("sm_mhz", "memory_mhz", "power_w", "temperature_c")
         self.result: dict[str, Any] = {}
         for index, name in enumerate(names):
-            values = [row[index] for row in rows if row[index] is not None]
+            values = [x for x in (row[index] for row in rows) if x is not None]
             self.result[name] = round(statistics.median(values), 1) if values else None
         self.result["samples"] = len(rows)
 
@@ -279,12 +279,16 @@ def git_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        run = dict(cwd=root, capture_output=True, text=True, timeout=10, check=True)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
+        commit = _git(root, "rev-parse", "HEAD")
+        dirty = _git(root, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("-dirty" if dirty else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
 def command_line() -> str:

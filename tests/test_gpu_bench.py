@@ -76,6 +76,17 @@ def test_usage_errors(no_gpu, arguments):
     assert CliRunner().invoke(bench_module.bench, ["--seqlen", "512", *arguments]).exit_code == 2
 
 
+def test_host_timing_follows_the_stop_rule():
+    from salekit import timing
+
+    calls = []
+    result = timing.time_call(lambda: calls.append(1), cuda=False, warmup=2, min_samples=3, max_samples=4)
+    assert 3 <= result.samples <= 4 and len(calls) == result.samples + 2
+    assert 0 <= result.min_ms <= result.median_ms <= result.max_ms
+    assert timing.Timing.of([1.0, 2.0, 3.0, 4.0, 5.0]).spread == pytest.approx(2 / 3)
+    assert timing.chip_rates("NVIDIA H100 80GB HBM3")["int8"] == 1979 and timing.chip_rates("unknown")["half"] is None
+
+
 # --- with one ------------------------------------------------------------------------------------------------------
 @pytest.mark.gpu
 @pytest.mark.parametrize("estimator", ["int8", "int4", "int8-sp24"])
@@ -108,13 +119,12 @@ def test_workload_kernel_writes_the_twins_distribution(head_dim, dtype):
         assert abs(got[..., rest].mean()) <= 5 * want[..., rest].std() / np.sqrt(count)
         inner = slice(0, 64, 4)
         difference = got[..., inner] - want[..., inner]
+        difference /= difference.std(axis=(0, 1, 3))[:, None]  # heads differ in their noise
         blocks = difference[:, :960].reshape(2, 30, 32, got.shape[2], 16)
-        # Two independent draws around one block vector: means over 32 rows scatter by sqrt(2 / 32) of the noise.
-        noise = difference.std() / np.sqrt(2)
-        assert abs(blocks.mean(axis=2)).max() <= 6 * noise * np.sqrt(2 / 32)
-        assert abs(np.corrcoef(difference[:, :-1].ravel(), difference[:, 1:].ravel())[0, 1]) <= 5 / np.sqrt(
-            difference.size
-        )
+        # Two independent draws around one block vector: means over 32 rows scatter by sqrt(1 / 32).
+        assert abs(blocks.mean(axis=2)).max() <= 6 / np.sqrt(32)
+        neighbours = np.corrcoef(difference[:, :-1].ravel(), difference[:, 1:].ravel())[0, 1]
+        assert abs(neighbours) <= 5 / np.sqrt(difference.size)
 
 
 @pytest.mark.gpu

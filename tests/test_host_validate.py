@@ -178,3 +178,11 @@ def test_a_file_and_its_json(tmp_path):
 def test_usage_errors(arguments):
     result = CliRunner().invoke(validate_module.validate, arguments)
     assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x[:, :0], lambda x: x * np.float16(np.nan)])
+def test_nothing_to_measure_is_a_usage_error(tmp_path, spoil):
+    arrays = dict(zip("qkv", workloads.llm_like_qkv(100, 2, 1, 64, dtype="float16")))
+    np.savez(tmp_path / "x.npz", **{name: spoil(x) for name, x in arrays.items()})
+    result = CliRunner().invoke(validate_module.validate, ["--input", str(tmp_path / "x.npz"), "--backend", "numpy"])
+    assert result.exit_code == 2, result.output

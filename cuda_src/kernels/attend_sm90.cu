@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(384, 1)
     }
   } else {
     setmaxnreg_inc<240>();
-    const int warpgroup = threadIdx.x / 128 - 1;
+    const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // uniform: so are the descriptors
     const bool leader = threadIdx.x % 128 == 0;
     const int row = first_row + warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     const int visible_upper = shape.visible_keys(row), visible_lower = shape.visible_keys(row + 8);

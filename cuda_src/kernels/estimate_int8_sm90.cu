@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
   }
   __syncthreads();
 
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // known to be uniform: descriptors stay in uniform registers
   if (warpgroup == ESTIMATE_CONSUMERS) {
     setmaxnreg_dec<24>();
     if (threadIdx.x % 128 == 0 && num_tiles != 0) {

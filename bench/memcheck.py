@@ -1,0 +1,54 @@
+"""Every kernel at small, odd sizes, to run under compute-sanitizer:
+
+    compute-sanitizer --tool memcheck --error-exitcode 9 python bench/memcheck.py
+
+CuPy's memory pool is off, so that each buffer is an allocation that the tool can see the ends of.
+"""
+
+import importlib
+from itertools import product
+
+import cupy
+import ml_dtypes
+import numpy as np
+
+import salekit
+from salekit.plans import BLOCKS, ESTIMATORS
+
+cupy.cuda.set_allocator(None)
+LENGTHS = ((1, 1), (65, 63), (127, 1029), (333, 300))
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    attend = importlib.import_module("salekit.attend")
+    estimate = importlib.import_module("salekit.estimate")
+    calls = 0
+    for (seqlen_q, seqlen_k), dtype, head_dim in product(LENGTHS, (np.float16, ml_dtypes.bfloat16), (64, 128)):
+        def draw(seqlen, heads):
+            return rng.standard_normal((1, seqlen, heads, head_dim)).astype(np.float32).astype(dtype)
+
+        q, k, v = draw(seqlen_q, 4), draw(seqlen_k, 2), draw(seqlen_k, 2)
+        gpu = [cupy.asarray(x) for x in (q, k, v)]
+        blocks = BLOCKS if (seqlen_q, head_dim) == (127, 128) else ((128, 32), (64, 64))
+        for estimator, block, causal in product(ESTIMATORS, blocks, (True, False)):
+            options = dict(estimator=estimator, block=block, causal=causal, dense_below=0)
+            out, lse, mask = salekit.sparse_attention(*gpu, return_lse=True, return_mask=True, **options)
+            plan = salekit.make_plan(*gpu, **options)
+            attend._launch_sm80(*gpu, mask, plan, out, lse)
+            if estimator != "int4":
+                codes = salekit.quantize(*gpu[:2], plan)
+                m, l = salekit.anchor_statistics(*gpu[:2], codes.k_mean, plan)
+                limits = salekit.row_limits(m, l, codes, 0.008, plan)
+                same = estimate.estimate(codes, limits, plan, kernel="mma")
+                assert np.array_equal(same.words.get(), mask.words.get())
+            calls += 1
+        dense = salekit.dense_attention(*gpu).get().astype(np.float32)
+        twin = salekit.dense_attention(q, k, v).astype(np.float32)
+        assert np.linalg.norm(dense - twin) <= 1e-2 * np.linalg.norm(twin)
+    cupy.cuda.Device().synchronize()
+    print(f"{calls} calls")
+
+
+if __name__ == "__main__":
+    main()
