@@ -25,6 +25,7 @@ def main() -> None:
     estimate = importlib.import_module("salekit.estimate")
     calls = 0
     for (seqlen_q, seqlen_k), dtype, head_dim in product(LENGTHS, (np.float16, ml_dtypes.bfloat16), (64, 128)):
+
         def draw(seqlen, heads):
             return rng.standard_normal((1, seqlen, heads, head_dim)).astype(np.float32).astype(dtype)
 

@@ -25,7 +25,9 @@ def doctor(as_json: bool) -> None:
     if as_json:
         render.print_json({"schema": 1, "kind": "salekit-doctor", **findings})
         return
-    render.table("", ["what", "found"], [[key.replace("_", " "), value] for key, value in findings.items() if key != "advice"])
+    render.table(
+        "", ["what", "found"], [[key.replace("_", " "), value] for key, value in findings.items() if key != "advice"]
+    )
     for line in findings["advice"]:
         render.text(line)
 
@@ -73,8 +75,10 @@ def _cupy(advice: list[str]) -> str | None:
 
         return cupy.__version__
     except Exception as error:
-        advice.append(f'CuPy cannot be imported ({type(error).__name__}); for a GPU: pip install "salekit[cuda12]" '
-                      '(or "salekit[cuda13]" with a CUDA 13 driver)')
+        advice.append(
+            f'CuPy cannot be imported ({type(error).__name__}); for a GPU: pip install "salekit[cuda12]" '
+            '(or "salekit[cuda13]" with a CUDA 13 driver)'
+        )
         return None
 
 
@@ -99,7 +103,10 @@ def _gpu(advice: list[str]) -> tuple[str | None, str | None]:
 
         properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
         name = properties["name"].decode()
-        return f"{name}, {properties['multiProcessorCount']} SMs, {properties['totalGlobalMem'] / 2**30:.0f} GiB, {arch}", arch
+        return (
+            f"{name}, {properties['multiProcessorCount']} SMs, {properties['totalGlobalMem'] / 2**30:.0f} GiB, {arch}",
+            arch,
+        )
     except SalekitError as error:
         advice.append(str(error))
         return None, None
@@ -123,8 +130,10 @@ def _kernels(arch: str | None) -> tuple[str, str]:
         return "NumPy twin (no GPU)", "NumPy twin (no GPU)"
     auto = resolve_estimator("auto", arch)
     if arch == "sm_90a":
-        return (f"{auto}: estimate_int8_sm90 (wgmma s8); int4 is only emulated here and runs in bytes",
-                "attend_sm90 (wgmma) for masks of 128 query rows and dense calls, attend_sm80 for 64")
+        return (
+            f"{auto}: estimate_int8_sm90 (wgmma s8); int4 is only emulated here and runs in bytes",
+            "attend_sm90 (wgmma) for masks of 128 query rows and dense calls, attend_sm80 for 64",
+        )
     why = "native s4 tensor cores" if auto == "int4" else "s8 tensor cores; s4 is only emulated here"
     return f"{auto}: estimate_sm80 ({why})", "attend_sm80 (mma.sync)"
 
@@ -139,5 +148,9 @@ def gpu_suite_state() -> str:
         return "no record here (it is kept in a checkout, in bench/results)"
     except ValueError:
         return "the record in bench/results is damaged"
-    state = "of these kernels" if record.get("cuda_src_hash") == jit.sources_hash() else "STALE: the kernels have changed since"
+    state = (
+        "of these kernels"
+        if record.get("cuda_src_hash") == jit.sources_hash()
+        else "STALE: the kernels have changed since"
+    )
     return f"{record.get('passed')} passed on {record.get('gpu')}, {record.get('date')}, {state}"

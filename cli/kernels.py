@@ -41,12 +41,22 @@ def kernels(archs: list[str], as_json: bool, output: str | None) -> None:
         with render.progress(arch, len(specs)) as advance:
             results = compile_all([spec for _, spec in specs], arch, advance)
         for (stage, spec), (info, error) in zip(specs, results):
-            entry = {"arch": arch, "stage": stage, "kernel": spec.expression, "error": error, "problem": problem_of(info, error)}
+            entry = {
+                "arch": arch,
+                "stage": stage,
+                "kernel": spec.expression,
+                "error": error,
+                "problem": problem_of(info, error),
+            }
             if info is not None:
                 entry.update(
-                    registers=info.registers, shared_bytes=info.static_shared_bytes + info.dynamic_shared_bytes,
-                    stack_bytes=info.stack_bytes, spill_store_bytes=info.spill_store_bytes,
-                    spill_load_bytes=info.spill_load_bytes, warnings=list(info.warnings), seconds=info.compile_seconds,
+                    registers=info.registers,
+                    shared_bytes=info.static_shared_bytes + info.dynamic_shared_bytes,
+                    stack_bytes=info.stack_bytes,
+                    spill_store_bytes=info.spill_store_bytes,
+                    spill_load_bytes=info.spill_load_bytes,
+                    warnings=list(info.warnings),
+                    seconds=info.compile_seconds,
                 )
             report["kernels"].append(entry)
     if output:
@@ -98,9 +108,18 @@ def problem_of(info, error: str | None) -> str | None:
 def _print(report: dict) -> None:
     columns = ["kernel", "arch", "registers", "shared KiB", "stack", "spills", "seconds", "warnings"]
     rows = [
-        [e["kernel"], e["arch"], e["registers"], f"{e['shared_bytes'] / 1024:.1f}", e["stack_bytes"],
-         e["spill_store_bytes"] + e["spill_load_bytes"], f"{e['seconds']:.2f}", len(e["warnings"])]
-        if e["error"] is None else [e["kernel"], e["arch"], "error", "", "", "", "", ""]
+        [
+            e["kernel"],
+            e["arch"],
+            e["registers"],
+            f"{e['shared_bytes'] / 1024:.1f}",
+            e["stack_bytes"],
+            e["spill_store_bytes"] + e["spill_load_bytes"],
+            f"{e['seconds']:.2f}",
+            len(e["warnings"]),
+        ]
+        if e["error"] is None
+        else [e["kernel"], e["arch"], "error", "", "", "", "", ""]
         for e in report["kernels"]
     ]
     render.table(f"{len(rows)} kernels, NVRTC {report['nvrtc']}", columns, rows)

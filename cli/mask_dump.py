@@ -19,7 +19,9 @@ MAX_PNG = 4096  # pixels a side; larger masks are drawn coarser
 @click.command("mask-dump")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False), required=False)
 @click.option("--sample", is_flag=True, help="The built-in real sample instead of a file.")
-@click.option("--head", "heads", type=click.IntRange(min=0), multiple=True, help="Head to draw, repeatable. Default: all.")
+@click.option(
+    "--head", "heads", type=click.IntRange(min=0), multiple=True, help="Head to draw, repeatable. Default: all."
+)
 @click.option("--format", "form", type=click.Choice(["term", "png", "npz"]), default="term", show_default=True)
 @click.option("--width", type=click.IntRange(8, 1000), default=None, help="Columns of the terminal picture.")
 @options.tau
@@ -57,11 +59,20 @@ def mask_dump(file, sample, heads, form, width, tau, block, estimator, query_str
     if output:
         render.note(f"wrote {output}")
     if as_json:
-        render.print_json({
-            "schema": 1, "kind": "salekit-mask", **metadata, "tau": tau if np.isfinite(tau) else "inf",
-            "block": [mask.block_q, mask.block_k], "seqlen_q": mask.seqlen_q, "seqlen_k": mask.seqlen_k,
-            "causal": mask.causal, "heads": chosen, "density": [float(density[h]) for h in chosen],
-        })
+        render.print_json(
+            {
+                "schema": 1,
+                "kind": "salekit-mask",
+                **metadata,
+                "tau": tau if np.isfinite(tau) else "inf",
+                "block": [mask.block_q, mask.block_k],
+                "seqlen_q": mask.seqlen_q,
+                "seqlen_k": mask.seqlen_k,
+                "causal": mask.causal,
+                "heads": chosen,
+                "density": [float(density[h]) for h in chosen],
+            }
+        )
     elif form == "term":
         _draw(mask, chosen, num_heads, density, width or max(8, min(96, render.terminal_width())))
 
@@ -92,7 +103,15 @@ def _load_or_compute(file, tau, block, estimator, query_stride, backend):
                 raise
             render.note("no usable GPU: the NumPy twin computes the mask")
     mask = sparse_attention(
-        q, k, v, thresholds=tau, block=block, estimator=estimator, query_stride=query_stride, dense_below=0, return_mask=True
+        q,
+        k,
+        v,
+        thresholds=tau,
+        block=block,
+        estimator=estimator,
+        query_stride=query_stride,
+        dense_below=0,
+        return_mask=True,
     )[1]
     return mask.to_numpy(), source
 
@@ -141,4 +160,9 @@ def encode_png(rgb: np.ndarray) -> bytes:
     lines = np.zeros((height, 1 + 3 * width), np.uint8)
     lines[:, 1:] = rgb.reshape(height, -1)
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines.tobytes(), 6)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(lines.tobytes(), 6))
+        + chunk(b"IEND", b"")
+    )

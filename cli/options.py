@@ -13,7 +13,7 @@ _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 
 def parse_seqlen(text: str) -> int:
-    """"4096", "128k" (131072), "1m" (1048576). click.BadParameter otherwise."""
+    """ "4096", "128k" (131072), "1m" (1048576). click.BadParameter otherwise."""
     match = re.fullmatch(r"(\d{1,10})([km]?)", text.strip().lower())
     if not match:
         raise click.BadParameter(f"{text!r} is not a length; wants e.g. 4096, 32k or 1m")
@@ -24,7 +24,7 @@ def parse_seqlen(text: str) -> int:
 
 
 def parse_seqlens(text: str) -> list[int]:
-    """"8k,32k,128k" as a list of lengths."""
+    """ "8k,32k,128k" as a list of lengths."""
     return [parse_seqlen(part) for part in text.split(",")]
 
 
@@ -55,17 +55,31 @@ class _Tau(click.ParamType):
 
 
 BLOCK, TAU = _Block(), _Tau()
-block = click.option("--block", type=BLOCK, default="128x32", show_default=True, help="Query rows x keys of a mask block.")
+block = click.option(
+    "--block", type=BLOCK, default="128x32", show_default=True, help="Query rows x keys of a mask block."
+)
 tau = click.option("--tau", type=TAU, default=0.008, show_default=True, help="Threshold of every head.")
 estimator = click.option(
-    "--estimator", type=click.Choice(["auto", *ESTIMATORS]), default="auto", show_default=True, help="How scores are estimated."
+    "--estimator",
+    type=click.Choice(["auto", *ESTIMATORS]),
+    default="auto",
+    show_default=True,
+    help="How scores are estimated.",
 )
 query_stride = click.option(
-    "--query-stride", type=click.Choice(["1", "2", "4"]), default="1", show_default=True, callback=lambda c, p, v: int(v),
+    "--query-stride",
+    type=click.Choice(["1", "2", "4"]),
+    default="1",
+    show_default=True,
+    callback=lambda c, p, v: int(v),
     help="Test every n-th query row.",
 )
 backend = click.option(
-    "--backend", type=click.Choice(["auto", "numpy", "cuda"]), default="auto", show_default=True, help="Where to compute."
+    "--backend",
+    type=click.Choice(["auto", "numpy", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 output = click.option("-o", "--output", type=click.Path(dir_okay=False, writable=True), help="Write to this file.")

@@ -74,7 +74,9 @@ def heat_map(values: np.ndarray) -> None:
     console = _console()
     if console.color_system is None or console.no_color:
         for row in values:
-            shades = [" " if np.isnan(x) else SHADES[max(1, round(x * (len(SHADES) - 1)))] if x > 0 else "·" for x in row]
+            shades = [
+                " " if np.isnan(x) else SHADES[max(1, round(x * (len(SHADES) - 1)))] if x > 0 else "·" for x in row
+            ]
             console.print(Text("".join(shades)))
         return
     colours = ramp(values)

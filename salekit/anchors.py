@@ -18,7 +18,7 @@ def anchor_statistics(q: Any, k: Any, k_mean: Any, plan: Plan) -> tuple[Any, Any
     """m and l, float32 [batch, num_heads, seqlen_q]: maximum of s and sum of exp(s - m) over a row's anchor keys.
 
     q: [batch, seqlen_q, num_heads, head_dim]; k: [batch, seqlen_k, num_kv_heads, head_dim], bshd views; k_mean: float32
-    [batch, num_kv_heads, head_dim]. s is the score of the smoothed key (DESIGN section 3, step 2). A row without a
+    [batch, num_kv_heads, head_dim]. s is the score of the smoothed key (docs/algorithm.md, step 2). A row without a
     visible key has m = -inf, l = 0. NumPy arrays run the twin.
     """
     if not arrays.is_cuda(q):
@@ -26,18 +26,19 @@ def anchor_statistics(q: Any, k: Any, k_mean: Any, plan: Plan) -> tuple[Any, Any
     empty = arrays.import_cupy().empty
     m, l = (empty((plan.batch, plan.num_heads, plan.seqlen_q), np.float32) for _ in range(2))
     jit.get_kernel(_anchor_spec(plan))(
-        (plan.num_q_tiles, plan.num_heads, plan.batch), (_THREADS,),
+        (plan.num_q_tiles, plan.num_heads, plan.batch),
+        (_THREADS,),
         (arrays.tensor_view(q), arrays.tensor_view(k), k_mean, m, l, plan.shape_record, np.float32(plan.softmax_scale)),
     )
     return m, l
 
 
 def row_limits(m: Any, l: Any, quantized: Quantized, thresholds: Any, plan: Plan) -> Any:
-    """What a row's scores have to exceed (DESIGN section 3, step 4), in the form that ``estimate`` takes.
+    """What a row's scores have to exceed (docs/algorithm.md, step 4), in the form that ``estimate`` takes.
 
     int8 and int8-sp24: int32 thresholds of the integer scores; int4: float32 y = m + ln(tau * l). NumPy: [batch,
-    num_heads, seqlen_q]; CuPy: [batch, num_heads, padded_q], rows past the end never vote. thresholds: a float, or float32
-    [num_heads] where m is.
+    num_heads, seqlen_q]; CuPy: [batch, num_heads, padded_q], rows past the end never vote. thresholds: a float, or
+    float32 [num_heads] where m is.
     """
     is_int4 = plan.estimator == "int4"
     if not arrays.is_cuda(m):
@@ -51,10 +52,20 @@ def row_limits(m: Any, l: Any, quantized: Quantized, thresholds: Any, plan: Plan
     )
     on_device = not isinstance(thresholds, float)
     jit.get_kernel(_limits_spec(plan))(
-        (plan.padded_q // CODE_TILE_ROWS, plan.num_heads, plan.batch), (_THREADS,),
-        (m, l, quantized.q_scale, quantized.k_scale, thresholds if on_device else _NULL,
-         np.float32(0 if on_device else thresholds), limits, plan.shape_record, np.int32(plan.block_q),
-         np.float32(plan.softmax_scale)),
+        (plan.padded_q // CODE_TILE_ROWS, plan.num_heads, plan.batch),
+        (_THREADS,),
+        (
+            m,
+            l,
+            quantized.q_scale,
+            quantized.k_scale,
+            thresholds if on_device else _NULL,
+            np.float32(0 if on_device else thresholds),
+            limits,
+            plan.shape_record,
+            np.int32(plan.block_q),
+            np.float32(plan.softmax_scale),
+        ),
     )
     return limits
 

@@ -1,4 +1,4 @@
-"""Attend: exact softmax attention over the selected blocks (DESIGN section 3, step 5)."""
+"""Attend: exact softmax attention over the selected blocks (docs/algorithm.md, step 5)."""
 
 from __future__ import annotations
 
@@ -63,11 +63,17 @@ def _fits_sm90(arch: str, mask: BlockMask | None) -> bool:
 
 def _launch_sm90(q: Any, k: Any, v: Any, mask: BlockMask | None, plan: Plan, out: Any, lse: Any) -> None:
     jit.get_kernel(_sm90_spec(plan))(
-        (plan.batch * plan.num_heads * ceil_div(plan.seqlen_q, DENSE_BLOCK_Q),), (_SM90_THREADS,),
+        (plan.batch * plan.num_heads * ceil_div(plan.seqlen_q, DENSE_BLOCK_Q),),
+        (_SM90_THREADS,),
         (
-            tensor_map.tensor_map(q, DENSE_BLOCK_Q), *(tensor_map.tensor_map(x, KEY_BLOCK) for x in (k, v)),
-            arrays.tensor_view(out), _NULL if lse is None else lse, _NULL if mask is None else mask.words,
-            np.int32(_expand_log2(mask)), plan.shape_record, np.float32(plan.softmax_scale),
+            tensor_map.tensor_map(q, DENSE_BLOCK_Q),
+            *(tensor_map.tensor_map(x, KEY_BLOCK) for x in (k, v)),
+            arrays.tensor_view(out),
+            _NULL if lse is None else lse,
+            _NULL if mask is None else mask.words,
+            np.int32(_expand_log2(mask)),
+            plan.shape_record,
+            np.float32(plan.softmax_scale),
         ),
     )
 
@@ -83,10 +89,14 @@ def _launch_sm80(
     block_q = DENSE_BLOCK_Q if mask is None else mask.block_q
     stages = stages or STAGES
     jit.get_kernel(_sm80_spec(plan, block_q, stages))(
-        (plan.batch * plan.num_heads * ceil_div(plan.seqlen_q, block_q),), (block_q,),
+        (plan.batch * plan.num_heads * ceil_div(plan.seqlen_q, block_q),),
+        (block_q,),
         (
-            *(_view(x) for x in (q, k, v, out)), _NULL if lse is None else lse,
-            _NULL if mask is None else mask.words, np.int32(_expand_log2(mask)), plan.shape_record,
+            *(_view(x) for x in (q, k, v, out)),
+            _NULL if lse is None else lse,
+            _NULL if mask is None else mask.words,
+            np.int32(_expand_log2(mask)),
+            plan.shape_record,
             np.float32(plan.softmax_scale),
         ),
     )
@@ -101,12 +111,11 @@ def _view(array: Any) -> np.ndarray:
 
 def _sm80_spec(plan: Plan, block_q: int, stages: int) -> jit.KernelSpec:
     return jit.KernelSpec(
-        "attend_sm80", (str(plan.head_dim), str(block_q), plan.element, str(stages)),
+        "attend_sm80",
+        (str(plan.head_dim), str(block_q), plan.element, str(stages)),
         f"AttendSm80Storage<{plan.head_dim}, {block_q}, {stages}>",
     )
 
 
 def _sm90_spec(plan: Plan) -> jit.KernelSpec:
-    return jit.KernelSpec(
-        "attend_sm90", (str(plan.head_dim), plan.element), f"AttendSm90Storage<{plan.head_dim}>"
-    )
+    return jit.KernelSpec("attend_sm90", (str(plan.head_dim), plan.element), f"AttendSm90Storage<{plan.head_dim}>")

@@ -88,8 +88,16 @@ class BlockMask:
             for h in range(dense.shape[1]):
                 name = f"h{h}" if dense.shape[0] == 1 else f"b{b}_h{h}"
                 arrays[name] = np.packbits(dense[b, h], axis=-1, bitorder="little")
-        meta = dict(metadata or {}, schema=SCHEMA, batch=dense.shape[0], block_q=self.block_q, block_k=self.block_k,
-                    seqlen_q=self.seqlen_q, seqlen_k=self.seqlen_k, causal=self.causal)
+        meta = dict(
+            metadata or {},
+            schema=SCHEMA,
+            batch=dense.shape[0],
+            block_q=self.block_q,
+            block_k=self.block_k,
+            seqlen_q=self.seqlen_q,
+            seqlen_k=self.seqlen_k,
+            causal=self.causal,
+        )
         np.savez_compressed(path, __meta__=np.array(json.dumps(meta)), **arrays)
 
     @classmethod
@@ -115,8 +123,10 @@ class BlockMask:
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise FileFormatError(f"{path}: damaged metadata ({error})") from None
         if heads[0].shape != (nq, ceil_div(nk, 8)) or batch < 1 or len(heads) % batch:
-            raise FileFormatError(f"{path}: arrays of {heads[0].shape} do not fit seqlen {seqlen_q}x{seqlen_k}, "
-                                  f"blocks {block_q}x{block_k}")
+            raise FileFormatError(
+                f"{path}: arrays of {heads[0].shape} do not fit seqlen {seqlen_q}x{seqlen_k}, "
+                f"blocks {block_q}x{block_k}"
+            )
         bits = np.unpackbits(np.stack(heads), axis=-1, bitorder="little")[..., :nk].astype(bool)
         bits = bits.reshape(batch, -1, nq, nk)
         return cls.from_dense(bits, block_q, block_k, seqlen_q, seqlen_k, bool(meta.get("causal", True)))

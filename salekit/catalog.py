@@ -19,8 +19,20 @@ def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
     """(stage, spec) of every kernel for this architecture, each once."""
     found: dict[KernelSpec, str] = {}
     for dtype, head_dim, (block_q, block_k), estimator in product(DTYPES, HEAD_DIMS, BLOCKS, ESTIMATORS):
-        plan = Plan(1, 4096, 4096, 4, 2, head_dim, dtype, head_dim**-0.5, estimator=estimator, block_q=block_q,
-                    block_k=block_k, arch=arch)
+        plan = Plan(
+            1,
+            4096,
+            4096,
+            4,
+            2,
+            head_dim,
+            dtype,
+            head_dim**-0.5,
+            estimator=estimator,
+            block_q=block_q,
+            block_k=block_k,
+            arch=arch,
+        )
         for stage, specs in STAGES.items():
             for spec in specs(plan):
                 found.setdefault(spec, stage)

@@ -2,7 +2,7 @@
 
 Rows: int8 ``[batch, heads, seqlen, head_dim]``, one code a byte, as the NumPy twin computes them.
 Tiles: uint8 ``[batch, heads, num_tiles, 128 * row_bytes]``, as the kernels read them: 128-row tiles, rows past the end
-zero, 4-bit codes packed with even d in the low nibble, and 16-byte chunk c of a row stored at chunk ``c ^ s`` where s is
+zero, 4-bit codes packed with even d in the low nibble, 16-byte chunk c of a row stored at chunk ``c ^ s``, where s is
 taken from address bits 7 and up: the 128-, 64- and 32-byte swizzles of the PTX manual ("Swizzling modes"), so that
 a tile is copied to shared memory as it lies and read by ldmatrix or wgmma without bank conflicts.
 """
@@ -19,7 +19,7 @@ from .plans import CODE_TILE_ROWS, ceil_div
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes, scales and corrections of one call (DESIGN section 4). Arrays are NumPy's or CuPy's.
+    """Codes, scales and corrections of one call (docs/algorithm.md). Arrays are NumPy's or CuPy's.
 
     q_codes, k_codes: rows (twin) or tiles (GPU), see the module's text. A non-finite group has codes 0, scale NaN.
     q_scale: float32; int8: [batch, num_heads, seqlen_q]; int4: [batch, num_heads, 8 * ceil(seqlen_q / 16)], entry
@@ -42,7 +42,7 @@ class Quantized:
 
 
 def _swizzle(tiles: np.ndarray, row_bytes: int) -> np.ndarray:
-    """The involution on ``[..., 128 * row_bytes]`` bytes that XORs the 16-byte chunk index with address bits 7 and up."""
+    """The involution on ``[..., 128 * row_bytes]`` bytes that XORs 16-byte chunk indices with address bits 7 and up."""
     chunk = np.arange(CODE_TILE_ROWS * row_bytes // 16)
     target = chunk ^ ((chunk >> 3) & (row_bytes // 16 - 1))
     view = tiles.reshape(*tiles.shape[:-1], chunk.size, 16)

@@ -1,4 +1,4 @@
-"""Estimate: which key blocks matter, from low-bit products of the codes of q and k (DESIGN section 3, steps 3, 4)."""
+"""Estimate: which key blocks matter, from low-bit products of the codes of q and k (docs/algorithm.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compile, cache, load and launch kernels: NVRTC with an explicit ``-arch``, our own cache on disk, CuPy's module loader."""
+"""Compile, cache, load and launch kernels: NVRTC with an explicit ``-arch``, a cache on disk, CuPy's module loader."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 import threading
 import time
@@ -16,7 +15,6 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-import numpy as np
 
 from .errors import CompileError, GpuError
 from .plans import arch_of
@@ -111,7 +109,9 @@ def _nvrtc():
 
         nvrtc.getVersion()
     except Exception as error:  # CuPy raises several kinds when it or NVRTC is missing or broken
-        raise GpuError(f"NVRTC cannot be used ({type(error).__name__}: {str(error).splitlines()[0][:120]}); {INSTALL_HINT}") from None
+        raise GpuError(
+            f"NVRTC cannot be used ({type(error).__name__}: {str(error).splitlines()[0][:120]}); {INSTALL_HINT}"
+        ) from None
     return nvrtc
 
 
@@ -155,8 +155,12 @@ def _compile(spec: KernelSpec, arch: str) -> tuple[bytes, str, KernelInfo]:
     nvrtc = _nvrtc()
     headers = [item for item in _headers(f"kernels/{spec.source}.cu") + _headers("tile/shared_bytes.cuh")]
     names = dict(headers)
-    program = nvrtc.createProgram(_unit(spec), f"{spec.source}.unit.cu", [text.encode() for text in names.values()],
-                                  [name.encode() for name in names])
+    program = nvrtc.createProgram(
+        _unit(spec),
+        f"{spec.source}.unit.cu",
+        [text.encode() for text in names.values()],
+        [name.encode() for name in names],
+    )
     try:
         nvrtc.addNameExpression(program, spec.expression)
         storage = f"shared_bytes<(unsigned)sizeof({spec.storage})>" if spec.storage else None
@@ -170,8 +174,11 @@ def _compile(spec: KernelSpec, arch: str) -> tuple[bytes, str, KernelInfo]:
         seconds = time.perf_counter() - started
         lowered = _text(nvrtc.getLoweredName(program, spec.expression))
         dynamic = _number(r"ILj(\d+)E", _text(nvrtc.getLoweredName(program, storage))) if storage else 0
-        info = KernelInfo(dynamic_shared_bytes=dynamic, compile_seconds=round(seconds, 3),
-                          **parse_log(nvrtc.getProgramLog(program), lowered))
+        info = KernelInfo(
+            dynamic_shared_bytes=dynamic,
+            compile_seconds=round(seconds, 3),
+            **parse_log(nvrtc.getProgramLog(program), lowered),
+        )
         return nvrtc.getCUBIN(program), lowered, info
     finally:
         nvrtc.destroyProgram(program)
@@ -200,7 +207,15 @@ def _private_dir() -> Path:
 def cache_key(spec: KernelSpec, arch: str) -> str:
     """sha256 of all that decides the cubin: sources with everything they include, names, flags, NVRTC, arch."""
     digest = hashlib.sha256()
-    parts = [str(CACHE_VERSION), _unit(spec), spec.expression, str(spec.storage), arch, repr(FLAGS), repr(nvrtc_version())]
+    parts = [
+        str(CACHE_VERSION),
+        _unit(spec),
+        spec.expression,
+        str(spec.storage),
+        arch,
+        repr(FLAGS),
+        repr(nvrtc_version()),
+    ]
     for name, text in _headers(f"kernels/{spec.source}.cu") + _headers("tile/shared_bytes.cuh"):
         parts += [name, text]
     for part in parts:
@@ -315,7 +330,9 @@ def device_arch() -> str:
 
         device = cupy.cuda.runtime.getDevice()
     except Exception as error:
-        raise GpuError(f"no usable GPU ({type(error).__name__}: {str(error).splitlines()[0][:120]}); {INSTALL_HINT}") from None
+        raise GpuError(
+            f"no usable GPU ({type(error).__name__}: {str(error).splitlines()[0][:120]}); {INSTALL_HINT}"
+        ) from None
     return _arch_of_device(device)
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-TILE_ROWS = 64  # anchors are defined per 64-row query tile, whatever the mask's block (DESIGN: fine print)
+TILE_ROWS = 64  # anchors are defined per 64-row query tile, whatever the mask's block (docs/algorithm.md)
 KEY_BLOCK = 32  # the finest key granularity: anchors and votes are taken per 32 keys
 CODE_TILE_ROWS = 128  # codes are stored in tiles of 128 rows, in the shared-memory order of the tensor cores
 BLOCKS = tuple((q, k) for q in (64, 128) for k in (32, 64, 128))
@@ -22,9 +22,21 @@ SELECT_NONE = 2**31 - 1  # integer threshold of a row that never votes
 CLAMP = 2**30  # finite thresholds and corrections are clamped to +-CLAMP
 
 SHAPE_RECORD = np.dtype(
-    [(name, "<i4") for name in (
-        "batch", "seqlen_q", "seqlen_k", "num_heads", "num_kv_heads", "causal", "sink_end", "local",
-        "query_stride", "full_rows")]
+    [
+        (name, "<i4")
+        for name in (
+            "batch",
+            "seqlen_q",
+            "seqlen_k",
+            "num_heads",
+            "num_kv_heads",
+            "causal",
+            "sink_end",
+            "local",
+            "query_stride",
+            "full_rows",
+        )
+    ]
 )
 
 
@@ -91,7 +103,7 @@ class Plan:
 
     @property
     def is_dense(self) -> bool:
-        """Dense by length alone (DESIGN section 3, step 6)."""
+        """Dense by length alone (docs/algorithm.md, step 6)."""
         return self.seqlen_k <= self.dense_below
 
     @property
@@ -135,8 +147,20 @@ class Plan:
     def shape_record(self) -> np.ndarray:
         """The ``Shape`` struct of cuda_src/tile/shape.cuh, as a size-1 record that CuPy passes by value."""
         return np.array(
-            [(self.batch, self.seqlen_q, self.seqlen_k, self.num_heads, self.num_kv_heads, int(self.causal),
-              self.sink_end, min(self.local, 2**30), self.query_stride, self.full_rows)],
+            [
+                (
+                    self.batch,
+                    self.seqlen_q,
+                    self.seqlen_k,
+                    self.num_heads,
+                    self.num_kv_heads,
+                    int(self.causal),
+                    self.sink_end,
+                    min(self.local, 2**30),
+                    self.query_stride,
+                    self.full_rows,
+                )
+            ],
             dtype=SHAPE_RECORD,
         )
 
@@ -168,12 +192,22 @@ def arch_of(major: int, minor: int) -> str | None:
     A capability without a build of its own (8.7, 12.1) takes the nearest older one of its generation.
     """
     capability = major * 10 + minor
-    exact = {80: "sm_80", 86: "sm_86", 87: "sm_86", 88: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a", 103: "sm_103a", 120: "sm_120a"}
+    exact = {
+        80: "sm_80",
+        86: "sm_86",
+        87: "sm_86",
+        88: "sm_86",
+        89: "sm_89",
+        90: "sm_90a",
+        100: "sm_100a",
+        103: "sm_103a",
+        120: "sm_120a",
+    }
     return exact.get(capability)
 
 
 def resolve_estimator(estimator: str, arch: str | None) -> str:
-    """"auto" is int8 wherever it is not slower than the paper's int4; it depends on the GPU alone."""
+    """ "auto" is int8 wherever it is not slower than the paper's int4; it depends on the GPU alone."""
     if estimator != "auto":
         return estimator
     return "int4" if arch in NATIVE_INT4_ARCHS else "int8"

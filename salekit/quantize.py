@@ -1,4 +1,4 @@
-"""Quantise: smoothed low-bit codes of q and k, with their scales (DESIGN section 3, step 1, and section 4)."""
+"""Quantise: smoothed low-bit codes of q and k, with their scales (docs/algorithm.md)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _SIDES = {"k": 0, "q": 1, "q pruned": 2}
 def quantize(q: Any, k: Any, plan: Plan) -> Quantized:
     """Codes and scales of q and of the smoothed k, by the plan's estimator.
 
-    q: [batch, seqlen_q, num_heads, head_dim]; k: [batch, seqlen_k, num_kv_heads, head_dim], bshd views. NumPy arrays give
-    codes in rows, CuPy arrays codes in tiles, rows past the end padded (see ``codes.Quantized``). Nothing is checked.
+    q: [batch, seqlen_q, num_heads, head_dim]; k: [batch, seqlen_k, num_kv_heads, head_dim], bshd views. NumPy arrays
+    give codes in rows, CuPy arrays codes in tiles, rows past the end padded (see ``codes.Quantized``). Nothing is checked.
     """
     if not arrays.is_cuda(q):
         return reference.quantize(q, k, plan)
@@ -52,8 +52,10 @@ def _empty_codes(heads: int, padded: int, plan: Plan) -> Any:
     return _empty(shape, np.uint8)
 
 
-def _channel_statistics(x: Any, plan: Plan, with_rms: bool = False, with_amax: bool = False) -> tuple[Any, Any, Any, Any]:
-    """mean, rms about it ([batch, heads, head_dim]), largest deviation and int8 scale ([batch, heads]); None unasked."""
+def _channel_statistics(
+    x: Any, plan: Plan, with_rms: bool = False, with_amax: bool = False
+) -> tuple[Any, Any, Any, Any]:
+    """mean, rms about it ([batch, heads, head_dim]), largest deviation, int8 scale ([batch, heads]); None unasked."""
     batch, seqlen, heads, head_dim = x.shape
     chunks = ceil_div(seqlen, _REDUCE_ROWS)
     partials = _empty((batch, heads, chunks, 4, head_dim))
@@ -64,10 +66,19 @@ def _channel_statistics(x: Any, plan: Plan, with_rms: bool = False, with_amax: b
     rms = _empty((batch, heads, head_dim)) if with_rms else None
     amax, scale = (_empty((batch, heads)), _empty((batch, heads))) if with_amax else (None, None)
     jit.get_kernel(_finish_spec(plan))(
-        (heads, batch), (4 * head_dim,),
-        (partials, mean, *(_NULL if out is None else out for out in (rms, amax, scale)), np.int32(chunks),
-         np.int32(_REDUCE_ROWS), np.int32(seqlen), np.float64(1 / seqlen), np.float64(1 / _REDUCE_ROWS),
-         np.float64(1 / (seqlen - (chunks - 1) * _REDUCE_ROWS))),
+        (heads, batch),
+        (4 * head_dim,),
+        (
+            partials,
+            mean,
+            *(_NULL if out is None else out for out in (rms, amax, scale)),
+            np.int32(chunks),
+            np.int32(_REDUCE_ROWS),
+            np.int32(seqlen),
+            np.float64(1 / seqlen),
+            np.float64(1 / _REDUCE_ROWS),
+            np.float64(1 / (seqlen - (chunks - 1) * _REDUCE_ROWS)),
+        ),
     )
     return mean, rms, amax, scale
 
@@ -79,9 +90,17 @@ def _quantize_int8(x: Any, side: str, scale: Any, statistics: Any, plan: Plan) -
     rows = _THREADS // (head_dim // 8) * _STEPS
     group_size = plan.group_size if side == "q pruned" else 1
     jit.get_kernel(_int8_spec(side, plan))(
-        (padded // rows, heads, batch), (_THREADS,),
-        (arrays.tensor_view(x), codes, scale, _NULL if statistics is None else statistics, np.int32(seqlen),
-         np.int32(padded), np.int32(group_size)),
+        (padded // rows, heads, batch),
+        (_THREADS,),
+        (
+            arrays.tensor_view(x),
+            codes,
+            scale,
+            _NULL if statistics is None else statistics,
+            np.int32(seqlen),
+            np.int32(padded),
+            np.int32(group_size),
+        ),
     )
     return codes
 
@@ -95,13 +114,24 @@ def _quantize_int4(q: Any, k: Any, plan: Plan) -> Quantized:
     k_scale = _empty((plan.batch, plan.num_kv_heads, plan.padded_k // 8))
     correction = _empty((plan.batch, plan.num_heads, plan.padded_k))
     jit.get_kernel(_int4_spec("q", plan))(
-        (plan.padded_q // CODE_TILE_ROWS, plan.num_heads, plan.batch), (_THREADS,),
+        (plan.padded_q // CODE_TILE_ROWS, plan.num_heads, plan.batch),
+        (_THREADS,),
         (arrays.tensor_view(q), q_codes, q_scale, q_mean, np.int32(plan.seqlen_q), np.int32(plan.padded_q)),
     )
     jit.get_kernel(_int4_spec("k", plan))(
-        (plan.padded_k // CODE_TILE_ROWS, plan.num_kv_heads, plan.batch), (2 * plan.head_dim,),
-        (arrays.tensor_view(k), k_codes, k_scale, correction, k_mean, q_mean, np.int32(plan.seqlen_k),
-         np.int32(plan.padded_k), np.int32(plan.group_size)),
+        (plan.padded_k // CODE_TILE_ROWS, plan.num_kv_heads, plan.batch),
+        (2 * plan.head_dim,),
+        (
+            arrays.tensor_view(k),
+            k_codes,
+            k_scale,
+            correction,
+            k_mean,
+            q_mean,
+            np.int32(plan.seqlen_k),
+            np.int32(plan.padded_k),
+            np.int32(plan.group_size),
+        ),
     )
     return Quantized("int4", plan.code_bits, q_codes, k_codes, q_scale, k_scale, k_mean, q_mean, correction)
 

@@ -1,7 +1,8 @@
 """The NumPy twin of every stage: the specification that runs.
 
-Follows Ji et al., "SALE" (arXiv 2505.24179), with the fine print that makes twin and kernels agree. All arrays are
-``[batch, seqlen, heads, head_dim]`` (float16, bfloat16 or float32) views; per-row results are ``[batch, heads, seqlen]``.
+Follows Ji et al., "SALE" (arXiv 2505.24179), with the fine print that makes twin and kernels agree
+(docs/algorithm.md). All arrays are ``[batch, seqlen, heads, head_dim]`` (float16, bfloat16 or float32) views; per-row
+results are ``[batch, heads, seqlen]``.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _amax(x: np.ndarray, axis) -> np.ndarray:
 
 
 def prune_2_of_4(q: np.ndarray, rms: np.ndarray) -> np.ndarray:
-    """Zero the two of every four dims with the smaller |q_d| * rms_d; ties keep the lower d. q: [..., d], rms: [..., d]."""
+    """Zero the two of every four dims with the smaller |q_d| * rms_d; ties keep the lower d. q, rms: [..., d]."""
     weight = (np.abs(q) * rms).reshape(*q.shape[:-1], -1, 4)
     order = np.argsort(-weight, axis=-1, kind="stable")
     keep = np.zeros(weight.shape, bool)
@@ -91,10 +92,15 @@ def _quantize_int4(rows, smooth_k, k_mean, q_mean, plan: Plan) -> Quantized:
     grouped = np.repeat(smooth_k, plan.group_size, axis=1)
     correction = np.einsum("bhd,bhjd->bhj", q_mean.astype(np.float64), grouped.astype(np.float64)).astype(np.float32)
     return Quantized(
-        "int4", 4,
+        "int4",
+        4,
         q_codes.reshape(batch, heads, -1, d)[:, :, :seqlen_q],
         k_codes.reshape(batch, kv_heads, -1, d)[:, :, :seqlen_k],
-        q_scale.reshape(batch, heads, -1), k_scale.reshape(batch, kv_heads, -1), k_mean, q_mean, correction,
+        q_scale.reshape(batch, heads, -1),
+        k_scale.reshape(batch, kv_heads, -1),
+        k_mean,
+        q_mean,
+        correction,
     )
 
 
@@ -228,7 +234,9 @@ def estimate(quantized: Quantized, limits: np.ndarray, plan: Plan) -> BlockMask:
                     first = tile * TILE_ROWS - start
                     votes[b, head, tile] = vote[first : first + TILE_ROWS].any(axis=0)
     bits = (votes | anchor_blocks(plan)) & visible_blocks(plan)
-    return BlockMask.from_dense(_fold(bits, plan), plan.block_q, plan.block_k, plan.seqlen_q, plan.seqlen_k, plan.causal)
+    return BlockMask.from_dense(
+        _fold(bits, plan), plan.block_q, plan.block_k, plan.seqlen_q, plan.seqlen_k, plan.causal
+    )
 
 
 def _vote_int4(acc, quantized: Quantized, y, rows, b: int, head: int, plan: Plan) -> np.ndarray:
@@ -295,6 +303,8 @@ def sparse_attention(q, k, v, thresholds, plan: Plan):
     m, l = anchor_statistics(q, k, quantized.k_mean, plan)
     limits = row_limits(m, l, thresholds, plan)
     if plan.estimator != "int4":
-        limits = integer_thresholds(limits, quantized.q_scale, quantized.k_scale[:, :, None].repeat(plan.group_size, 1), plan)
+        limits = integer_thresholds(
+            limits, quantized.q_scale, quantized.k_scale[:, :, None].repeat(plan.group_size, 1), plan
+        )
     mask = estimate(quantized, limits, plan)
     return (*attend(q, k, v, mask, plan), mask)

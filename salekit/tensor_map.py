@@ -1,4 +1,4 @@
-"""CUtensorMap records for the Hopper copy engine, encoded by the driver (CUDA driver API, ``cuTensorMapEncodeTiled``)."""
+"""CUtensorMap records for the Hopper copy engine, encoded by the driver (``cuTensorMapEncodeTiled``)."""
 
 from __future__ import annotations
 
@@ -26,19 +26,23 @@ def _encode_tiled():
 
 
 def can_encode(array) -> bool:
-    """Whether a ``[batch, seqlen, heads, head_dim]`` view fits the copy engine: strides of 16 bytes and more, none zero."""
+    """Whether a ``[batch, seqlen, heads, head_dim]`` view fits the copy engine: whole 16 bytes, no stride zero."""
     item = array.dtype.itemsize
-    return array.data.ptr % 16 == 0 and all(
-        size == 1 or (stride > 0 and stride % 16 == 0 and stride < 2**40)
-        for size, stride in zip(array.shape[:3], array.strides[:3])
-    ) and array.strides[3] == item
+    return (
+        array.data.ptr % 16 == 0
+        and all(
+            size == 1 or (stride > 0 and stride % 16 == 0 and stride < 2**40)
+            for size, stride in zip(array.shape[:3], array.strides[:3])
+        )
+        and array.strides[3] == item
+    )
 
 
 @lru_cache(maxsize=256)
 def _encode(pointer: int, is_bfloat16: bool, sizes: tuple, strides: tuple, box_rows: int) -> np.ndarray:
     raw = np.zeros(128 + 64, np.uint8)
     start = -raw.ctypes.data % 64
-    aligned = raw[start:start + 128]
+    aligned = raw[start : start + 128]
     error = _encode_tiled()(
         ctypes.c_void_p(aligned.ctypes.data),
         ctypes.c_int(_BFLOAT16 if is_bfloat16 else _FLOAT16),
@@ -48,7 +52,10 @@ def _encode(pointer: int, is_bfloat16: bool, sizes: tuple, strides: tuple, box_r
         (ctypes.c_uint64 * 3)(*strides),
         (ctypes.c_uint32 * 4)(64, box_rows, 1, 1),
         (ctypes.c_uint32 * 4)(1, 1, 1, 1),
-        ctypes.c_int(0), ctypes.c_int(_SWIZZLE_128B), ctypes.c_int(_L2_256B), ctypes.c_int(0),
+        ctypes.c_int(0),
+        ctypes.c_int(_SWIZZLE_128B),
+        ctypes.c_int(_L2_256B),
+        ctypes.c_int(0),
     )
     if error:
         raise GpuError(f"cuTensorMapEncodeTiled failed with CUDA error {error} for sizes {sizes}, strides {strides}")

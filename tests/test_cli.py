@@ -24,8 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def salekit(*arguments, **environment):
     """Run in a process of its own, as a user does."""
     return subprocess.run(
-        [sys.executable, "-m", "salekit", *map(str, arguments)], capture_output=True, text=True, timeout=120,
-        cwd=ROOT, env={**os.environ, **environment},
+        [sys.executable, "-m", "salekit", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env={**os.environ, **environment},
     )
 
 
@@ -34,8 +38,13 @@ def small(tmp_path):
     """A q/k/v file of 300 tokens."""
     rng = np.random.default_rng(0)
     path = tmp_path / "small.npz"
-    np.savez(path, **{name: rng.standard_normal((1, 300, heads, 64)).astype(np.float16)
-                      for name, heads in (("q", 2), ("k", 1), ("v", 1))})
+    np.savez(
+        path,
+        **{
+            name: rng.standard_normal((1, 300, heads, 64)).astype(np.float16)
+            for name, heads in (("q", 2), ("k", 1), ("v", 1))
+        },
+    )
     return path
 
 
@@ -53,18 +62,32 @@ def test_version():
 
 
 def test_help_does_not_import_cupy():
-    code = "import sys; from salekit.cli.main import cli; cli.main(['--help'], standalone_mode=False); print('cupy' in sys.modules)"
+    code = (
+        "import sys; from salekit.cli.main import cli; cli.main(['--help'], standalone_mode=False);"
+        "print('cupy' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.strip().endswith("False")
 
 
-@pytest.mark.parametrize("arguments, code", (
-    (["nothing"], 2), (["mask-dump"], 2), (["mask-dump", "missing.npz"], 2), (["mask-dump", "--sample", "--head", "7"], 2),
-    (["mask-dump", "--sample", "--block", "65x32"], 2), (["mask-dump", "--sample", "--tau", "-1"], 2),
-    (["mask-dump", "--sample", "--tau", "nan"], 2), (["mask-dump", "--sample", "--format", "png"], 2),
-    (["bench", "--seqlen", "8q"], 2), (["bench", "--head-dim", "63"], 2), (["kernels", "--arch", "sm_35"], 2),
-    (["validate", "--input", "missing.npz"], 2), (["bench", "--masks", "missing.npz"], 2),
-))
+@pytest.mark.parametrize(
+    "arguments, code",
+    (
+        (["nothing"], 2),
+        (["mask-dump"], 2),
+        (["mask-dump", "missing.npz"], 2),
+        (["mask-dump", "--sample", "--head", "7"], 2),
+        (["mask-dump", "--sample", "--block", "65x32"], 2),
+        (["mask-dump", "--sample", "--tau", "-1"], 2),
+        (["mask-dump", "--sample", "--tau", "nan"], 2),
+        (["mask-dump", "--sample", "--format", "png"], 2),
+        (["bench", "--seqlen", "8q"], 2),
+        (["bench", "--head-dim", "63"], 2),
+        (["kernels", "--arch", "sm_35"], 2),
+        (["validate", "--input", "missing.npz"], 2),
+        (["bench", "--masks", "missing.npz"], 2),
+    ),
+)
 def test_usage_errors(arguments, code):
     result = salekit(*arguments)
     assert result.returncode == code and "Traceback" not in result.stderr and not result.stdout
@@ -95,7 +118,12 @@ def test_mask_dump_json(small):
 
 def test_mask_dump_npz_round_trip(small, tmp_path):
     target = tmp_path / "mask.npz"
-    assert salekit("mask-dump", small, "--format", "npz", "-o", target, "--block", "64x32", "--backend", "numpy").returncode == 0
+    assert (
+        salekit(
+            "mask-dump", small, "--format", "npz", "-o", target, "--block", "64x32", "--backend", "numpy"
+        ).returncode
+        == 0
+    )
     mask = BlockMask.load_npz(target)
     assert (mask.block_q, mask.block_k, mask.seqlen_q, mask.words.shape[1]) == (64, 32, 300, 2)
     again = salekit("mask-dump", target, "--json")
@@ -120,7 +148,9 @@ def decode_png(data):
 
 def test_mask_dump_png(small, tmp_path):
     target = tmp_path / "mask.png"
-    assert salekit("mask-dump", small, "--format", "png", "-o", target, "--head", 0, "--backend", "numpy").returncode == 0
+    assert (
+        salekit("mask-dump", small, "--format", "png", "-o", target, "--head", 0, "--backend", "numpy").returncode == 0
+    )
     picture = decode_png(target.read_bytes())
     assert picture.shape == (3, 10, 3)  # 300 tokens are 3 x 10 blocks
     assert (picture[0, 9] == 0).all() and picture[2, 9].any()  # above the diagonal nothing, on it an anchor
@@ -153,9 +183,17 @@ def test_recorded_gpu_suite_is_of_these_kernels():
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_interrupt_exits_130():
     process = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time\nfrom salekit.cli import main\n"
-         "main.cli.main = lambda **k: (print('ready', flush=True), time.sleep(60))\nmain.main(['doctor'])"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        [
+            sys.executable,
+            "-c",
+            "import sys, time\nfrom salekit.cli import main\n"
+            "main.cli.main = lambda **k: (print('ready', flush=True), time.sleep(60))\nmain.main(['doctor'])",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)

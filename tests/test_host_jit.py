@@ -106,7 +106,7 @@ def test_many_processes_at_once(cache):
 
 def test_a_broken_kernel_raises_with_the_log(sources, cache):
     (sources / "kernels" / "broken.cu").write_text("__global__ void broken(float* x) { x[0] = y; }\n")
-    with pytest.raises(CompileError, match="identifier \"y\" is undefined"):
+    with pytest.raises(CompileError, match='identifier "y" is undefined'):
         jit.compile_kernel(KernelSpec("broken"), ARCH)
     with pytest.raises(CompileError, match="missing"):
         jit.compile_kernel(KernelSpec("nowhere"), ARCH)

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(1024, 2) planted(const float* x, float* y) {
 """
 SERIAL = """
 #include "ptx/wgmma.cuh"
-__global__ void __launch_bounds__(128) planted(int* out, const int* choice, unsigned long long a, unsigned long long b) {
+__global__ void __launch_bounds__(128) planted(int* out, const int* choice, uint64_t a, uint64_t b) {
   int d[64] = {};
   if (choice[threadIdx.x] > 0) {
     wgmma_fence();

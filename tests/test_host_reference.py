@@ -18,7 +18,9 @@ from salekit.plans import BLOCKS, ESTIMATORS, Plan
 
 def make(nq, nk, heads=2, kv_heads=1, d=64, seed=0, dtype=np.float16, **options):
     rng = np.random.default_rng(seed)
-    q, k, v = (rng.standard_normal((1, n, h, d)).astype(dtype) for n, h in ((nq, heads), (nk, kv_heads), (nk, kv_heads)))
+    q, k, v = (
+        rng.standard_normal((1, n, h, d)).astype(dtype) for n, h in ((nq, heads), (nk, kv_heads), (nk, kv_heads))
+    )
     name = "float16" if dtype == np.float16 else "bfloat16"
     return q, k, v, Plan(1, nq, nk, heads, kv_heads, d, name, d**-0.5, dense_below=0, **options)
 
@@ -29,7 +31,9 @@ def dequantised_scores(quantized, plan, head):
     acc = quantized.q_codes[0, head].astype(np.float64) @ quantized.k_codes[0, kv].astype(np.float64).T
     rows, keys = np.arange(plan.seqlen_q), np.arange(plan.seqlen_k)
     if plan.estimator != "int4":
-        return plan.softmax_scale * acc * quantized.q_scale[0, head].astype(np.float64)[:, None] * quantized.k_scale[0, kv]
+        return (
+            plan.softmax_scale * acc * quantized.q_scale[0, head].astype(np.float64)[:, None] * quantized.k_scale[0, kv]
+        )
     sq = quantized.q_scale[0, head][8 * (rows // 16) + rows % 8].astype(np.float64)[:, None]
     sk = quantized.k_scale[0, kv][4 * (keys // 32) + keys % 8 // 2].astype(np.float64)[None]
     correction = np.rint(quantized.correction[0, head].astype(np.float64)[None] / (sq * sk))
@@ -50,8 +54,16 @@ def test_masks_are_the_oracles(estimator, lengths, causal):
         want = oracle.select(dequantised_scores(quantized, plan, head), exact, tau, causal, 64, 32)
         assert np.array_equal(mask.to_dense()[0, head], want)
         values = v[0, :, 0].astype(np.float64)
-        o, expected_lse = oracle.attend(q[0, :, head].astype(np.float64), k[0, :, 0].astype(np.float64), values, want,
-                                        plan.softmax_scale, causal, 64, 32)
+        o, expected_lse = oracle.attend(
+            q[0, :, head].astype(np.float64),
+            k[0, :, 0].astype(np.float64),
+            values,
+            want,
+            plan.softmax_scale,
+            causal,
+            64,
+            32,
+        )
         # One rounding to float16 (2^-11) and float32 sums.
         assert np.abs(out[0, :, head].astype(np.float64) - o).max() <= 2.0**-10 * max(1, np.abs(values).max())
         assert np.array_equal(np.isneginf(lse[0, head]), np.isneginf(expected_lse))
@@ -78,7 +90,9 @@ def test_query_stride_tests_fewer_rows():
     for stride in (2, 4):
         some = reference.sparse_attention(q, k, v, 0.2, plan.replace(query_stride=stride))[2].to_dense()
         assert (some <= every).all() and some.sum() < every.sum()
-        whole = reference.sparse_attention(q, k, v, 0.2, plan.replace(query_stride=stride, full_rows=1500))[2].to_dense()
+        whole = reference.sparse_attention(q, k, v, 0.2, plan.replace(query_stride=stride, full_rows=1500))[
+            2
+        ].to_dense()
         assert np.array_equal(whole, every)
 
 
@@ -106,12 +120,27 @@ def test_non_finite_comes_out_as_in_dense_attention(where, value, estimator):
     assert np.array_equal(np.isnan(out), np.isnan(dense))
 
 
-@given(st.integers(1, 140), st.integers(1, 200), st.sampled_from(ESTIMATORS), st.booleans(), st.sampled_from(BLOCKS),
-       st.floats(1e-38, 6e4), st.integers(0, 2**16))
+@given(
+    st.integers(1, 140),
+    st.integers(1, 200),
+    st.sampled_from(ESTIMATORS),
+    st.booleans(),
+    st.sampled_from(BLOCKS),
+    st.floats(1e-38, 6e4),
+    st.integers(0, 2**16),
+)
 @settings(max_examples=25, deadline=None)
 def test_any_magnitude(nq, nk, estimator, causal, block, magnitude, seed):
-    q, k, v, plan = make(nq, nk, estimator=estimator, causal=causal, block_q=block[0], block_k=block[1], seed=seed,
-                         dtype=ml_dtypes.bfloat16)
+    q, k, v, plan = make(
+        nq,
+        nk,
+        estimator=estimator,
+        causal=causal,
+        block_q=block[0],
+        block_k=block[1],
+        seed=seed,
+        dtype=ml_dtypes.bfloat16,
+    )
     q = (q.astype(np.float32) * magnitude).astype(q.dtype)
     out, lse, mask = reference.sparse_attention(q, k, v, 0.01, plan)
     dense = mask.to_dense()

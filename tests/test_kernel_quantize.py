@@ -14,19 +14,45 @@ EPS = 2.0**-24  # float32 unit roundoff
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-def make_case(seqlen_q, seqlen_k, heads=4, kv_heads=2, batch=1, head_dim=128, dtype="bfloat16", estimator="int8",
-              layout="bshd", seed=0, plant=None, **options):
+def make_case(
+    seqlen_q,
+    seqlen_k,
+    heads=4,
+    kv_heads=2,
+    batch=1,
+    head_dim=128,
+    dtype="bfloat16",
+    estimator="int8",
+    layout="bshd",
+    seed=0,
+    plant=None,
+    **options,
+):
     cp = pytest.importorskip("cupy")
     rng = np.random.default_rng(seed)
     q = rng.standard_normal((batch, seqlen_q, heads, head_dim)).astype(np.float32)
-    k = (2 * rng.standard_normal((batch, seqlen_k, kv_heads, head_dim)) + 3 * rng.standard_normal(head_dim)).astype(np.float32)
+    k = (2 * rng.standard_normal((batch, seqlen_k, kv_heads, head_dim)) + 3 * rng.standard_normal(head_dim)).astype(
+        np.float32
+    )
     if plant:
         plant(q, k)
     q, k = q.astype(DTYPES[dtype]), k.astype(DTYPES[dtype])
     from salekit.jit import device_arch
 
-    plan = Plan(batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim, dtype, head_dim**-0.5, estimator=estimator,
-                dense_below=0, arch=device_arch(), **options)
+    plan = Plan(
+        batch,
+        seqlen_q,
+        seqlen_k,
+        heads,
+        kv_heads,
+        head_dim,
+        dtype,
+        head_dim**-0.5,
+        estimator=estimator,
+        dense_below=0,
+        arch=device_arch(),
+        **options,
+    )
 
     def move(x):
         if layout == "bhsd":
@@ -141,16 +167,28 @@ def test_limits_follow_the_twin(estimator, tau, stride, full_rows):
         full[..., : x.shape[-1]] = x
         return cp.asarray(full)
 
-    moved = codes.Quantized(estimator, 8, None, None, pad(twin.q_scale, plan.padded_q if estimator == "int8" else
-                            plan.padded_q // 2), cp.asarray(twin.k_scale), None)
+    moved = codes.Quantized(
+        estimator,
+        8,
+        None,
+        None,
+        pad(twin.q_scale, plan.padded_q if estimator == "int8" else plan.padded_q // 2),
+        cp.asarray(twin.k_scale),
+        None,
+    )
     got = anchors.row_limits(cp.asarray(m), cp.asarray(l), moved, tau_gpu, plan).get()
     padding = got[:, :, plan.seqlen_q :]
     got = got[:, :, : plan.seqlen_q]
     if estimator == "int4":
         assert np.isposinf(padding).all()
-        assert np.array_equal(np.isinf(got), np.isinf(want)) and np.array_equal(got[np.isinf(got)], want[np.isinf(want)])
+        assert np.array_equal(np.isinf(got), np.isinf(want)) and np.array_equal(
+            got[np.isinf(got)], want[np.isinf(want)]
+        )
         finite = np.isfinite(want)
-        assert np.abs(got[finite] - want[finite]).max(initial=0) <= 4 * EPS * np.abs(want[finite]).max(initial=1) + 8 * EPS * 20
+        assert (
+            np.abs(got[finite] - want[finite]).max(initial=0)
+            <= 4 * EPS * np.abs(want[finite]).max(initial=1) + 8 * EPS * 20
+        )
         return
     assert (padding == SELECT_NONE).all()
     special = np.isin(want, (SELECT_ALL, SELECT_NONE))
