@@ -20,8 +20,8 @@ _SIDES = {"k": 0, "q": 1, "q pruned": 2}
 def quantize(q: Any, k: Any, plan: Plan) -> Quantized:
     """Codes and scales of q and of the smoothed k, by the plan's estimator.
 
-    q: [batch, seqlen_q, num_heads, head_dim]; k: [batch, seqlen_k, num_kv_heads, head_dim], bshd views. NumPy arrays
-    give codes in rows, CuPy arrays codes in tiles, rows past the end padded (see ``codes.Quantized``). Nothing is checked.
+    q: [batch, seqlen_q, num_heads, head_dim]; k: [batch, seqlen_k, num_kv_heads, head_dim], bshd views. NumPy
+    arrays give codes in rows, CuPy arrays codes in tiles, rows past the end padded (see ``codes.Quantized``).
     """
     if not arrays.is_cuda(q):
         return reference.quantize(q, k, plan)
