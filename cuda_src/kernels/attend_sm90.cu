@@ -1,11 +1,14 @@
 // Block-sparse attention on Hopper: one CTA attends 128 query rows of one head to the selected 32-key slots.
 //
 // out[b, i, h, :] = softmax(softmax_scale * q_i . k_j) v_j over the selected, visible keys j; lse is natural log.
-// Warpgroup 0 produces: its first warp walks the mask bits from the last block to the first and gathers four 32-key slots
-// into each 128-key tile. Warpgroups 1 and 2 consume, 64 rows each: the product q.k of one tile runs with p.v of the tile
-// before it, and the softmax of the one runs under the products of the other warpgroup.
+// Warpgroup 0 produces: a warp for K and one for V each walk the mask bits from the last block to the first and gather
+// four 32-key slots into each 128-key tile. Warpgroups 1 and 2 consume, 64 rows each, and take turns to issue their
+// products: q.k of one tile and p.v of the tile before it, so that the softmax of the one runs under the products of both.
+// A mask of 64-row blocks gives each warpgroup bits of its own: their union is gathered, and what a warpgroup has not
+// selected scores -inf.
 // Grid: batch * num_heads * ceil(seqlen_q / 128) CTAs of 384 threads, KV-head-major, longest rows first; a run of
 // neighbouring query blocks of one head comes before the next head, so that they share K and V in the L2.
+#include "ptx/bar_sync.cuh"
 #include "ptx/bulk_tensor.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/ex2.cuh"
@@ -14,14 +17,17 @@
 #include "ptx/wgmma.cuh"
 #include "ptx/wgmma_f16.cuh"
 #include "tile/shape.cuh"
+#include "tile/slot_walker.cuh"
 #include "tile/tensor_view.cuh"
 
 constexpr int ATTEND_BLOCK_Q = 128;
 constexpr int ATTEND_TILE_K = 128;
-constexpr int ATTEND_STAGES = 2;
+constexpr int ATTEND_STAGES = 3;
 constexpr int ATTEND_SLOTS = ATTEND_TILE_K / KEY_BLOCK;
-constexpr int ATTEND_RUN = 16;  // neighbouring query blocks of a head before the next head
-constexpr int HALF_BYTES = 128; // a swizzled row: 64 elements
+constexpr int ATTEND_RUN = 16;         // neighbouring query blocks of a head before the next head
+constexpr int EARLY_EXPONENTIALS = 16;  // of a lane's 64, taken before p.v of the tile before is waited for
+constexpr int TURN_BARRIER = 2;        // named barriers 2 and 3: the turns of the two consumers
+constexpr int HALF_BYTES = 128;        // a swizzled row: 64 elements
 
 template <int HEAD_DIM>
 struct AttendSm90Storage {
@@ -29,63 +35,34 @@ struct AttendSm90Storage {
   alignas(1024) uint8_t Q_smem[HALVES][ATTEND_BLOCK_Q * HALF_BYTES];
   alignas(1024) uint8_t K_smem[ATTEND_STAGES][HALVES][ATTEND_TILE_K * HALF_BYTES];
   alignas(1024) uint8_t V_smem[ATTEND_STAGES][HALVES][ATTEND_TILE_K * HALF_BYTES];
-  alignas(16) int4 slots[ATTEND_STAGES];  // first key of each slot; -1: absent
-  int num_tiles;
-  alignas(8) uint64_t k_full[ATTEND_STAGES], k_empty[ATTEND_STAGES], v_full[ATTEND_STAGES], v_empty[ATTEND_STAGES], q_full;
+  alignas(16) SlotTile tiles[ATTEND_STAGES];
+  alignas(8) uint64_t k_full[ATTEND_STAGES], k_empty[ATTEND_STAGES], v_full[ATTEND_STAGES], v_empty[ATTEND_STAGES];
+  uint64_t q_full;
   uint8_t alignment_slack[1024];  // dynamic shared memory is not promised to start on 1024 bytes
 };
 
-// Walks the selected, visible 32-key blocks of one mask row from the last to the first; all lanes of a warp together.
-struct SlotWalker {
-  const uint32_t* words;  // null: every block is selected
-  int expand_log2, num_visible, base_word, lane;
-  uint32_t mine;
-
-  __device__ uint32_t load(int word) const {
-    int below = num_visible - 32 * word;  // visible blocks in this word and after
-    if (below <= 0) return 0;
-    uint32_t bits = ~0u;
-    if (words != nullptr) {
-      bits = words[word >> expand_log2];
-      if (expand_log2 != 0) {  // a coarse bit stands for 2 or 4 slots
-        int width = 32 >> expand_log2;
-        uint32_t part = bits >> ((word & ((1 << expand_log2) - 1)) * width);
-        bits = 0;
-        uint32_t ones = (1u << (1 << expand_log2)) - 1;
-        for (int i = 0; i < width; ++i) bits |= ((part >> i) & 1) ? ones << (i << expand_log2) : 0;
-      }
-    }
-    return below >= 32 ? bits : bits & ((1u << below) - 1);
+// Fills a tile's four slots; in one box when they are neighbours.
+template <int HEAD_DIM>
+__device__ __forceinline__ void load_tile(uint8_t (*tile)[ATTEND_TILE_K * HALF_BYTES], const TensorMap& map,
+                                          const TensorMap& wide_map, int4 slots, int head, int batch, uint64_t* full) {
+  constexpr int HALVES = HEAD_DIM / 64;
+  const uint32_t barrier = shared_address(full);
+  mbarrier_arrive_expect_tx(full, HALVES * ATTEND_TILE_K * HALF_BYTES);
+  if (slots.x >= 0 && slots.w - slots.x == 3 * KEY_BLOCK) {
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half)
+      bulk_tensor_4d(shared_address(tile[half]), &wide_map, half * 64, slots.x, head, batch, barrier);
+    return;
   }
-
-  __device__ SlotWalker(const uint32_t* row, int expand_log2, int num_visible)
-      : words(row), expand_log2(expand_log2), num_visible(num_visible), lane(threadIdx.x % 32) {
-    base_word = num_visible == 0 ? 0 : (num_visible - 1) / 1024 * 32;
-    mine = load(base_word + lane);
-  }
-
-  __device__ int count() const {
-    int total = 0;
-    for (int word = lane; word * 32 < num_visible; word += 32) total += __popc(load(word));
-    return __reduce_add_sync(~0u, total);
-  }
-
-  // The next block's first key, or -1.
-  __device__ int next() {
-    while (true) {
-      uint32_t some = __ballot_sync(~0u, mine != 0);
-      if (some != 0) {
-        int owner = 31 - __clz(some);
-        int bit = 31 - __clz(__shfl_sync(~0u, mine, owner));
-        if (lane == owner) mine ^= 1u << bit;
-        return ((base_word + owner) * 32 + bit) * KEY_BLOCK;
-      }
-      if (base_word == 0) return -1;
-      base_word -= 32;
-      mine = load(base_word + lane);
-    }
-  }
-};
+  // An absent slot repeats the last one: its scores are masked, and 0 * v must not meet stale NaNs.
+  const int keys[ATTEND_SLOTS] = {slots.x < 0 ? slots.w : slots.x, slots.y < 0 ? slots.w : slots.y,
+                                  slots.z < 0 ? slots.w : slots.z, slots.w};
+#pragma unroll
+  for (int i = 0; i < ATTEND_SLOTS; ++i)
+    for (int half = 0; half < HALVES; ++half)
+      bulk_tensor_4d(shared_address(tile[half]) + i * KEY_BLOCK * HALF_BYTES, &map, half * 64, keys[i], head, batch,
+                     barrier);
+}
 
 // Shared-memory matrix descriptors, 128-byte swizzle: groups of 8 rows are 1024 bytes apart (PTX ISA, "matrix descriptor").
 __device__ __forceinline__ uint64_t descriptor(uint32_t smem_address, uint32_t leading_bytes) {
@@ -115,33 +92,67 @@ __device__ __forceinline__ void touch(float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Keeps the arithmetic that x >= 0 comes from before the waits that follow: ptxas moves a wait up, but not over a branch.
+__device__ __forceinline__ void computed_before(float x) {
+  if (x < 0.f) __nanosleep(1);
+}
+
+// Largest of row r's scores and of `before`; NaNs do not count.
+__device__ __forceinline__ float row_max(const float (&s)[64], float before, int r) {
+  float top = s[2 * r];
+#pragma unroll
+  for (int j = 0; j < 16; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+  top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+  return fmaxf(before, fmaxf(top, __shfl_xor_sync(~0u, top, 2)));
+}
+
+// The same by integer maxima of three, at half the cost: right when the result is >= 0, as floats order like integers there.
+__device__ __forceinline__ float row_max_if_positive(const float (&s)[64], float before, int r) {
+  int top = __float_as_int(before);
+#pragma unroll
+  for (int j = 0; j < 16; ++j)
+    top = __vimax3_s32(top, __float_as_int(s[4 * j + 2 * r]), __float_as_int(s[4 * j + 2 * r + 1]));
+  top = max(top, __shfl_xor_sync(~0u, top, 1));
+  return __int_as_float(max(top, __shfl_xor_sync(~0u, top, 2)));
+}
+
 // Running maximum and sum of a lane's two rows, in units of raw scores.
 struct RowState {
-  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+  float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+  float base[2];     // what the exponents are taken relative to: top, scaled
+  float rescale[2];  // what sums and outputs so far are to be multiplied by
 
-  // s becomes p; rescale receives what the accumulated output is to be multiplied by.
-  __device__ __forceinline__ void update(float (&s)[64], float scale_log2, float (&rescale)[2]) {
+  __device__ __forceinline__ void raise(const float (&s)[64], float scale_log2) {
+    float raised[2] = {row_max_if_positive(s, top[0], 0), row_max_if_positive(s, top[1], 1)};
+    if (__any_sync(~0u, !(raised[0] >= 0.f) | !(raised[1] >= 0.f))) {
+      raised[0] = row_max(s, top[0], 0);
+      raised[1] = row_max(s, top[1], 1);
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float top = s[2 * r];
+      base[r] = raised[r] == -INFINITY ? 0.f : raised[r] * scale_log2;  // a row with nothing visible yet stays at zero
+      rescale[r] = raised[r] == top[r] ? 1.f : ex2((top[r] - raised[r]) * scale_log2);
+      top[r] = raised[r];
+    }
+  }
+
+  // s[BEGIN .. END) becomes p.
+  template <int BEGIN, int END>
+  __device__ __forceinline__ void exponentiate(float (&s)[64], float scale_log2) const {
 #pragma unroll
-      for (int j = 0; j < 16; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(max[r], fmaxf(top, __shfl_xor_sync(~0u, top, 2)));
-      float base = top == -INFINITY ? 0.f : top * scale_log2;  // a row with nothing visible yet stays at zero
-      rescale[r] = ex2(fmaf(max[r], scale_log2, -base));
-      max[r] = top;
-      float even = 0, odd = 0;
+    for (int i = BEGIN; i < END; ++i) s[i] = ex2(fmaf(s[i], scale_log2, -base[i / 2 % 2]));
+  }
+
+  __device__ __forceinline__ void add(const float (&p)[64]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float part[2] = {0, 0};
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
-        float& x = s[4 * j + 2 * r];
-        float& y = s[4 * j + 2 * r + 1];
-        x = ex2(fmaf(x, scale_log2, -base));
-        y = ex2(fmaf(y, scale_log2, -base));
-        even += x;
-        odd += y;
+        part[0] += p[4 * j + 2 * r];
+        part[1] += p[4 * j + 2 * r + 1];
       }
-      sum[r] = fmaf(sum[r], rescale[r], even + odd);
+      sum[r] = fmaf(sum[r], rescale[r], part[0] + part[1]);
     }
   }
 };
@@ -152,25 +163,27 @@ __device__ __forceinline__ void round_p(uint32_t (&p)[8][4], const float (&s)[64
   for (int i = 0; i < 32; ++i) p[i / 4][i % 4] = Element::pack(s[2 * i], s[2 * i + 1]);
 }
 
-// Scores of absent slots and of keys beyond a row's limit become -inf.
-__device__ __forceinline__ void mask_scores(float (&s)[64], int4 slots, int visible_upper, int visible_lower) {
-  int starts[4] = {slots.x, slots.y, slots.z, slots.w};
+// Scores of slots that are not selected and of keys beyond a row's limit become -inf.
+__device__ __forceinline__ void mask_scores(float (&s)[64], int4 slots, uint32_t selected, int visible_upper,
+                                            int visible_lower) {
+  const int starts[ATTEND_SLOTS] = {slots.x, slots.y, slots.z, slots.w};
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
-    int start = starts[j / 4];
-    int key = start + (j % 4) * 8 + (threadIdx.x % 4) * 2;
+    const bool absent = (selected >> (j / 4) & 1) == 0;
+    const int key = starts[j / 4] + (j % 4) * 8 + (threadIdx.x % 4) * 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (start < 0 || key + i >= visible_upper) s[4 * j + i] = -INFINITY;
-      if (start < 0 || key + i >= visible_lower) s[4 * j + 2 + i] = -INFINITY;
+      if (absent | (key + i >= visible_upper)) s[4 * j + i] = -INFINITY;
+      if (absent | (key + i >= visible_lower)) s[4 * j + 2 + i] = -INFINITY;
     }
   }
 }
 
-template <int HEAD_DIM, typename Element>
+template <int HEAD_DIM, typename Element, int MASK_ROWS>
 __global__ void __launch_bounds__(384, 1)
     attend_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                const __grid_constant__ TensorMap v_map, TensorView out, float* lse_gmem, const uint32_t* mask_gmem,
+                const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap k_wide_map,
+                const __grid_constant__ TensorMap v_wide_map, TensorView out, float* lse_gmem, const uint32_t* mask_gmem,
                 int expand_log2, Shape shape, float softmax_scale) {
   using Storage = AttendSm90Storage<HEAD_DIM>;
   constexpr int HALVES = Storage::HALVES;
@@ -194,65 +207,57 @@ __global__ void __launch_bounds__(384, 1)
   const int first_row = q_block * ATTEND_BLOCK_Q;
 
   const int num_visible = ceil_div(shape.visible_keys(first_row + ATTEND_BLOCK_Q - 1), KEY_BLOCK);
-  const uint32_t* mask_row = nullptr;
-  if (mask_gmem != nullptr)
-    mask_row = mask_gmem + (int64_t(batch * shape.num_heads + head) * num_q_blocks + q_block) *
-                               ceil_div(ceil_div(shape.seqlen_k, KEY_BLOCK << expand_log2), 32);
-  if (threadIdx.x < 32) {
-    int num_tiles = ceil_div(SlotWalker(mask_row, expand_log2, num_visible).count(), ATTEND_SLOTS);
-    if (threadIdx.x == 0) {
-      smem.num_tiles = num_tiles;
-      for (int stage = 0; stage < ATTEND_STAGES; ++stage) {
-        mbarrier_init(&smem.k_full[stage], 1);
-        mbarrier_init(&smem.v_full[stage], 1);
-        mbarrier_init(&smem.k_empty[stage], 2);
-        mbarrier_init(&smem.v_empty[stage], 2);
-      }
-      mbarrier_init(&smem.q_full, 1);
-      mbarrier_init_fence();
+  using Walker = SlotWalker<MASK_ROWS>;
+  const uint32_t* mask_rows[Walker::NUM_ROWS] = {};
+  if (mask_gmem != nullptr) {
+    const int num_mask_rows = ceil_div(shape.seqlen_q, MASK_ROWS);
+    const int num_words = ceil_div(ceil_div(shape.seqlen_k, KEY_BLOCK << expand_log2), 32);
+#pragma unroll
+    for (int r = 0; r < Walker::NUM_ROWS; ++r) {
+      const int row = q_block * Walker::NUM_ROWS + r;
+      if (row < num_mask_rows)
+        mask_rows[r] = mask_gmem + (int64_t(batch * shape.num_heads + head) * num_mask_rows + row) * num_words;
     }
   }
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < ATTEND_STAGES; ++stage) {
+      mbarrier_init(&smem.k_full[stage], 1);
+      mbarrier_init(&smem.v_full[stage], 1);
+      mbarrier_init(&smem.k_empty[stage], 2);
+      mbarrier_init(&smem.v_empty[stage], 2);
+    }
+    mbarrier_init(&smem.q_full, 1);
+    mbarrier_init_fence();
+  }
   __syncthreads();
-  const int num_tiles = __shfl_sync(~0u, smem.num_tiles, 0);
 
   if (threadIdx.x < 128) {
     setmaxnreg_dec<24>();
-    if (threadIdx.x < 32) {
-      const bool elected = threadIdx.x == 0;
-      if (elected) {
+    // One warp fetches K, another V: neither waits for room that the other needs.
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    if (warp < 2) {
+      const bool elected = threadIdx.x % 32 == 0, fetches_k = warp == 0;
+      auto* tiles = fetches_k ? smem.K_smem : smem.V_smem;
+      const TensorMap& map = fetches_k ? k_map : v_map;
+      const TensorMap& wide_map = fetches_k ? k_wide_map : v_wide_map;
+      uint64_t* full = fetches_k ? smem.k_full : smem.v_full;
+      uint64_t* empty = fetches_k ? smem.k_empty : smem.v_empty;
+      if (elected && fetches_k) {
         mbarrier_arrive_expect_tx(&smem.q_full, HALVES * ATTEND_BLOCK_Q * HALF_BYTES);
         for (int half = 0; half < HALVES; ++half)
           bulk_tensor_4d(shared_address(smem.Q_smem[half]), &q_map, half * 64, first_row, head, batch,
                          shared_address(&smem.q_full));
       }
-      SlotWalker walker(mask_row, expand_log2, num_visible);
+      Walker walker(mask_rows, expand_log2, num_visible);
       int stage = 0;
       uint32_t phase = 1;
-      for (int tile = 0; tile < num_tiles; ++tile) {
-        int4 slots;
-        slots.x = walker.next();
-        slots.y = walker.next();
-        slots.z = slots.y < 0 ? -1 : walker.next();
-        slots.w = slots.z < 0 ? -1 : walker.next();
+      while (true) {
+        const SlotTile tile = walker.next();
+        if (tile.first_key.w < 0) break;
+        mbarrier_wait(&empty[stage], phase);  // all lanes: a diverged warp would spin instead of sleeping
         if (elected) {
-          mbarrier_wait(&smem.k_empty[stage], phase);
-          smem.slots[stage] = slots;
-          // An absent slot repeats the first one: its scores are masked, and 0 * v must not meet stale NaNs.
-          const int keys[ATTEND_SLOTS] = {slots.x, slots.y < 0 ? slots.x : slots.y, slots.z < 0 ? slots.x : slots.z,
-                                          slots.w < 0 ? slots.x : slots.w};
-          mbarrier_arrive_expect_tx(&smem.k_full[stage], TILE_BYTES);
-#pragma unroll
-          for (int i = 0; i < ATTEND_SLOTS; ++i)
-            for (int half = 0; half < HALVES; ++half)
-              bulk_tensor_4d(shared_address(smem.K_smem[stage][half]) + i * KEY_BLOCK * HALF_BYTES, &k_map, half * 64,
-                             keys[i], kv_head, batch, shared_address(&smem.k_full[stage]));
-          mbarrier_wait(&smem.v_empty[stage], phase);
-          mbarrier_arrive_expect_tx(&smem.v_full[stage], TILE_BYTES);
-#pragma unroll
-          for (int i = 0; i < ATTEND_SLOTS; ++i)
-            for (int half = 0; half < HALVES; ++half)
-              bulk_tensor_4d(shared_address(smem.V_smem[stage][half]) + i * KEY_BLOCK * HALF_BYTES, &v_map, half * 64,
-                             keys[i], kv_head, batch, shared_address(&smem.v_full[stage]));
+          if (fetches_k) smem.tiles[stage] = tile;
+          load_tile<HEAD_DIM>(tiles[stage], map, wide_map, tile.first_key, kv_head, batch, &full[stage]);
         }
         __syncwarp();
         if (++stage == ATTEND_STAGES) stage = 0, phase ^= 1;
@@ -270,11 +275,15 @@ __global__ void __launch_bounds__(384, 1)
     const uint64_t q_desc = descriptor(shared_address(smem.Q_smem[0]) + warpgroup * 64 * HALF_BYTES, 16);
     const uint64_t k_desc = descriptor(shared_address(smem.K_smem[0][0]), 16);
     const uint64_t v_desc = descriptor(shared_address(smem.V_smem[0][0]), ATTEND_TILE_K * HALF_BYTES);
-    auto needs_mask = [&](int4 slots) {
-      return slots.w < 0 || slots.x + KEY_BLOCK > visible_to_all;  // the walk goes down: x is the last slot
+    auto mask_tile = [&](float(&s)[64], const SlotTile& tile) {
+      const uint32_t selected = tile.selected_by(warpgroup);
+      if ((selected != 15) | (tile.first_key.w + KEY_BLOCK > visible_to_all))
+        mask_scores(s, tile.first_key, selected, visible_upper, visible_lower);
     };
+    const int num_slots = Walker(mask_rows, expand_log2, num_visible).count();
+    const int num_tiles = __shfl_sync(~0u, ceil_div(num_slots, ATTEND_SLOTS), 0);
 
-    float s[64], o[HEAD_DIM / 2], rescale[2];
+    float s[64], o[HEAD_DIM / 2];
     uint32_t p[8][4];
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0;
@@ -283,41 +292,51 @@ __global__ void __launch_bounds__(384, 1)
     mbarrier_wait(&smem.q_full, 0);
     if (num_tiles > 0) {
       mbarrier_wait(&smem.k_full[0], 0);
-      int4 slots = smem.slots[0];
+      const SlotTile first_tile = smem.tiles[0];
       wgmma_fence();
       multiply_qk<HEAD_DIM, Element>(s, q_desc, k_desc);
       wgmma_commit();
       wgmma_wait<0>();
       touch(s);
       if (leader) mbarrier_arrive(&smem.k_empty[0]);
-      if (needs_mask(slots)) mask_scores(s, slots, visible_upper, visible_lower);
-      state.update(s, scale_log2, rescale);
+      mask_tile(s, first_tile);
+      state.raise(s, scale_log2);
+      state.exponentiate<0, 64>(s, scale_log2);
+      state.add(s);
       round_p<Element>(p, s);
 
+      if (warpgroup == 1 && num_tiles > 1) bar_arrive(TURN_BARRIER, 256);
       int stage = 0;
       uint32_t phase = 0;
-      for (int tile = 1; tile < num_tiles; ++tile) {
+      for (int t = 1; t < num_tiles; ++t) {
         int next = stage + 1;
         uint32_t next_phase = phase;
         if (next == ATTEND_STAGES) next = 0, next_phase ^= 1;
         mbarrier_wait(&smem.k_full[next], next_phase);
-        slots = smem.slots[next];
+        const SlotTile tile = smem.tiles[next];
+        bar_sync(TURN_BARRIER + warpgroup, 256);
         wgmma_fence();
         multiply_qk<HEAD_DIM, Element>(s, q_desc, k_desc + uint64_t(next * (TILE_BYTES >> 4)));
         wgmma_commit();
         mbarrier_wait(&smem.v_full[stage], phase);
         multiply_pv<HEAD_DIM, Element>(o, p, v_desc + uint64_t(stage * (TILE_BYTES >> 4)));
         wgmma_commit();
+        if (warpgroup == 0 || t + 1 < num_tiles) bar_arrive(TURN_BARRIER + 1 - warpgroup, 256);
         wgmma_wait<1>();
         touch(s);
         if (leader) mbarrier_arrive(&smem.k_empty[next]);
-        if (needs_mask(slots)) mask_scores(s, slots, visible_upper, visible_lower);
-        state.update(s, scale_log2, rescale);
+        mask_tile(s, tile);
+        state.raise(s, scale_log2);
+        state.exponentiate<0, EARLY_EXPONENTIALS>(s, scale_log2);
+        computed_before(s[EARLY_EXPONENTIALS - 1]);
         wgmma_wait<0>();
         touch(o);
         if (leader) mbarrier_arrive(&smem.v_empty[stage]);
+        // One stretch without branches: ptxas hides the rescaling and the sums behind the exponentials.
+        state.exponentiate<EARLY_EXPONENTIALS, 64>(s, scale_log2);
+        state.add(s);
 #pragma unroll
-        for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] *= rescale[i / 2 % 2];
+        for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] *= state.rescale[i / 2 % 2];
         round_p<Element>(p, s);
         stage = next;
         phase = next_phase;
@@ -346,7 +365,7 @@ __global__ void __launch_bounds__(384, 1)
         out_gmem[4 * j] = Element::pack(o[4 * j + 2 * r] * inverse, o[4 * j + 2 * r + 1] * inverse);
       if (lse_gmem != nullptr && threadIdx.x % 4 == 0)
         lse_gmem[int64_t(batch * shape.num_heads + head) * shape.seqlen_q + out_row] =
-            sum == 0.f ? -INFINITY : fmaf(state.max[r], softmax_scale, logf(sum));
+            sum == 0.f ? -INFINITY : fmaf(state.top[r], softmax_scale, logf(sum));
     }
   }
 }

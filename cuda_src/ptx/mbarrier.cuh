@@ -22,13 +22,15 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uin
                : "memory");
 }
 
+constexpr uint32_t MBARRIER_NANOSECONDS = 10000000;  // how long a wait may sleep; without it, it polls
+
 __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
       "{\n.reg .pred p;\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3;\n"
       "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+      : "=r"(done) : "r"(shared_address(barrier)), "r"(parity), "r"(MBARRIER_NANOSECONDS) : "memory");
   return done != 0;
 }
 
