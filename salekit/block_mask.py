@@ -67,7 +67,7 @@ class BlockMask:
         return np.arange(self.num_k_blocks)[None] * self.block_k < seen[:, None]
 
     def selected_blocks(self) -> np.ndarray:
-        """int64 [batch, num_heads]: set blocks, counted head by head, for the unpacked bits of 1M tokens take gigabytes."""
+        """int64 [batch, num_heads]: set blocks. Head by head, for the unpacked bits of 1M tokens take gigabytes."""
         words = self.to_numpy().words
         counts = np.zeros(words.shape[:2], np.int64)
         for index in np.ndindex(*counts.shape):

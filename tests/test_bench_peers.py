@@ -1,16 +1,18 @@
-"""bench/peers.py without a GPU and without torch: its arithmetic, its report, its options, and a whole run on the twin."""
+"""bench/peers.py without a GPU and without torch: arithmetic, report, options, and a whole run on the twin."""
 
 import json
 import math
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-peers = pytest.importorskip("bench.peers")
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is part of the checkout, not of the package
 
-from bench import rivals  # noqa: E402
+from bench import peers, rivals  # noqa: E402
 from salekit import timing, workloads  # noqa: E402
 from salekit.attention import dense_attention  # noqa: E402
 from salekit.block_mask import BlockMask  # noqa: E402
