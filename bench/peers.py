@@ -20,6 +20,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ SECTION_SECONDS = {"rows": 15.0, "stages": 8.0, "end_to_end": 15.0, "crossover":
 LONG = 2**18  # from here on only what the defaults and the fastest estimator do
 CHECK_HEAD = 3
 MAX_ERROR = 0.01  # relative: 16-bit types round P and the output to 2^-8 or better
-MAX_LOW_BIT_ERROR = 0.5  # e4m3 rounds to 2^-4, before the exponential: this finds wrong results, not coarse ones
+MAX_LOW_BIT_ERROR = 0.25  # e4m3 rounds to 2^-4, before the exponential: this finds wrong results, not coarse ones
 
 
 class Refused(Exception):
@@ -83,6 +84,7 @@ class Measured:
     timing: timing.Timing | None
     dropped: int = 0
     problem: str | None = None
+    host_ms: float = 0.0  # until the call returned: what a lone call costs at least
 
     @property
     def ms(self) -> float | None:
@@ -165,7 +167,9 @@ class Case:
 
     def _mask(self, block: tuple[int, int]) -> BlockMask:
         if self.file_masks is not None:
-            return given_mask(self.file_masks.coarsen(*block), self.plan.num_heads, self.q)
+            same = block == (self.file_masks.block_q, self.file_masks.block_k)
+            mask = self.file_masks if same else self.file_masks.coarsen(*block)
+            return given_mask(mask, self.plan.num_heads, self.q)
         return sparse_attention(self.q, self.k, self.v, thresholds=TAU, block=block, return_mask=True)[1]
 
     @cached_property
@@ -195,6 +199,7 @@ class Session:
     skip_above_seconds: float
     started: float = field(default_factory=time.monotonic)
     seen: dict[Hashable, tuple[int, float]] = field(default_factory=dict)
+    spans: list[tuple[float, float]] = field(default_factory=list)
 
     def note(self, text: str) -> None:
         if text not in self.report["notes"]:
@@ -241,21 +246,23 @@ class Session:
             if found[name].problem:
                 self.note(f"{section}, {options.seqlen_name(seqlen)}, {describe(name)}: {found[name].problem}")
         if candidates:
-            summary = self.sampler.summary(started, time.time())
+            self.spans.append((started, time.time()))
+            summary = self.sampler.summary(self.spans[-1])
             self.report["conditions"].append({"section": section, "seqlen": seqlen, **summary})
         return {name: found[name] for name in functions}
 
 
 def settle(candidate: timing.Candidate, slowed: Callable[[float, float], bool]) -> Measured:
     """The candidate's time over the samples that no thermal or hardware slowdown fell into."""
-    kept = [ms for start, end, ms in candidate.samples if not slowed(start, end)]
+    kept = [sample for sample in candidate.samples if not slowed(sample.start, sample.end)]
     dropped = len(candidate.samples) - len(kept)
     if candidate.error is not None:
         text = str(candidate.error).strip().splitlines() or [""]
         return Measured(None, dropped, f"{type(candidate.error).__name__}: {text[0]}"[:200])
     if not kept:
         return Measured(None, dropped, f"all {dropped} samples fell into a thermal or hardware slowdown")
-    return Measured(timing.Timing.of(kept), dropped)
+    host_ms = statistics.median(sample.host_ms for sample in kept)
+    return Measured(timing.Timing.of([sample.ms for sample in kept]), dropped, host_ms=host_ms)
 
 
 def describe(name: Hashable) -> str:
@@ -284,6 +291,7 @@ def sampled(measured: Measured) -> dict[str, Any]:
         "ms": round(measured.ms, 5),
         "spread": round(measured.timing.spread, 5),
         "min_ms": round(measured.timing.min_ms, 5),
+        "host_ms": round(measured.host_ms, 5),
         "samples": measured.timing.samples,
         "dropped": measured.dropped,
     }
@@ -524,6 +532,8 @@ def crossover_row(seqlen: int, dense: Measured, sparse: Measured) -> dict[str, A
         "seqlen": seqlen,
         "dense_ms": round(dense.ms, 5),
         "sparse_ms": round(sparse.ms, 5),
+        "dense_host_ms": round(dense.host_ms, 5),
+        "sparse_host_ms": round(sparse.host_ms, 5),
         "speedup": round(dense.ms / sparse.ms, 4),
         "noise": round(noise, 5),
         "slower": sparse.ms > dense.ms * (1 + noise),
@@ -578,7 +588,7 @@ def new_report(settings: dict[str, Any], gpu: dict[str, Any], commit: str | None
 
 
 def add_conditions(report: dict[str, Any], summary: dict[str, Any]) -> None:
-    """The whole run's clocks and power, next to the GPU's own limits."""
+    """Clocks and power while something was timed, next to the GPU's own limits."""
     gpu = report["gpu_info"]
     report["clocks"] = {
         "sm_mhz": summary["sm_mhz"],
@@ -632,11 +642,14 @@ def print_tables(report: dict[str, Any]) -> None:
         render.table("end to end: speed-up over", columns, [_call_cells(entry) for entry in report["end_to_end"]])
     if report["crossover"]:
         cells = [
-            [options.seqlen_name(row["seqlen"]), f"{row['dense_ms']:.3f}", f"{row['sparse_ms']:.3f}"]
+            [options.seqlen_name(row["seqlen"])]
+            + [f"{row[key]:.3f}" for key in ("dense_ms", "sparse_ms", "dense_host_ms", "sparse_host_ms")]
             + [f"{row['speedup']:.3f}", "yes" if row["slower"] else "no"]
             for row in report["crossover"]["rows"]
         ]
-        render.table("defaults against dense", ["seqlen", "dense ms", "sparse ms", "speed-up", "slower"], cells)
+        render.table(
+            "defaults against dense", ["seqlen", "dense ms", "sparse ms", "host", "host", "speed-up", "slower"], cells
+        )
         start = report["crossover"]["from"]
         render.text(f"sparse is faster from {options.seqlen_name(start) if start else 'no length'} on")
 
@@ -781,15 +794,15 @@ def run(settings: dict[str, Any], lengths: list[int], started: float, output: Pa
         for seqlen in lengths:
             case = make(seqlen)
             for section in sections:
-                render.note(f"peers: {section}, {options.seqlen_name(seqlen)}")
+                render.note(f"peers: {time.monotonic() - started:.0f} s: {section}, {options.seqlen_name(seqlen)}")
                 measure_section(session, section, case, settings)
-                write(report, sampler, output)
+                write(session, output)
                 release_memory()
             del case
             release_memory()
         if sweep:
             measure_crossover(session, sweep, make)
-    write(report, sampler, output)
+    write(session, output)
     render.note(f"peers: wrote {output} after {time.monotonic() - started:.0f} s")
     return report
 
@@ -803,8 +816,9 @@ def measure_section(session: Session, section: str, case: Case, settings: dict[s
         measure_end_to_end(session, case, settings)
 
 
-def write(report: dict[str, Any], sampler: timing.ClockSampler, output: Path) -> None:
-    add_conditions(report, sampler.summary())
+def write(session: Session, output: Path) -> None:
+    report = session.report
+    add_conditions(report, session.sampler.summary(*session.spans))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
 import statistics
@@ -9,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Hashable, Mapping
 
-MIN_FLUSH_BYTES = 256 * 2**20  # past any L2, and long enough (some 0.1 ms) to hide the launch of what follows
+MIN_FLUSH_BYTES = 256 * 2**20  # past any L2
+LEAD_MS = 1.0  # how long flushing keeps the GPU busy, so that the host has launched what is timed before it starts
 SPREAD_GOAL = 0.01  # stop sampling once the middle half of the samples lies within this share of the median
 SLOW_CALL_MS = 2000.0  # the first call of a candidate that takes longer is a sample, too: warming up is lost in it
 
@@ -97,20 +99,26 @@ def time_call(
     return Timing.of(samples)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One timed call: the GPU's milliseconds, the host's until the call returned, and when it began and ended, by
+    ``time.time()``."""
+
+    ms: float
+    host_ms: float
+    start: float
+    end: float
+
+
 @dataclass
 class Candidate:
-    """One of several functions that are timed in turn: its samples as (start, end, milliseconds), start and end by
-    ``time.time()``, and what it raised, if it did."""
+    """One of several functions that are timed in turn: its samples, and what it raised, if it did."""
 
     name: Hashable
     call: Callable[[], Any]
-    samples: list[tuple[float, float, float]]
+    samples: list[Sample] = field(default_factory=list)
     error: Exception | None = None
-    first_ms: float = 0.0
-
-    @property
-    def last_ms(self) -> float:
-        return self.samples[-1][2] if self.samples else self.first_ms
+    last_ms: float = 0.0  # of the warm-up, before there are samples
 
 
 def time_in_turn(
@@ -121,19 +129,20 @@ def time_in_turn(
     max_rounds: int = 30,
     max_seconds: float = 10.0,
     slow_rounds: int = 2,
-    sampler: Callable[[Callable[[], Any]], tuple[float, Any]] | None = None,
+    sampler: Callable[[Callable[[], Any]], tuple[Sample, Any]] | None = None,
 ) -> dict[Hashable, Candidate]:
     """Time several functions on the GPU in rounds, so that all of them see the same clocks, power and temperature.
 
-    A round calls each function once, L2 flushed before, beginning with another one each time. First every function is
-    called once to compile and to warm up, and ``check(name, result)`` may raise to refuse its result; one that raises
-    has ``error`` set and is left out. Rounds end when every spread meets SPREAD_GOAL after ``min_rounds``, at
+    A round calls each function once, L2 flushed before, beginning with another one each time, and every other round
+    backwards, so that no function always follows the same one. First every function is called once to compile and to
+    warm up, and ``check(name, result)`` may raise to refuse its result; one that raises has ``error`` set and is left
+    out. Rounds end when every spread meets SPREAD_GOAL after ``min_rounds``, at
     ``max_rounds``, or when ``max_seconds`` are spent; all take part in ``slow_rounds`` at least, and a function that
     takes a tenth of ``max_seconds`` a call in no more than that. A first call over SLOW_CALL_MS counts as a sample.
-    sampler: runs a call and returns (milliseconds, result); the GPU's events by default.
+    sampler: runs a call and returns (Sample, result); the GPU's events by default.
     """
     take = sampler or event_sampler()
-    candidates = {name: Candidate(name, call, []) for name, call in functions.items()}
+    candidates = {name: Candidate(name, call) for name, call in functions.items()}
     for candidate in candidates.values():
         _first_call(candidate, take, check)
     active = [candidate for candidate in candidates.values() if candidate.error is None]
@@ -143,58 +152,64 @@ def time_in_turn(
         late = time.perf_counter() - started > max_seconds
         if round_index >= slow_rounds and late:
             break
-        if round_index >= min_rounds and all(_spread(_milliseconds(c)) <= SPREAD_GOAL for c in active):
+        if round_index >= min_rounds and all(_spread([x.ms for x in c.samples]) <= SPREAD_GOAL for c in active):
             break
-        shift = round_index % max(1, len(active))
-        for candidate in active[shift:] + active[:shift]:
+        for candidate in rotated(active, round_index):
             is_due = candidate.last_ms < slow_ms or len(candidate.samples) < slow_rounds
             if candidate.error is None and is_due:
                 _sample(candidate, take)
     return candidates
 
 
+def rotated(items: list, turn: int) -> list:
+    """The items beginning with another one each turn, and backwards every other turn."""
+    step = -1 if turn % 2 else 1
+    return [items[(turn + step * index) % len(items)] for index in range(len(items))]
+
+
 def _first_call(candidate: Candidate, take: Callable, check: Callable[[Hashable, Any], None]) -> None:
-    begun = time.time()
     try:
-        candidate.first_ms, result = take(candidate.call)
-        ended = time.time()
+        sample, result = take(candidate.call)
         check(candidate.name, result)
     except Exception as error:  # a missing wheel, an unsupported shape and too little memory all differ by library
         candidate.error = error
         return
-    if candidate.first_ms > SLOW_CALL_MS:
-        candidate.samples.append((begun, ended, candidate.first_ms))
+    candidate.last_ms = sample.ms
+    if sample.ms > SLOW_CALL_MS:
+        candidate.samples.append(sample)
 
 
 def _sample(candidate: Candidate, take: Callable) -> None:
-    begun = time.time()
     try:
-        milliseconds, _ = take(candidate.call)
-    except Exception as error:
+        sample, _ = take(candidate.call)
+    except Exception as error:  # too little memory may show late
         candidate.error = error
         return
-    candidate.samples.append((begun, time.time(), milliseconds))
+    candidate.last_ms = sample.ms
+    candidate.samples.append(sample)
 
 
-def _milliseconds(candidate: Candidate) -> list[float]:
-    return [milliseconds for _, _, milliseconds in candidate.samples]
-
-
-def event_sampler() -> Callable[[Callable[[], Any]], tuple[float, Any]]:
+def event_sampler() -> Callable[[Callable[[], Any]], tuple[Sample, Any]]:
     """A function that flushes the L2, runs a call between two events on CuPy's current stream, and returns
-    (milliseconds, what the call returned)."""
+    (Sample, what the call returned).
+
+    The GPU is still flushing when the call launches its kernels: what is timed is the GPU's work, not the launch,
+    unless the host takes longer than LEAD_MS.
+    """
     import cupy
 
     flush = l2_flush()
     start, end = cupy.cuda.Event(), cupy.cuda.Event()
 
-    def take(call: Callable[[], Any]) -> tuple[float, Any]:
+    def take(call: Callable[[], Any]) -> tuple[Sample, Any]:
         flush()
+        begun, ticks = time.time(), time.perf_counter()
         start.record()
         result = call()  # kept until the end, so that freeing it is not timed
         end.record()
+        host_ms = (time.perf_counter() - ticks) * 1e3
         end.synchronize()
-        return cupy.cuda.get_elapsed_time(start, end), result
+        return Sample(cupy.cuda.get_elapsed_time(start, end), host_ms, begun, time.time()), result
 
     return take
 
@@ -210,19 +225,27 @@ def _host_sample(function: Callable[[], Any]) -> Callable[[], float]:
 
 def _gpu_sample(function: Callable[[], Any]) -> Callable[[], float]:
     take = event_sampler()
-    return lambda: take(function)[0]
+    return lambda: take(function)[0].ms
 
 
 def l2_flush() -> Callable[[], None]:
-    """A function that queues a memset of a buffer larger than the L2 on CuPy's current stream."""
+    """A function that queues memsets of a buffer larger than the L2 on CuPy's current stream, LEAD_MS of them."""
     import cupy
 
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
     num_bytes = max(MIN_FLUSH_BYTES, 2 * int(properties.get("l2CacheSize", 0)))
     buffer = cupy.empty(num_bytes, "u1")
+    events = [cupy.cuda.Event() for _ in range(3)]
+    for event in events:  # the first memset is a warm-up
+        buffer.data.memset_async(0, num_bytes, cupy.cuda.get_current_stream())
+        event.record()
+    events[-1].synchronize()
+    once_ms = cupy.cuda.get_elapsed_time(events[1], events[2])
+    repeats = max(1, math.ceil(LEAD_MS / max(once_ms, LEAD_MS / 50)))
 
     def flush() -> None:
-        buffer.data.memset_async(0, num_bytes, cupy.cuda.get_current_stream())
+        for _ in range(repeats):
+            buffer.data.memset_async(0, num_bytes, cupy.cuda.get_current_stream())
 
     return flush
 
@@ -379,14 +402,19 @@ class ClockSampler:
 
     def slowed(self, start: float, end: float) -> bool:
         """Whether a thermal or hardware slowdown was read from just before ``start`` to just after ``end``."""
-        margin = 1.5 * POLL_SECONDS
+        margin = 3 * POLL_SECONDS  # nvidia-smi is late now and then
         return any(reading.reasons & SLOWDOWNS for reading in self.between(start - margin, end + margin))
 
-    def summary(self, start: float = 0.0, end: float = float("inf")) -> dict[str, Any]:
-        """Medians {sm_mhz, memory_mhz, power_w, temperature_c}, throttle {reason: share of readings}, samples."""
-        # The first reading falls before the load.
-        readings = self.between(start, end)
-        readings = readings[1:] or readings
+    def summary(self, *spans: tuple[float, float]) -> dict[str, Any]:
+        """Medians {sm_mhz, memory_mhz, power_w, temperature_c}, throttle {reason: share of readings}, samples.
+
+        Over the readings of these spans of time; of all of it, but for the first reading before the load, when there
+        are none.
+        """
+        if spans:
+            readings = [reading for span in spans for reading in self.between(*span)]
+        else:
+            readings = self._readings[1:] or self._readings
         found: dict[str, Any] = {}
         for index, name in enumerate(_LIVE_NAMES):
             values = [x for x in (reading.values[index] for reading in readings) if x is not None]
@@ -439,11 +467,11 @@ def _start_smi(bus_id: str) -> "subprocess.Popen[str] | None":
 @lru_cache(maxsize=None)
 def _reasons_field(bus_id: str) -> str | None:
     """The name under which this nvidia-smi gives the throttle reasons."""
-    for field in _REASON_FIELDS:
-        command = _query((field,), bus_id)
+    for name in _REASON_FIELDS:
+        command = _query((name,), bus_id)
         try:
             if command and subprocess.run(command, capture_output=True, timeout=20).returncode == 0:
-                return field
+                return name
         except (OSError, subprocess.SubprocessError):
             pass
     return None

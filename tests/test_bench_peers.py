@@ -87,9 +87,10 @@ def test_crossover_is_where_sparse_stays_faster():
 
 
 def test_samples_in_a_slowdown_are_dropped():
-    candidate = timing.Candidate("x", None, [(0.0, 1.0, 5.0), (1.0, 2.0, 50.0), (2.0, 3.0, 6.0)])
-    kept = peers.settle(candidate, lambda start, end: start == 1.0)
-    assert kept.ms == 5.5 and kept.dropped == 1 and kept.timing.samples == 2
+    samples = [timing.Sample(ms, ms / 10, start, start + 1) for start, ms in enumerate((5.0, 50.0, 6.0))]
+    candidate = timing.Candidate("x", None, samples)
+    kept = peers.settle(candidate, lambda start, end: start == 1)
+    assert kept.ms == 5.5 and kept.dropped == 1 and kept.timing.samples == 2 and kept.host_ms == pytest.approx(0.55)
     assert peers.settle(candidate, lambda start, end: True).problem.startswith("all 3 samples")
     candidate.error = MemoryError("no room\nat all")
     assert peers.settle(candidate, lambda start, end: False).problem == "MemoryError: no room"
@@ -126,7 +127,12 @@ def test_a_power_cap_is_recorded_and_a_slowdown_is_seen():
     summary = sampler.summary()
     assert summary["throttle"] == {"power cap": 1.0, "software thermal slowdown": pytest.approx(1 / 3, abs=1e-3)}
     assert summary["sm_mhz"] == 1978 and summary["power_w"] is None and summary["samples"] == 3
-    assert sampler.slowed(12.9, 12.95) and sampler.slowed(11.0, 14.0) and not sampler.slowed(10.0, 12.5)
+    assert sampler.summary((9.0, 10.5), (12.5, 13.5))["samples"] == 2 and sampler.summary((0.0, 1.0))["samples"] == 0
+    assert sampler.slowed(12.8, 12.85) and sampler.slowed(11.0, 14.0) and not sampler.slowed(10.0, 12.5)
+
+
+def sample(ms):
+    return timing.Sample(ms, 0.0, 0.0, 0.0)
 
 
 def test_candidates_take_turns():
@@ -134,17 +140,17 @@ def test_candidates_take_turns():
 
     def take(call):
         order.append(call())
-        return {"a": 1.0, "b": 2.0, "slow": 900.0}[order[-1]], order[-1]
+        return sample({"a": 1.0, "b": 2.0, "slow": 900.0}[order[-1]]), order[-1]
 
-    found = timing.time_in_turn(
-        {name: lambda name=name: name for name in ("a", "b", "slow")},
-        max_seconds=5,
-        max_rounds=4,
-        min_rounds=9,
-        sampler=take,
-    )
-    assert order == ["a", "b", "slow", "a", "b", "slow", "b", "slow", "a", "a", "b", "a", "b"][: len(order)]
+    functions = {name: lambda name=name: name for name in ("a", "b", "slow")}
+    found = timing.time_in_turn(functions, max_seconds=5, max_rounds=4, min_rounds=9, sampler=take)
+    assert "".join(name[0] for name in order) == "abs" + "abs" + "bas" + "ab" + "ba"
     assert [len(candidate.samples) for candidate in found.values()] == [4, 4, 2]
+
+
+def test_rounds_begin_with_another_candidate_and_change_direction():
+    orders = [timing.rotated([0, 1, 2], turn) for turn in range(4)]
+    assert orders == [[0, 1, 2], [1, 0, 2], [2, 0, 1], [0, 2, 1]] and timing.rotated([], 3) == []
 
 
 def test_a_candidate_that_fails_is_left_out_and_one_that_is_slow_needs_no_warm_up():
@@ -153,7 +159,7 @@ def test_a_candidate_that_fails_is_left_out_and_one_that_is_slow_needs_no_warm_u
             raise peers.Refused("wrong")
 
     def take(call):
-        return call(), None
+        return sample(call()), None
 
     functions = {"good": lambda: 1.0, "wrong": lambda: 1.0, "broken": lambda: 1 / 0, "slow": lambda: 5000.0}
     found = timing.time_in_turn(functions, check=refuse, sampler=take)
@@ -187,9 +193,10 @@ def twin(monkeypatch):
     """peers.py on NumPy arrays and the host's clock, with a rival that is salekit's own dense attention."""
 
     def take(call):
-        started = time.perf_counter()
+        started, ticks = time.time(), time.perf_counter()
         result = call()
-        return (time.perf_counter() - started) * 1e3, result
+        ms = (time.perf_counter() - ticks) * 1e3
+        return timing.Sample(ms, ms, started, time.time()), result
 
     def find(names):
         def prepare(q, k, v, bits):
