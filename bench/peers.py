@@ -195,7 +195,7 @@ class Session:
     sampler: timing.ClockSampler
     rivals: list[rivals_module.Rival]
     budget_seconds: float
-    groups_left: int
+    pending: list[str]  # the section of each group of candidates that is still to come
     skip_above_seconds: float
     started: float = field(default_factory=time.monotonic)
     seen: dict[Hashable, tuple[int, float]] = field(default_factory=dict)
@@ -209,9 +209,9 @@ class Session:
     def group_seconds(self, section: str) -> float:
         """What the next group of candidates may spend on sampling: its share of what is left, 0 when nothing is."""
         left = self.budget_seconds - (time.monotonic() - self.started)
-        share = left / max(1, self.groups_left)
-        self.groups_left -= 1
-        return max(0.0, min(SECTION_SECONDS[section], share))
+        wanted = sum(SECTION_SECONDS[other] for other in self.pending)
+        self.pending.remove(section)
+        return max(0.0, SECTION_SECONDS[section] * min(1.0, left / wanted))
 
     def expected_seconds(self, section: str, name: Hashable, seqlen: int) -> float:
         """By the time at a shorter length; 0 where there is none. Attention grows with the square."""
@@ -784,10 +784,10 @@ def run(settings: dict[str, Any], lengths: list[int], started: float, output: Pa
     make = partial(make_case, settings, file_masks)
     sweep = crossover_lengths(max(lengths)) if "crossover" in settings["sections"] else []
     sections = [section for section in settings["sections"] if section != "crossover"]
-    groups = len(lengths) * len(sections) + len(sweep)
+    pending = sections * len(lengths) + ["crossover"] * len(sweep)
     with timing.ClockSampler() as sampler:
         session = Session(
-            report, sampler, found, settings["budget_seconds"], groups, settings["skip_above_seconds"], started
+            report, sampler, found, settings["budget_seconds"], pending, settings["skip_above_seconds"], started
         )
         for note in notes:
             session.note(note)

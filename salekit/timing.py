@@ -172,7 +172,7 @@ def _first_call(candidate: Candidate, take: Callable, check: Callable[[Hashable,
         sample, result = take(candidate.call)
         check(candidate.name, result)
     except Exception as error:  # a missing wheel, an unsupported shape and too little memory all differ by library
-        candidate.error = error
+        candidate.error = error.with_traceback(None)  # whose frames would keep arrays alive
         return
     candidate.last_ms = sample.ms
     if sample.ms > SLOW_CALL_MS:
@@ -183,7 +183,7 @@ def _sample(candidate: Candidate, take: Callable) -> None:
     try:
         sample, _ = take(candidate.call)
     except Exception as error:  # too little memory may show late
-        candidate.error = error
+        candidate.error = error.with_traceback(None)
         return
     candidate.last_ms = sample.ms
     candidate.samples.append(sample)
