@@ -222,6 +222,7 @@ def twin(monkeypatch):
     monkeypatch.setattr(timing, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(peers, "precompile", lambda settings: None)
     monkeypatch.setattr(peers, "release_memory", lambda: None)
+    monkeypatch.setattr(peers, "SECTION_SECONDS", dict.fromkeys(peers.SECTIONS, 0.1))
     monkeypatch.setattr(peers, "llm_like_qkv", generate)
     monkeypatch.setattr(rivals, "find", find)
     monkeypatch.setattr(rivals, "as_torch", lambda x: x)
@@ -229,7 +230,7 @@ def twin(monkeypatch):
 
 def run(tmp_path, *arguments):
     target = tmp_path / "report.json"
-    small = ["--heads", "2", "--kv-heads", "1", "--budget-seconds", "1.5", "--commit", "abc123", "-o", str(target)]
+    small = ["--heads", "2", "--kv-heads", "1", "--budget-seconds", "60", "--commit", "abc123", "-o", str(target)]
     result = CliRunner().invoke(peers.main, [*small, *arguments])
     assert result.exit_code == 0, result.output + repr(result.exception)
     return json.loads(target.read_text()), result
