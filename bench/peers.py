@@ -228,11 +228,12 @@ class Session:
         """Time one group of candidates in turn; every name of ``functions`` is in the result."""
         found: dict[Hashable, Measured] = {}
         seconds = self.group_seconds(section)
+        if seconds == 0:
+            self.note(f"{section}, {options.seqlen_name(seqlen)}: left out, the budget is spent")
+            return dict.fromkeys(functions, Measured(None))
         for name in functions:
             expected = self.expected_seconds(section, name, seqlen)
-            if seconds == 0:
-                found[name] = Measured(None, problem="the budget is spent")
-            elif expected > self.skip_above_seconds:
+            if expected > self.skip_above_seconds:
                 found[name] = Measured(None, problem=f"left out: would take about {expected:.0f} s a call")
         started = time.time()
         remaining = {name: function for name, function in functions.items() if name not in found}
@@ -748,7 +749,7 @@ class Taus(click.ParamType):
 @click.option("--head-dim", type=click.Choice(["64", "128"]), default="128", show_default=True)
 @click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the generated input.")
-@click.option("--budget-seconds", type=float, default=150.0, show_default=True, help="Of the whole run, roughly.")
+@click.option("--budget-seconds", type=float, default=135.0, show_default=True, help="Of the whole run, roughly.")
 @click.option("--skip-above-seconds", type=float, default=20.0, show_default=True, help="Leave out slower calls.")
 @click.option("--commit", default=None, help="Recorded as the commit. Default: that of the checkout.")
 @options.as_json
@@ -776,11 +777,15 @@ def main(as_json: bool, output: str | None, **settings: Any) -> None:
 def run(settings: dict[str, Any], lengths: list[int], started: float, output: Path | None) -> dict[str, Any]:
     """Measure every section at every length. The report is written after each, for a run may be cut off."""
     precompile(settings)
+    render.note(f"peers: {time.monotonic() - started:.0f} s: kernels compiled")
     report = new_report(settings, timing.gpu_info(), settings["commit"] or timing.git_commit())
     file_masks = load_masks(settings)
     output = output or default_output(report)
     found, versions, notes = rivals_module.find(settings["rivals"])
     report["versions"] |= versions
+    render.note(
+        f"peers: {time.monotonic() - started:.0f} s: rivals found: {', '.join(r.name for r in found) or 'none'}"
+    )
     make = partial(make_case, settings, file_masks)
     sweep = crossover_lengths(max(lengths)) if "crossover" in settings["sections"] else []
     sections = [section for section in settings["sections"] if section != "crossover"]

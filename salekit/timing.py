@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Hashable, Mapping
 
 MIN_FLUSH_BYTES = 256 * 2**20  # past any L2
-LEAD_MS = 1.0  # how long flushing keeps the GPU busy, so that the host has launched what is timed before it starts
+LEAD_MS = 2.0  # how long flushing keeps the GPU busy, so that the host has launched what is timed before it starts
 SPREAD_GOAL = 0.01  # stop sampling once the middle half of the samples lies within this share of the median
 SLOW_CALL_MS = 2000.0  # the first call of a candidate that takes longer is a sample, too: warming up is lost in it
 
