@@ -326,20 +326,24 @@ def own_rows(session: Session, case: Case) -> tuple[dict, dict, dict]:
     q, k, v = case.q, case.k, case.v
     functions: dict[Hashable, Callable[[], Any]] = {"salekit-dense": lambda: dense_attention(q, k, v)}
     masks: dict[Hashable, BlockMask | None] = {"salekit-dense": None}
-    if is_accepted(session, case, attend=LOW_BIT):
-        name = f"salekit-dense-{LOW_BIT}"
-        functions[name] = lambda: sparse_attention(q, k, v, thresholds=0.0, attend=LOW_BIT)
-        masks[name] = None
     for (block_q, block_k), mask in case.masks.items():
         name = f"salekit-masks-{block_q}x{block_k}"
         plan = case.plan.replace(block_q=block_q, block_k=block_k)
-        functions[name] = partial(lambda mask, plan: attend_stage(q, k, v, mask, plan)[0], mask, plan)
-        masks[name] = mask
+        functions[name], masks[name] = partial(through_mask, case, mask, plan), mask
+    if is_accepted(session, case, attend=LOW_BIT):
+        name, mask = f"salekit-dense-{LOW_BIT}", case.masks[128, 32]
+        functions[name], masks[name] = partial(sparse_attention, q, k, v, thresholds=0.0, attend=LOW_BIT), None
+        name = f"salekit-masks-128x32-{LOW_BIT}"
+        functions[name], masks[name] = partial(through_mask, case, mask, case.plan.replace(attend=LOW_BIT)), mask
     about = {name: {"version": session.report["versions"]["salekit"]} for name in functions}
     for name, mask in masks.items():
         if mask is not None:
             about[name]["masks"] = case.masks_name
     return functions, masks, about
+
+
+def through_mask(case: Case, mask: BlockMask, plan: Plan) -> Any:
+    return attend_stage(case.q, case.k, case.v, mask, plan)[0]
 
 
 def is_accepted(session: Session, case: Case, **settings: Any) -> bool:

@@ -136,9 +136,10 @@ def time_in_turn(
     A round calls each function once, L2 flushed before, beginning with another one each time, and every other round
     backwards, so that no function always follows the same one. First every function is called once to compile and to
     warm up, and ``check(name, result)`` may raise to refuse its result; one that raises has ``error`` set and is left
-    out. Rounds end when every spread meets SPREAD_GOAL after ``min_rounds``, at
-    ``max_rounds``, or when ``max_seconds`` are spent; all take part in ``slow_rounds`` at least, and a function that
-    takes a tenth of ``max_seconds`` a call in no more than that. A first call over SLOW_CALL_MS counts as a sample.
+    out. A first call over SLOW_CALL_MS counts as a sample.
+    Rounds end when every spread meets SPREAD_GOAL after ``min_rounds``, at ``max_rounds``, or when ``max_seconds`` are
+    spent; all take part in ``slow_rounds`` at least, and a function that takes a tenth of ``max_seconds`` a call in no
+    more than that.
     sampler: runs a call and returns (Sample, result); the GPU's events by default.
     """
     take = sampler or event_sampler()
@@ -175,7 +176,7 @@ def _first_call(candidate: Candidate, take: Callable, check: Callable[[Hashable,
         candidate.error = error.with_traceback(None)  # whose frames would keep arrays alive
         return
     candidate.last_ms = sample.ms
-    if sample.ms > SLOW_CALL_MS:
+    if sample.ms > SLOW_CALL_MS and sample.host_ms < sample.ms / 2:  # the host compiled nothing meanwhile
         candidate.samples.append(sample)
 
 

@@ -168,6 +168,12 @@ def test_a_candidate_that_fails_is_left_out_and_one_that_is_slow_needs_no_warm_u
     assert len(found["good"].samples) == 5 and len(found["slow"].samples) == 2
 
 
+def test_a_first_call_that_compiles_is_no_sample():
+    calls = [timing.Sample(5000.0, 4999.0, 0.0, 5.0), *[sample(1.0)] * 5]
+    [candidate] = timing.time_in_turn({"x": lambda: None}, sampler=lambda call: (calls.pop(0), None)).values()
+    assert [taken.ms for taken in candidate.samples] == [1.0] * 5
+
+
 def test_a_group_gets_its_share_of_what_is_left():
     session = peers.Session({"notes": []}, None, [], 12.0, ["rows", "rows", "crossover"], 20.0)
     assert session.group_seconds("rows") == pytest.approx(12 * 15 / 31, abs=0.1)
