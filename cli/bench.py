@@ -135,41 +135,25 @@ def run_bench(
 # --- what is timed -------------------------------------------------------------------------------------------------
 def _bench_case(case, settings, tau, thresholds_file, masks, report, cuda: bool) -> dict[str, Any]:
     from salekit import arrays, timing
-    from salekit.anchors import anchor_statistics, row_limits
-    from salekit.attend import attend
     from salekit.attention import dense_attention, sparse_attention
-    from salekit.estimate import estimate
-    from salekit.quantize import quantize
+    from salekit.staged import StagedCall
     from salekit.thresholds import as_thresholds, load_thresholds
 
     q, k, v = case["make"]()
     thresholds = as_thresholds(load_thresholds(thresholds_file) if thresholds_file else tau, case["heads"], q)
     plan = arrays.make_plan(q, k, v, **settings)
-
-    quantized = quantize(q, k, plan)
-    m, l = anchor_statistics(q, k, quantized.k_mean, plan)
-    limits = row_limits(m, l, quantized, thresholds, plan)
-    estimated = estimate(quantized, limits, plan)
-    mask = _given_mask(masks, case["heads"], q) if masks is not None else estimated
-
-    def anchors_and_limits():
-        row_limits(*anchor_statistics(q, k, quantized.k_mean, plan), quantized, thresholds, plan)
-
-    def stages_in_a_row():
-        codes = quantize(q, k, plan)
-        bounds = row_limits(*anchor_statistics(q, k, codes.k_mean, plan), codes, thresholds, plan)
-        estimate(codes, bounds, plan)
-        attend(q, k, v, mask, plan)
+    call = StagedCall(q, k, v, thresholds, plan, given_mask(masks, case["heads"], q) if masks is not None else None)
+    mask = call.mask or call.estimated
 
     whole_call = lambda: sparse_attention(q, k, v, thresholds=thresholds, **settings)  # noqa: E731
     functions = {
         "dense": lambda: dense_attention(q, k, v),
-        "quantize": lambda: quantize(q, k, plan),
-        "anchors": anchors_and_limits,
-        "estimate": lambda: estimate(quantized, limits, plan),
-        "attend": lambda: attend(q, k, v, mask, plan),
+        "quantize": call.quantize,
+        "anchors": call.anchors,
+        "estimate": call.estimate,
+        "attend": call.attend,
         # With given masks the call's own mask would be attended to, so the same stages run one after another instead.
-        "total": stages_in_a_row if masks is not None else whole_call,
+        "total": call.total if masks is not None else whole_call,
     }
     times = {}
     clocks = None
@@ -182,7 +166,7 @@ def _bench_case(case, settings, tau, thresholds_file, masks, report, cuda: bool)
         for name, function in functions.items():
             times[name] = timing.time_call(function, cuda=False, warmup=1, min_samples=2, max_samples=3)
 
-    blocks = _selected_blocks(mask)
+    blocks = mask.selected_blocks()
     result = {
         "seqlen_q": plan.seqlen_q,
         "seqlen_k": plan.seqlen_k,
@@ -200,13 +184,13 @@ def _bench_case(case, settings, tau, thresholds_file, masks, report, cuda: bool)
     result["density"] = float(blocks.mean() / visible)
     result["density_per_head"] = [round(float(x), 5) for x in blocks.mean(axis=0) / visible]
     if masks is not None:
-        result["estimated_density"] = float(_selected_blocks(estimated).mean() / visible)
+        result["estimated_density"] = float(call.estimated.selected_blocks().mean() / visible)
     result["speedup"] = times["dense"].median_ms / times["total"].median_ms
     result["rates"] = _rates(plan, blocks, times, report)
     return result
 
 
-def _given_mask(masks, heads: int, q):
+def given_mask(masks, heads: int, q):
     """The first ``heads`` heads of a mask file, where q is."""
     import numpy as np
 
@@ -219,33 +203,14 @@ def _given_mask(masks, heads: int, q):
     return BlockMask(words, masks.block_q, masks.block_k, masks.seqlen_q, masks.seqlen_k, masks.causal)
 
 
-def _selected_blocks(mask):
-    """int64 [batch, heads]: set bits, counted head by head because the unpacked bits of 1M tokens take gigabytes."""
-    import numpy as np
-
-    ones = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
-    words = mask.to_numpy().words
-    counts = np.zeros(words.shape[:2], np.int64)
-    for index in np.ndindex(*counts.shape):
-        counts[index] = ones[np.ascontiguousarray(words[index]).view(np.uint8)].sum(dtype=np.int64)
-    return counts
-
-
 def _rates(plan, blocks, times, report) -> dict[str, Any]:
     """Achieved rates. Pairs are causal; int8-sp24 and query_stride count as if every pair were multiplied."""
     from salekit import timing
 
-    seen = [plan.visible_keys(1), plan.visible_keys(plan.seqlen_q)]
-    rows = min(plan.seqlen_q, seen[1])  # rows that see a key, each one more than the last
-    pairs = rows * (2 * seen[1] - rows + 1) // 2
     calls = plan.batch * plan.num_heads
-    dense_flop = 4 * plan.head_dim * pairs * calls
-    # Blocks on the diagonal reach past it; they are anchors, so every mask has them all
-    # (a ragged last row is counted whole).
-    beyond = int(plan.visible_blocks.sum()) * plan.block_q * plan.block_k - pairs
-    selected_pairs = max(0, int(blocks.sum()) * plan.block_q * plan.block_k - beyond * calls)
-    attend_flop = 4 * plan.head_dim * selected_pairs
-    estimate_op = 2 * plan.head_dim * pairs * calls
+    dense_flop = 4 * plan.head_dim * plan.visible_pairs * calls
+    attend_flop = 4 * plan.head_dim * sum(plan.selected_pairs(int(count)) for count in blocks.flat)
+    estimate_op = 2 * plan.head_dim * plan.visible_pairs * calls
 
     # Fewest passes: a mean before the codes costs a second pass over what it is subtracted from.
     q_bytes = plan.batch * plan.seqlen_q * plan.num_heads * plan.head_dim
@@ -433,7 +398,7 @@ def _print_tables(report: dict[str, Any]) -> None:
         times = result["times"]
         rows.append(
             [
-                _length(result["seqlen_q"]),
+                options.seqlen_name(result["seqlen_q"]),
                 *(_ms(times[name]) for name in stages),
                 f"{result['density']:.3f}",
                 f"{result['speedup']:.2f}x",
@@ -452,7 +417,7 @@ def _print_tables(report: dict[str, Any]) -> None:
         rates, clocks = result["rates"], result["clocks"] or {}
         rows.append(
             [
-                _length(result["seqlen_q"]),
+                options.seqlen_name(result["seqlen_q"]),
                 _rate(rates["dense_tflops"], rates["dense_chip_share"]),
                 f"{rates['quantize_bytes_per_s'] / 1e9:.0f}" + _share(rates["quantize_copy_share"]),
                 _rate(rates["estimate_tops"], rates["estimate_chip_share"]),
@@ -471,7 +436,7 @@ def _print_tables(report: dict[str, Any]) -> None:
         heads = sorted(result["density_per_head"])
         rows.append(
             [
-                _length(result["seqlen_q"]),
+                options.seqlen_name(result["seqlen_q"]),
                 f"{heads[0]:.4f}",
                 f"{statistics.median(heads):.4f}",
                 f"{heads[-1]:.4f}",
@@ -479,13 +444,6 @@ def _print_tables(report: dict[str, Any]) -> None:
             ]
         )
     render.table("density a head", ["seqlen", "least", "median", "most", "heads in order"], rows)
-
-
-def _length(tokens: int) -> str:
-    for unit, size in (("m", 2**20), ("k", 2**10)):
-        if tokens >= size and tokens % size == 0:
-            return f"{tokens // size}{unit}"
-    return str(tokens)
 
 
 def _ms(time_: dict[str, Any]) -> str:

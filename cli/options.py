@@ -28,6 +28,14 @@ def parse_seqlens(text: str) -> list[int]:
     return [parse_seqlen(part) for part in text.split(",")]
 
 
+def seqlen_name(tokens: int) -> str:
+    """The shortest text that ``parse_seqlen`` reads as ``tokens``: "128k"."""
+    for unit, size in (("m", 2**20), ("k", 2**10)):
+        if tokens >= size and tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return str(tokens)
+
+
 class _Block(click.ParamType):
     name = "QxK"
 

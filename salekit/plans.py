@@ -142,6 +142,26 @@ class Plan:
             dtype=np.int64,
         )
 
+    # --- work, per head ----------------------------------------------------------------------------------------
+    @property
+    def visible_pairs(self) -> int:
+        """Pairs of a query row and a key that it sees."""
+        if not self.causal:
+            return self.seqlen_q * self.seqlen_k
+        last = self.visible_keys(self.seqlen_q)
+        rows = min(self.seqlen_q, last)  # rows that see a key, each one more than the last
+        return rows * (2 * last - rows + 1) // 2
+
+    def selected_pairs(self, selected_blocks: int) -> int:
+        """Visible pairs in that many set blocks of a mask of this plan's blocks.
+
+        Blocks on the diagonal reach past it; they are anchors, so every mask has them all. A ragged last row is counted
+        whole.
+        """
+        size = self.block_q * self.block_k
+        beyond = int(self.visible_blocks.sum()) * size - self.visible_pairs
+        return max(0, selected_blocks * size - beyond)
+
     # --- for kernels -------------------------------------------------------------------------------------------
     @cached_property
     def shape_record(self) -> np.ndarray:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Hashable, Mapping
 
-MIN_FLUSH_BYTES = 256 * 2**20  # past any L2, and long enough (some 0.1 ms) to hide the launch of what follows
+MIN_FLUSH_BYTES = 256 * 2**20  # past any L2
+LEAD_MS = 2.0  # how long flushing keeps the GPU busy, so that the host has launched what is timed before it starts
 SPREAD_GOAL = 0.01  # stop sampling once the middle half of the samples lies within this share of the median
+SLOW_CALL_MS = 2000.0  # the first call of a candidate that takes longer is a sample, too: warming up is lost in it
 
 # Dense tensor rates of the data sheets, in 1e12 operations a second, at boost clock: (int4, int8, 16-bit with float32
 # accumulation). None: the instruction is emulated. The first name that the GPU's name contains counts.
@@ -93,6 +99,122 @@ def time_call(
     return Timing.of(samples)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One timed call: the GPU's milliseconds, the host's until the call returned, and when it began and ended, by
+    ``time.time()``."""
+
+    ms: float
+    host_ms: float
+    start: float
+    end: float
+
+
+@dataclass
+class Candidate:
+    """One of several functions that are timed in turn: its samples, and what it raised, if it did."""
+
+    name: Hashable
+    call: Callable[[], Any]
+    samples: list[Sample] = field(default_factory=list)
+    error: Exception | None = None
+    last_ms: float = 0.0  # of the warm-up, before there are samples
+
+
+def time_in_turn(
+    functions: Mapping[Hashable, Callable[[], Any]],
+    *,
+    check: Callable[[Hashable, Any], None] = lambda name, result: None,
+    min_rounds: int = 5,
+    max_rounds: int = 30,
+    max_seconds: float = 10.0,
+    slow_rounds: int = 2,
+    sampler: Callable[[Callable[[], Any]], tuple[Sample, Any]] | None = None,
+) -> dict[Hashable, Candidate]:
+    """Time several functions on the GPU in rounds, so that all of them see the same clocks, power and temperature.
+
+    A round calls each function once, L2 flushed before, beginning with another one each time, and every other round
+    backwards, so that no function always follows the same one. First every function is called once to compile and to
+    warm up, and ``check(name, result)`` may raise to refuse its result; one that raises has ``error`` set and is left
+    out. A first call over SLOW_CALL_MS counts as a sample.
+    Rounds end when every spread meets SPREAD_GOAL after ``min_rounds``, at ``max_rounds``, or when ``max_seconds`` are
+    spent; all take part in ``slow_rounds`` at least, and a function that takes a tenth of ``max_seconds`` a call in no
+    more than that.
+    sampler: runs a call and returns (Sample, result); the GPU's events by default.
+    """
+    take = sampler or event_sampler()
+    candidates = {name: Candidate(name, call) for name, call in functions.items()}
+    for candidate in candidates.values():
+        _first_call(candidate, take, check)
+    active = [candidate for candidate in candidates.values() if candidate.error is None]
+    slow_ms = max_seconds * 1e3 / 10
+    started = time.perf_counter()
+    for round_index in range(max_rounds):
+        late = time.perf_counter() - started > max_seconds
+        if round_index >= slow_rounds and late:
+            break
+        if round_index >= min_rounds and all(_spread([x.ms for x in c.samples]) <= SPREAD_GOAL for c in active):
+            break
+        for candidate in rotated(active, round_index):
+            is_due = candidate.last_ms < slow_ms or len(candidate.samples) < slow_rounds
+            if candidate.error is None and is_due:
+                _sample(candidate, take)
+    return candidates
+
+
+def rotated(items: list, turn: int) -> list:
+    """The items beginning with another one each turn, and backwards every other turn."""
+    step = -1 if turn % 2 else 1
+    return [items[(turn + step * index) % len(items)] for index in range(len(items))]
+
+
+def _first_call(candidate: Candidate, take: Callable, check: Callable[[Hashable, Any], None]) -> None:
+    try:
+        sample, result = take(candidate.call)
+        check(candidate.name, result)
+    except Exception as error:  # a missing wheel, an unsupported shape and too little memory all differ by library
+        candidate.error = error.with_traceback(None)  # whose frames would keep arrays alive
+        return
+    candidate.last_ms = sample.ms
+    if sample.ms > SLOW_CALL_MS and sample.host_ms < sample.ms / 2:  # the host compiled nothing meanwhile
+        candidate.samples.append(sample)
+
+
+def _sample(candidate: Candidate, take: Callable) -> None:
+    try:
+        sample, _ = take(candidate.call)
+    except Exception as error:  # too little memory may show late
+        candidate.error = error.with_traceback(None)
+        return
+    candidate.last_ms = sample.ms
+    candidate.samples.append(sample)
+
+
+def event_sampler() -> Callable[[Callable[[], Any]], tuple[Sample, Any]]:
+    """A function that flushes the L2, runs a call between two events on CuPy's current stream, and returns
+    (Sample, what the call returned).
+
+    The GPU is still flushing when the call launches its kernels: what is timed is the GPU's work, not the launch,
+    unless the host takes longer than LEAD_MS.
+    """
+    import cupy
+
+    flush = l2_flush()
+    start, end = cupy.cuda.Event(), cupy.cuda.Event()
+
+    def take(call: Callable[[], Any]) -> tuple[Sample, Any]:
+        flush()
+        begun, ticks = time.time(), time.perf_counter()
+        start.record()
+        result = call()  # kept until the end, so that freeing it is not timed
+        end.record()
+        host_ms = (time.perf_counter() - ticks) * 1e3
+        end.synchronize()
+        return Sample(cupy.cuda.get_elapsed_time(start, end), host_ms, begun, time.time()), result
+
+    return take
+
+
 def _host_sample(function: Callable[[], Any]) -> Callable[[], float]:
     def sample() -> float:
         started = time.perf_counter()
@@ -103,33 +225,28 @@ def _host_sample(function: Callable[[], Any]) -> Callable[[], float]:
 
 
 def _gpu_sample(function: Callable[[], Any]) -> Callable[[], float]:
-    import cupy
-
-    flush = l2_flush()
-    start, end = cupy.cuda.Event(), cupy.cuda.Event()
-
-    def sample() -> float:
-        flush()
-        start.record()
-        result = function()  # kept until the end, so that freeing it is not timed
-        end.record()
-        end.synchronize()
-        del result
-        return cupy.cuda.get_elapsed_time(start, end)
-
-    return sample
+    take = event_sampler()
+    return lambda: take(function)[0].ms
 
 
 def l2_flush() -> Callable[[], None]:
-    """A function that queues a memset of a buffer larger than the L2 on CuPy's current stream."""
+    """A function that queues memsets of a buffer larger than the L2 on CuPy's current stream, LEAD_MS of them."""
     import cupy
 
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
     num_bytes = max(MIN_FLUSH_BYTES, 2 * int(properties.get("l2CacheSize", 0)))
     buffer = cupy.empty(num_bytes, "u1")
+    events = [cupy.cuda.Event() for _ in range(3)]
+    for event in events:  # the first memset is a warm-up
+        buffer.data.memset_async(0, num_bytes, cupy.cuda.get_current_stream())
+        event.record()
+    events[-1].synchronize()
+    once_ms = cupy.cuda.get_elapsed_time(events[1], events[2])
+    repeats = max(1, math.ceil(LEAD_MS / max(once_ms, LEAD_MS / 50)))
 
     def flush() -> None:
-        buffer.data.memset_async(0, num_bytes, cupy.cuda.get_current_stream())
+        for _ in range(repeats):
+            buffer.data.memset_async(0, num_bytes, cupy.cuda.get_current_stream())
 
     return flush
 
@@ -160,6 +277,23 @@ def chip_rates(name: str) -> dict[str, float | None]:
 # --- the machine ---------------------------------------------------------------------------------------------------
 _STATIC = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
 _LIVE = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+_REASON_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # by today's name, by its older one
+_LIVE_NAMES = ("sm_mhz", "memory_mhz", "power_w", "temperature_c")
+POLL_SECONDS = 0.1
+
+# Bits of NVML's nvmlClocksEventReasons that say why clocks are below what was asked for.
+THROTTLE_REASONS = {
+    0x01: "idle",
+    0x02: "application clocks",
+    0x04: "power cap",
+    0x08: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "hardware power brake",
+    0x100: "display clocks",
+}
+SLOWDOWNS = 0x08 | 0x20 | 0x40 | 0x80  # a sample taken under one of these says nothing about the code
 
 
 def _query(fields: tuple[str, ...], bus_id: str, *extra: str) -> list[str] | None:
@@ -209,45 +343,152 @@ def gpu_info() -> dict[str, Any]:
     return info
 
 
-class ClockSampler:
-    """Context manager: nvidia-smi prints clocks, power and temperature every 0.2 s while the body runs.
+@dataclass(frozen=True)
+class Reading:
+    """What the GPU said at ``time`` (seconds, as ``time.time()``); values in the order of sm_mhz, memory_mhz, power_w,
+    temperature_c, None where it did not say; reasons: bits of THROTTLE_REASONS."""
 
-    ``result`` afterwards: medians {sm_mhz, memory_mhz, power_w, temperature_c, samples}; nulls without nvidia-smi.
+    time: float
+    values: tuple[float | None, ...]
+    reasons: int
+
+
+class ClockSampler:
+    """Context manager: reads clocks, power, temperature and throttle reasons every 0.1 s while the body runs.
+
+    By NVML where the package ``pynvml`` is installed, else by nvidia-smi. ``result`` afterwards is ``summary()`` of
+    everything; without either its values are null.
     """
 
     def __enter__(self) -> "ClockSampler":
         import cupy
 
         runtime = cupy.cuda.runtime
-        command = _query(_LIVE, runtime.deviceGetPCIBusId(runtime.getDevice()), "-lms", "200")
+        bus_id = runtime.deviceGetPCIBusId(runtime.getDevice())
+        self._readings: list[Reading] = []
+        self._stop = threading.Event()
         self._process: subprocess.Popen[str] | None = None
-        if command:
-            try:
-                self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            except OSError:
-                pass
+        source = _nvml_source(bus_id)
+        if source is not None:
+            target, arguments = self._poll, (source,)
+        else:
+            self._process = _start_smi(bus_id)
+            target, arguments = self._follow, ()
+        self._thread = threading.Thread(target=target, args=arguments, daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        rows: list[list[float | None]] = []
+        self._stop.set()
         if self._process is not None:
             self._process.terminate()
-            try:
-                text, _stderr = self._process.communicate(timeout=10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                text, _stderr = self._process.communicate()
-            rows = [[_number(part) for part in line.split(",")] for line in text.splitlines()]
-            # The first line falls before the load, the last may be cut.
-            rows = [row for row in rows[1:] if len(row) == len(_LIVE)] or [
-                row for row in rows if len(row) == len(_LIVE)
-            ]
-        names = ("sm_mhz", "memory_mhz", "power_w", "temperature_c")
-        self.result: dict[str, Any] = {}
-        for index, name in enumerate(names):
-            values = [x for x in (row[index] for row in rows) if x is not None]
-            self.result[name] = round(statistics.median(values), 1) if values else None
-        self.result["samples"] = len(rows)
+        self._thread.join(timeout=10)
+        if self._process is not None:
+            self._process.wait(timeout=10)
+        self.result = self.summary()
+
+    def _poll(self, source: Callable[[], Reading]) -> None:
+        while not self._stop.wait(POLL_SECONDS):
+            self._readings.append(source())
+
+    def _follow(self) -> None:
+        for line in self._process.stdout if self._process is not None else ():
+            reading = parse_reading(line)
+            if reading is not None:
+                self._readings.append(reading)
+
+    def between(self, start: float, end: float) -> list[Reading]:
+        """The readings of a span of time."""
+        return [reading for reading in list(self._readings) if start <= reading.time <= end]
+
+    def slowed(self, start: float, end: float) -> bool:
+        """Whether a thermal or hardware slowdown was read from just before ``start`` to just after ``end``."""
+        margin = 3 * POLL_SECONDS  # nvidia-smi is late now and then
+        return any(reading.reasons & SLOWDOWNS for reading in self.between(start - margin, end + margin))
+
+    def summary(self, *spans: tuple[float, float]) -> dict[str, Any]:
+        """Medians {sm_mhz, memory_mhz, power_w, temperature_c}, throttle {reason: share of readings}, samples.
+
+        Over the readings of these spans of time; of all of it, but for the first reading before the load, when there
+        are none.
+        """
+        if spans:
+            readings = [reading for span in spans for reading in self.between(*span)]
+        else:
+            readings = self._readings[1:] or self._readings
+        found: dict[str, Any] = {}
+        for index, name in enumerate(_LIVE_NAMES):
+            values = [x for x in (reading.values[index] for reading in readings) if x is not None]
+            found[name] = round(statistics.median(values), 1) if values else None
+        found["throttle"] = {
+            name: round(sum(bool(reading.reasons & bit) for reading in readings) / len(readings), 3)
+            for bit, name in THROTTLE_REASONS.items()
+            if any(reading.reasons & bit for reading in readings)
+        }
+        found["samples"] = len(readings)
+        return found
+
+
+def _nvml_source(bus_id: str) -> Callable[[], Reading] | None:
+    """A function that reads the GPU through NVML, or None where that cannot be done."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByPciBusId(bus_id.encode())
+
+        def read() -> Reading:
+            values = (
+                float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+                float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)),
+                pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+                float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
+            )
+            return Reading(time.time(), values, pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
+
+        read()
+    except Exception:  # no package, no library, no permission: each raises its own
+        return None
+    return read
+
+
+def _start_smi(bus_id: str) -> "subprocess.Popen[str] | None":
+    """nvidia-smi printing a line every POLL_SECONDS, or None where it cannot be started."""
+    reasons = _reasons_field(bus_id)
+    fields = ("timestamp", *_LIVE, *([reasons] if reasons else []))
+    command = _query(fields, bus_id, "-lms", str(round(POLL_SECONDS * 1e3)))
+    if command is None:
+        return None
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=None)
+def _reasons_field(bus_id: str) -> str | None:
+    """The name under which this nvidia-smi gives the throttle reasons."""
+    for name in _REASON_FIELDS:
+        command = _query((name,), bus_id)
+        try:
+            if command and subprocess.run(command, capture_output=True, timeout=20).returncode == 0:
+                return name
+        except (OSError, subprocess.SubprocessError):
+            pass
+    return None
+
+
+def parse_reading(line: str) -> Reading | None:
+    """A line of nvidia-smi's: timestamp, the values of _LIVE, and, where it is known, the throttle reasons in hex."""
+    timestamp, *parts = (part.strip() for part in line.split(","))
+    if len(parts) < len(_LIVE):
+        return None
+    try:
+        when = datetime.strptime(timestamp, "%Y/%m/%d %H:%M:%S.%f").timestamp()
+        reasons = int(parts[len(_LIVE)], 16) if len(parts) > len(_LIVE) else 0
+    except ValueError:
+        return None
+    return Reading(when, tuple(_number(part) for part in parts[: len(_LIVE)]), reasons)
 
 
 def versions() -> dict[str, str | None]:

@@ -158,4 +158,4 @@ def test_timing_sees_the_work():
     assert slow.median_ms > 4 * timing.time_call(fill(small), cuda=True).median_ms
     with timing.ClockSampler() as sampler:
         timing.time_call(fill(large), cuda=True)
-    assert set(sampler.result) == {"sm_mhz", "memory_mhz", "power_w", "temperature_c", "samples"}
+    assert set(sampler.result) == {"sm_mhz", "memory_mhz", "power_w", "temperature_c", "throttle", "samples"}

@@ -1,0 +1,82 @@
+"""A call of ``sparse_attention`` taken apart, so that each of its stages can be timed alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Callable
+
+from .anchors import anchor_statistics, row_limits
+from .attend import attend
+from .block_mask import BlockMask
+from .codes import Quantized
+from .estimate import estimate
+from .plans import Plan
+from .quantize import quantize
+
+
+@dataclass(frozen=True)
+class StagedCall:
+    """q, k, v: checked bshd views; thresholds: what ``as_thresholds`` returned; plan: of ``make_plan``.
+
+    mask: attended through instead of the estimated one, which is computed all the same.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    thresholds: Any
+    plan: Plan
+    mask: BlockMask | None = None
+
+    @cached_property
+    def codes(self) -> Quantized:
+        return self.quantize()
+
+    @cached_property
+    def limits(self) -> Any:
+        return self.anchors()
+
+    @cached_property
+    def estimated(self) -> BlockMask:
+        return self.estimate()
+
+    def quantize(self) -> Quantized:
+        return quantize(self.q, self.k, self.plan)
+
+    def anchors(self) -> Any:
+        """Anchor statistics and the rows' limits, from codes that are there."""
+        return self._limits_of(self.codes)
+
+    def estimate(self) -> BlockMask:
+        """From codes and limits that are there."""
+        return estimate(self.codes, self.limits, self.plan)
+
+    def attend(self) -> Any:
+        """Through the given mask, or the estimated one that is there."""
+        return attend(self.q, self.k, self.v, self.mask or self.estimated, self.plan)[0]
+
+    def before_attention(self) -> BlockMask:
+        """Everything up to the mask, one stage after another."""
+        codes = self.quantize()
+        return estimate(codes, self._limits_of(codes), self.plan)
+
+    def total(self) -> Any:
+        """Every stage, one after another; attends through the given mask where there is one."""
+        estimated = self.before_attention()
+        return attend(self.q, self.k, self.v, self.mask or estimated, self.plan)[0]
+
+    def timed(self) -> dict[str, Callable[[], Any]]:
+        """The stages by the names under which they are reported."""
+        return {
+            "quantize": self.quantize,
+            "anchors": self.anchors,
+            "estimate": self.estimate,
+            "before-attention": self.before_attention,
+            "attend": self.attend,
+            "total": self.total,
+        }
+
+    def _limits_of(self, codes: Quantized) -> Any:
+        statistics = anchor_statistics(self.q, self.k, codes.k_mean, self.plan)
+        return row_limits(*statistics, codes, self.thresholds, self.plan)
