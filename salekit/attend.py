@@ -58,8 +58,10 @@ def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
 
 
 def _launch_sm90(q: Any, k: Any, v: Any, mask: BlockMask | None, plan: Plan, out: Any, lse: Any) -> None:
+    num_items = plan.batch * plan.num_heads * ceil_div(plan.seqlen_q, DENSE_BLOCK_Q)
+    next_item = arrays.import_cupy().zeros(1, np.uint32)  # the kernel leaves it at zero, too
     jit.get_kernel(_sm90_spec(plan, DENSE_BLOCK_Q if mask is None else mask.block_q))(
-        (plan.batch * plan.num_heads * ceil_div(plan.seqlen_q, DENSE_BLOCK_Q),),
+        (min(num_items, jit.multiprocessors()),),
         (_SM90_THREADS,),
         (
             tensor_map.tensor_map(q, DENSE_BLOCK_Q),
@@ -68,6 +70,7 @@ def _launch_sm90(q: Any, k: Any, v: Any, mask: BlockMask | None, plan: Plan, out
             _NULL if lse is None else lse,
             _NULL if mask is None else mask.words,
             np.int32(_expand_log2(mask)),
+            next_item,
             plan.shape_record,
             np.float32(plan.softmax_scale),
         ),

@@ -336,6 +336,20 @@ def device_arch() -> str:
     return _arch_of_device(device)
 
 
+@lru_cache(maxsize=None)
+def _multiprocessors_of_device(device: int) -> int:
+    import cupy
+
+    return cupy.cuda.Device(device).attributes["MultiProcessorCount"]
+
+
+def multiprocessors() -> int:
+    """How many multiprocessors CuPy's current device has."""
+    import cupy
+
+    return _multiprocessors_of_device(cupy.cuda.runtime.getDevice())
+
+
 class Kernel:
     """A loaded kernel. Call it with grid, block (threads) and arguments; it runs on CuPy's current stream."""
 

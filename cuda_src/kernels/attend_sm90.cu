@@ -6,8 +6,9 @@
 // products: q.k of one tile and p.v of the tile before it, so that the softmax of the one runs under the products of both.
 // A mask of 64-row blocks gives each warpgroup bits of its own: their union is gathered, and what a warpgroup has not
 // selected scores -inf.
-// Grid: batch * num_heads * ceil(seqlen_q / 128) CTAs of 384 threads, KV-head-major, longest rows first; a run of
-// neighbouring query blocks of one head comes before the next head, so that they share K and V in the L2.
+// Grid: a CTA of 384 threads for each multiprocessor, or fewer; each takes one work item (128 rows of a head) after the
+// other from a counter and fetches the next one's tiles while it finishes this one. Items are KV-head-major, longest rows
+// first; a run of neighbouring query blocks of one head comes before the next head, so that they share K and V in the L2.
 #include "ptx/bar_sync.cuh"
 #include "ptx/bulk_tensor.cuh"
 #include "ptx/cp_async.cuh"
@@ -28,6 +29,13 @@ constexpr int ATTEND_RUN = 16;         // neighbouring query blocks of a head be
 constexpr int EARLY_EXPONENTIALS = 16;  // of a lane's 64, taken before p.v of the tile before is waited for
 constexpr int TURN_BARRIER = 2;        // named barriers 2 and 3: the turns of the two consumers
 constexpr int HALF_BYTES = 128;        // a swizzled row: 64 elements
+constexpr int ITEM_SLOTS = 2;          // work items on their way from the warp that fetches K to all others
+constexpr int ITEM_READERS = 9;        // the warp that fetches V and eight consumer warps
+
+struct WorkItem {
+  int index;  // -1: there is no more work
+  int num_tiles;
+};
 
 template <int HEAD_DIM>
 struct AttendSm90Storage {
@@ -37,7 +45,8 @@ struct AttendSm90Storage {
   alignas(1024) uint8_t V_smem[ATTEND_STAGES][HALVES][ATTEND_TILE_K * HALF_BYTES];
   alignas(16) SlotTile tiles[ATTEND_STAGES];
   alignas(8) uint64_t k_full[ATTEND_STAGES], k_empty[ATTEND_STAGES], v_full[ATTEND_STAGES], v_empty[ATTEND_STAGES];
-  uint64_t q_full;
+  uint64_t q_full, q_empty, item_full[ITEM_SLOTS], item_empty[ITEM_SLOTS];
+  WorkItem items[ITEM_SLOTS];
   uint8_t alignment_slack[1024];  // dynamic shared memory is not promised to start on 1024 bytes
 };
 
@@ -179,46 +188,73 @@ __device__ __forceinline__ void mask_scores(float (&s)[64], int4 slots, uint32_t
   }
 }
 
+// Which rows of which head a work item is.
+struct Rows {
+  int batch, head, kv_head, q_block;
+
+  __device__ Rows(const Shape& shape, int item) {
+    const int num_q_blocks = ceil_div(shape.seqlen_q, ATTEND_BLOCK_Q);
+    const int group = shape.group_size();
+    const int kv_index = item / (group * num_q_blocks);
+    const int within = item % (group * num_q_blocks);
+    const int run = within / (group * ATTEND_RUN);
+    const int in_run = within % (group * ATTEND_RUN);
+    const int run_width = min(ATTEND_RUN, num_q_blocks - run * ATTEND_RUN);
+    q_block = num_q_blocks - 1 - (run * ATTEND_RUN + in_run % run_width);
+    batch = kv_index / shape.num_kv_heads;
+    kv_head = kv_index % shape.num_kv_heads;
+    head = kv_head * group + in_run / run_width;
+  }
+
+  template <int MASK_ROWS>
+  __device__ SlotWalker<MASK_ROWS> walker(const Shape& shape, const uint32_t* mask_gmem, int expand_log2) const {
+    constexpr int NUM_ROWS = SlotWalker<MASK_ROWS>::NUM_ROWS;
+    const uint32_t* mask_rows[NUM_ROWS] = {};
+    if (mask_gmem != nullptr) {
+      const int num_mask_rows = ceil_div(shape.seqlen_q, MASK_ROWS);
+      const int num_words = ceil_div(ceil_div(shape.seqlen_k, KEY_BLOCK << expand_log2), 32);
+#pragma unroll
+      for (int r = 0; r < NUM_ROWS; ++r) {
+        const int row = q_block * NUM_ROWS + r;
+        if (row < num_mask_rows)
+          mask_rows[r] = mask_gmem + (int64_t(batch * shape.num_heads + head) * num_mask_rows + row) * num_words;
+      }
+    }
+    const int num_visible = ceil_div(shape.visible_keys((q_block + 1) * ATTEND_BLOCK_Q - 1), KEY_BLOCK);
+    return SlotWalker<MASK_ROWS>(mask_rows, expand_log2, num_visible);
+  }
+};
+
+// Transposes a 4 x 4 matrix of words among four neighbouring lanes: lane t's word c becomes lane c's word t.
+__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
+    w[i] = odd ? got : w[i];
+    w[i + 1] = odd ? w[i + 1] : got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(~0u, high ? w[i] : w[i + 2], 2);
+    w[i] = high ? got : w[i];
+    w[i + 2] = high ? w[i + 2] : got;
+  }
+}
+
+// next_item: a counter that is zero before the launch and after it.
 template <int HEAD_DIM, typename Element, int MASK_ROWS>
 __global__ void __launch_bounds__(384, 1)
     attend_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                 const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap k_wide_map,
-                const __grid_constant__ TensorMap v_wide_map, TensorView out, float* lse_gmem, const uint32_t* mask_gmem,
-                int expand_log2, Shape shape, float softmax_scale) {
+                const __grid_constant__ TensorMap v_wide_map, TensorView out, float* lse_gmem,
+                const uint32_t* mask_gmem, int expand_log2, uint32_t* next_item, Shape shape, float softmax_scale) {
   using Storage = AttendSm90Storage<HEAD_DIM>;
   constexpr int HALVES = Storage::HALVES;
   constexpr uint32_t TILE_BYTES = HALVES * ATTEND_TILE_K * HALF_BYTES;
   extern __shared__ uint8_t dynamic_smem[];
   Storage& smem = *reinterpret_cast<Storage*>((reinterpret_cast<uint64_t>(dynamic_smem) + 1023) & ~uint64_t(1023));
 
-  // Which rows of which head.
-  const int num_q_blocks = ceil_div(shape.seqlen_q, ATTEND_BLOCK_Q);
-  const int group = shape.group_size();
-  const int per_kv_head = group * num_q_blocks;
-  const int kv_index = blockIdx.x / per_kv_head;
-  const int within = blockIdx.x % per_kv_head;
-  const int run = within / (group * ATTEND_RUN);
-  const int in_run = within % (group * ATTEND_RUN);
-  const int run_width = min(ATTEND_RUN, num_q_blocks - run * ATTEND_RUN);
-  const int q_block = num_q_blocks - 1 - (run * ATTEND_RUN + in_run % run_width);
-  const int batch = kv_index / shape.num_kv_heads;
-  const int kv_head = kv_index % shape.num_kv_heads;
-  const int head = kv_head * group + in_run / run_width;
-  const int first_row = q_block * ATTEND_BLOCK_Q;
-
-  const int num_visible = ceil_div(shape.visible_keys(first_row + ATTEND_BLOCK_Q - 1), KEY_BLOCK);
-  using Walker = SlotWalker<MASK_ROWS>;
-  const uint32_t* mask_rows[Walker::NUM_ROWS] = {};
-  if (mask_gmem != nullptr) {
-    const int num_mask_rows = ceil_div(shape.seqlen_q, MASK_ROWS);
-    const int num_words = ceil_div(ceil_div(shape.seqlen_k, KEY_BLOCK << expand_log2), 32);
-#pragma unroll
-    for (int r = 0; r < Walker::NUM_ROWS; ++r) {
-      const int row = q_block * Walker::NUM_ROWS + r;
-      if (row < num_mask_rows)
-        mask_rows[r] = mask_gmem + (int64_t(batch * shape.num_heads + head) * num_mask_rows + row) * num_words;
-    }
-  }
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < ATTEND_STAGES; ++stage) {
       mbarrier_init(&smem.k_full[stage], 1);
@@ -227,145 +263,210 @@ __global__ void __launch_bounds__(384, 1)
       mbarrier_init(&smem.v_empty[stage], 2);
     }
     mbarrier_init(&smem.q_full, 1);
+    mbarrier_init(&smem.q_empty, 2);
+    for (int slot = 0; slot < ITEM_SLOTS; ++slot) {
+      mbarrier_init(&smem.item_full[slot], 1);
+      mbarrier_init(&smem.item_empty[slot], ITEM_READERS);
+    }
     mbarrier_init_fence();
   }
   __syncthreads();
 
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const bool elected = threadIdx.x % 32 == 0;
+  int slot = 0;
+  uint32_t slot_phase = 0;
+  // For all but the warp that fetches K: the next work item.
+  auto receive_item = [&] {
+    mbarrier_wait(&smem.item_full[slot], slot_phase);
+    const WorkItem& read = smem.items[slot];
+    const WorkItem item = {__shfl_sync(~0u, read.index, 0), __shfl_sync(~0u, read.num_tiles, 0)};  // known to be uniform
+    if (elected) mbarrier_arrive(&smem.item_empty[slot]);
+    if (++slot == ITEM_SLOTS) slot = 0, slot_phase ^= 1;
+    return item;
+  };
+
   if (threadIdx.x < 128) {
-    setmaxnreg_dec<24>();
-    // One warp fetches K, another V: neither waits for room that the other needs.
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    if (warp < 2) {
-      const bool elected = threadIdx.x % 32 == 0, fetches_k = warp == 0;
-      auto* tiles = fetches_k ? smem.K_smem : smem.V_smem;
-      const TensorMap& map = fetches_k ? k_map : v_map;
-      const TensorMap& wide_map = fetches_k ? k_wide_map : v_wide_map;
-      uint64_t* full = fetches_k ? smem.k_full : smem.v_full;
-      uint64_t* empty = fetches_k ? smem.k_empty : smem.v_empty;
-      if (elected && fetches_k) {
-        mbarrier_arrive_expect_tx(&smem.q_full, HALVES * ATTEND_BLOCK_Q * HALF_BYTES);
-        for (int half = 0; half < HALVES; ++half)
-          bulk_tensor_4d(shared_address(smem.Q_smem[half]), &q_map, half * 64, first_row, head, batch,
-                         shared_address(&smem.q_full));
-      }
-      Walker walker(mask_rows, expand_log2, num_visible);
-      int stage = 0;
-      uint32_t phase = 1;
+    setmaxnreg_dec<40>();
+    // Waits are for whole warps: a diverged warp would spin instead of sleeping.
+    int stage = 0;
+    uint32_t phase = 1;
+    if (warp == 0) {  // hands out work items and fetches their K
+      const int num_items = shape.batch * shape.num_heads * ceil_div(shape.seqlen_q, ATTEND_BLOCK_Q);
+      int item = blockIdx.x;
       while (true) {
-        const SlotTile tile = walker.next();
-        if (tile.first_key.w < 0) break;
-        mbarrier_wait(&empty[stage], phase);  // all lanes: a diverged warp would spin instead of sleeping
-        if (elected) {
-          if (fetches_k) smem.tiles[stage] = tile;
-          load_tile<HEAD_DIM>(tiles[stage], map, wide_map, tile.first_key, kv_head, batch, &full[stage]);
+        mbarrier_wait(&smem.item_empty[slot], slot_phase ^ 1);
+        if (item >= num_items) {
+          if (elected) {
+            smem.items[slot].index = -1;
+            mbarrier_arrive(&smem.item_full[slot]);
+          }
+          break;
         }
-        __syncwarp();
-        if (++stage == ATTEND_STAGES) stage = 0, phase ^= 1;
+        int following = 0;  // on its way while this item's tiles are fetched
+        if (elected) following = gridDim.x + atomicInc(next_item, num_items - 1);
+        const Rows rows(shape, item);
+        auto walker = rows.walker<MASK_ROWS>(shape, mask_gmem, expand_log2);
+        const int num_tiles = ceil_div(walker.count(), ATTEND_SLOTS);
+        if (elected) {
+          smem.items[slot] = {item, num_tiles};
+          mbarrier_arrive(&smem.item_full[slot]);
+        }
+        if (++slot == ITEM_SLOTS) slot = 0, slot_phase ^= 1;
+        for (int t = 0; t < num_tiles; ++t) {
+          const SlotTile tile = walker.next();
+          mbarrier_wait(&smem.k_empty[stage], phase);
+          if (elected) {
+            smem.tiles[stage] = tile;
+            load_tile<HEAD_DIM>(smem.K_smem[stage], k_map, k_wide_map, tile.first_key, rows.kv_head, rows.batch,
+                                &smem.k_full[stage]);
+          }
+          __syncwarp();
+          if (++stage == ATTEND_STAGES) stage = 0, phase ^= 1;
+        }
+        item = __shfl_sync(~0u, following, 0);
+      }
+    } else if (warp == 1) {  // fetches Q and V
+      uint32_t q_phase = 1;
+      for (WorkItem item = receive_item(); item.index >= 0; item = receive_item()) {
+        const Rows rows(shape, item.index);
+        mbarrier_wait(&smem.q_empty, q_phase);
+        q_phase ^= 1;
+        if (elected) {
+          mbarrier_arrive_expect_tx(&smem.q_full, HALVES * ATTEND_BLOCK_Q * HALF_BYTES);
+          for (int half = 0; half < HALVES; ++half)
+            bulk_tensor_4d(shared_address(smem.Q_smem[half]), &q_map, half * 64, rows.q_block * ATTEND_BLOCK_Q,
+                           rows.head, rows.batch, shared_address(&smem.q_full));
+        }
+        auto walker = rows.walker<MASK_ROWS>(shape, mask_gmem, expand_log2);
+        for (int t = 0; t < item.num_tiles; ++t) {
+          const SlotTile tile = walker.next();
+          mbarrier_wait(&smem.v_empty[stage], phase);
+          if (elected)
+            load_tile<HEAD_DIM>(smem.V_smem[stage], v_map, v_wide_map, tile.first_key, rows.kv_head, rows.batch,
+                                &smem.v_full[stage]);
+          __syncwarp();
+          if (++stage == ATTEND_STAGES) stage = 0, phase ^= 1;
+        }
       }
     }
   } else {
-    setmaxnreg_inc<240>();
-    const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // uniform: so are the descriptors
+    setmaxnreg_inc<232>();
+    const int warpgroup = warp / 4 - 1;
     const bool leader = threadIdx.x % 128 == 0;
-    const int row = first_row + warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-    const int visible_upper = shape.visible_keys(row), visible_lower = shape.visible_keys(row + 8);
-    // Keys that every row of this CTA sees: slots inside need no mask.
-    const int visible_to_all = shape.visible_keys(first_row);
     const float scale_log2 = softmax_scale * 1.4426950408889634f;
     const uint64_t q_desc = descriptor(shared_address(smem.Q_smem[0]) + warpgroup * 64 * HALF_BYTES, 16);
     const uint64_t k_desc = descriptor(shared_address(smem.K_smem[0][0]), 16);
     const uint64_t v_desc = descriptor(shared_address(smem.V_smem[0][0]), ATTEND_TILE_K * HALF_BYTES);
-    auto mask_tile = [&](float(&s)[64], const SlotTile& tile) {
-      const uint32_t selected = tile.selected_by(warpgroup);
-      if ((selected != 15) | (tile.first_key.w + KEY_BLOCK > visible_to_all))
-        mask_scores(s, tile.first_key, selected, visible_upper, visible_lower);
-    };
-    const int num_slots = Walker(mask_rows, expand_log2, num_visible).count();
-    const int num_tiles = __shfl_sync(~0u, ceil_div(num_slots, ATTEND_SLOTS), 0);
+    int stage = 0;
+    uint32_t phase = 0, q_phase = 0;
+    if (warpgroup == 1) bar_arrive(TURN_BARRIER, 256);
 
-    float s[64], o[HEAD_DIM / 2];
-    uint32_t p[8][4];
+    for (WorkItem item = receive_item(); item.index >= 0; item = receive_item()) {
+      const Rows rows(shape, item.index);
+      const int first_row = rows.q_block * ATTEND_BLOCK_Q;
+      const int row = first_row + warpgroup * 64 + warp % 4 * 16 + threadIdx.x % 32 / 4;
+      const int visible_upper = shape.visible_keys(row), visible_lower = shape.visible_keys(row + 8);
+      // Keys that every row of this CTA sees: slots inside need no mask.
+      const int visible_to_all = shape.visible_keys(first_row);
+      auto mask_tile = [&](float(&s)[64], const SlotTile& tile) {
+        const uint32_t selected = tile.selected_by(warpgroup);
+        if ((selected != 15) | (tile.first_key.w + KEY_BLOCK > visible_to_all))
+          mask_scores(s, tile.first_key, selected, visible_upper, visible_lower);
+      };
+
+      float s[64], o[HEAD_DIM / 2];
+      uint32_t p[8][4];
 #pragma unroll
-    for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0;
-    RowState state;
+      for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0;
+      RowState state;
 
-    mbarrier_wait(&smem.q_full, 0);
-    if (num_tiles > 0) {
-      mbarrier_wait(&smem.k_full[0], 0);
-      const SlotTile first_tile = smem.tiles[0];
-      wgmma_fence();
-      multiply_qk<HEAD_DIM, Element>(s, q_desc, k_desc);
-      wgmma_commit();
-      wgmma_wait<0>();
-      touch(s);
-      if (leader) mbarrier_arrive(&smem.k_empty[0]);
-      mask_tile(s, first_tile);
-      state.raise(s, scale_log2);
-      state.exponentiate<0, 64>(s, scale_log2);
-      state.add(s);
-      round_p<Element>(p, s);
-
-      if (warpgroup == 1 && num_tiles > 1) bar_arrive(TURN_BARRIER, 256);
-      int stage = 0;
-      uint32_t phase = 0;
-      for (int t = 1; t < num_tiles; ++t) {
-        int next = stage + 1;
-        uint32_t next_phase = phase;
-        if (next == ATTEND_STAGES) next = 0, next_phase ^= 1;
-        mbarrier_wait(&smem.k_full[next], next_phase);
-        const SlotTile tile = smem.tiles[next];
-        bar_sync(TURN_BARRIER + warpgroup, 256);
+      mbarrier_wait(&smem.q_full, q_phase);
+      q_phase ^= 1;
+      if (item.num_tiles > 0) {
+        mbarrier_wait(&smem.k_full[stage], phase);
+        const SlotTile first_tile = smem.tiles[stage];
         wgmma_fence();
-        multiply_qk<HEAD_DIM, Element>(s, q_desc, k_desc + uint64_t(next * (TILE_BYTES >> 4)));
+        multiply_qk<HEAD_DIM, Element>(s, q_desc, k_desc + uint64_t(stage * (TILE_BYTES >> 4)));
         wgmma_commit();
+        wgmma_wait<0>();
+        touch(s);
+        if (leader) mbarrier_arrive(&smem.k_empty[stage]);
+        mask_tile(s, first_tile);
+        state.raise(s, scale_log2);
+        state.exponentiate<0, 64>(s, scale_log2);
+        state.add(s);
+        round_p<Element>(p, s);
+
+        for (int t = 1; t < item.num_tiles; ++t) {
+          int next = stage + 1;
+          uint32_t next_phase = phase;
+          if (next == ATTEND_STAGES) next = 0, next_phase ^= 1;
+          mbarrier_wait(&smem.k_full[next], next_phase);
+          const SlotTile tile = smem.tiles[next];
+          bar_sync(TURN_BARRIER + warpgroup, 256);
+          wgmma_fence();
+          multiply_qk<HEAD_DIM, Element>(s, q_desc, k_desc + uint64_t(next * (TILE_BYTES >> 4)));
+          wgmma_commit();
+          mbarrier_wait(&smem.v_full[stage], phase);
+          multiply_pv<HEAD_DIM, Element>(o, p, v_desc + uint64_t(stage * (TILE_BYTES >> 4)));
+          wgmma_commit();
+          bar_arrive(TURN_BARRIER + 1 - warpgroup, 256);
+          wgmma_wait<1>();
+          touch(s);
+          if (leader) mbarrier_arrive(&smem.k_empty[next]);
+          mask_tile(s, tile);
+          state.raise(s, scale_log2);
+          state.exponentiate<0, EARLY_EXPONENTIALS>(s, scale_log2);
+          computed_before(s[EARLY_EXPONENTIALS - 1]);
+          wgmma_wait<0>();
+          touch(o);
+          if (leader) mbarrier_arrive(&smem.v_empty[stage]);
+          // One stretch without branches: ptxas hides the rescaling and the sums behind the exponentials.
+          state.exponentiate<EARLY_EXPONENTIALS, 64>(s, scale_log2);
+          state.add(s);
+#pragma unroll
+          for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] *= state.rescale[i / 2 % 2];
+          round_p<Element>(p, s);
+          stage = next;
+          phase = next_phase;
+        }
+      }
+      if (leader) mbarrier_arrive(&smem.q_empty);
+      if (item.num_tiles > 0) {
         mbarrier_wait(&smem.v_full[stage], phase);
+        wgmma_fence();
         multiply_pv<HEAD_DIM, Element>(o, p, v_desc + uint64_t(stage * (TILE_BYTES >> 4)));
         wgmma_commit();
-        if (warpgroup == 0 || t + 1 < num_tiles) bar_arrive(TURN_BARRIER + 1 - warpgroup, 256);
-        wgmma_wait<1>();
-        touch(s);
-        if (leader) mbarrier_arrive(&smem.k_empty[next]);
-        mask_tile(s, tile);
-        state.raise(s, scale_log2);
-        state.exponentiate<0, EARLY_EXPONENTIALS>(s, scale_log2);
-        computed_before(s[EARLY_EXPONENTIALS - 1]);
         wgmma_wait<0>();
         touch(o);
         if (leader) mbarrier_arrive(&smem.v_empty[stage]);
-        // One stretch without branches: ptxas hides the rescaling and the sums behind the exponentials.
-        state.exponentiate<EARLY_EXPONENTIALS, 64>(s, scale_log2);
-        state.add(s);
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] *= state.rescale[i / 2 % 2];
-        round_p<Element>(p, s);
-        stage = next;
-        phase = next_phase;
+        if (++stage == ATTEND_STAGES) stage = 0, phase ^= 1;
       }
-      mbarrier_wait(&smem.v_full[stage], phase);
-      wgmma_fence();
-      multiply_pv<HEAD_DIM, Element>(o, p, v_desc + uint64_t(stage * (TILE_BYTES >> 4)));
-      wgmma_commit();
-      wgmma_wait<0>();
-      touch(o);
-    }
 
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sum = state.sum[r];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      const int out_row = row + 8 * r;
-      if (out_row >= shape.seqlen_q) continue;
-      const float inverse = sum == 0.f ? 0.f : 1.f / sum;
-      uint32_t* out_gmem = out.row<uint32_t>(0, 0, 0) +
-                           (batch * out.stride_batch + out_row * out.stride_row + head * out.stride_head) / 2 +
-                           threadIdx.x % 4;
+      for (int r = 0; r < 2; ++r) {
+        float sum = state.sum[r];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+        const int out_row = row + 8 * r;
+        const bool present = out_row < shape.seqlen_q;
+        uint16_t* out_gmem = out.row<uint16_t>(rows.batch, present ? out_row : 0, rows.head) + threadIdx.x % 4 * 8;
 #pragma unroll
-      for (int j = 0; j < HEAD_DIM / 8; ++j)
-        out_gmem[4 * j] = Element::pack(o[4 * j + 2 * r] * inverse, o[4 * j + 2 * r + 1] * inverse);
-      if (lse_gmem != nullptr && threadIdx.x % 4 == 0)
-        lse_gmem[int64_t(batch * shape.num_heads + head) * shape.seqlen_q + out_row] =
-            sum == 0.f ? -INFINITY : fmaf(state.top[r], softmax_scale, logf(sum));
+        for (int j = 0; j < HEAD_DIM / 8; j += 4) {  // 32 columns at a time: a lane comes to hold 8 neighbours
+          uint32_t words[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            words[i] = Element::pack(o[4 * (j + i) + 2 * r] * inverse, o[4 * (j + i) + 2 * r + 1] * inverse);
+          transpose_quad(words);
+          if (present) *reinterpret_cast<uint4*>(out_gmem + j * 8) = {words[0], words[1], words[2], words[3]};
+        }
+        if (present && lse_gmem != nullptr && threadIdx.x % 4 == 0)
+          lse_gmem[int64_t(rows.batch * shape.num_heads + rows.head) * shape.seqlen_q + out_row] =
+              sum == 0.f ? -INFINITY : fmaf(state.top[r], softmax_scale, logf(sum));
+      }
     }
+    if (warpgroup == 0) bar_sync(TURN_BARRIER, 256);  // the turn that warpgroup 1 passed on last
   }
 }
