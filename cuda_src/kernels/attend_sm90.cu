@@ -106,7 +106,7 @@ __device__ __forceinline__ void computed_before(float x) {
   if (x < 0.f) __nanosleep(1);
 }
 
-// Largest of row r's scores and of `before`; NaNs do not count.
+// Largest of row r's scores and of `before`, over the four lanes that share the row; NaNs do not count.
 __device__ __forceinline__ float row_max(const float (&s)[64], float before, int r) {
   float top = s[2 * r];
 #pragma unroll
@@ -115,33 +115,41 @@ __device__ __forceinline__ float row_max(const float (&s)[64], float before, int
   return fmaxf(before, fmaxf(top, __shfl_xor_sync(~0u, top, 2)));
 }
 
-// The same by integer maxima of three, at half the cost: right when the result is >= 0, as floats order like integers there.
-__device__ __forceinline__ float row_max_if_positive(const float (&s)[64], float before, int r) {
-  int top = __float_as_int(before);
+// Largest of this lane's scores of row r as integers, two a step: the float's bits if it is >= 0, else negative.
+__device__ __forceinline__ int lane_max_bits(const float (&s)[64], int r) {
+  int top = __vimax3_s32(__float_as_int(s[2 * r]), __float_as_int(s[2 * r + 1]), __float_as_int(s[4 + 2 * r]));
 #pragma unroll
-  for (int j = 0; j < 16; ++j)
-    top = __vimax3_s32(top, __float_as_int(s[4 * j + 2 * r]), __float_as_int(s[4 * j + 2 * r + 1]));
-  top = max(top, __shfl_xor_sync(~0u, top, 1));
-  return __int_as_float(max(top, __shfl_xor_sync(~0u, top, 2)));
+  for (int i = 3; i < 31; i += 2)
+    top = __vimax3_s32(top, __float_as_int(s[i / 2 * 4 + 2 * r + 1]), __float_as_int(s[i / 2 * 4 + 4 + 2 * r]));
+  return max(top, __float_as_int(s[60 + 2 * r + 1]));
 }
 
-// Running maximum and sum of a lane's two rows, in units of raw scores.
+// Sums of a lane's two rows, relative to a maximum that is raised only when a score exceeds it by a factor of 2 ** 8:
+// most tiles then need no maximum over lanes and no rescaling. Scores are raw, before softmax_scale.
 struct RowState {
   float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
   float base[2];     // what the exponents are taken relative to: top, scaled
-  float rescale[2];  // what sums and outputs so far are to be multiplied by
+  float rescale[2];  // what sums and outputs so far are to be multiplied by after a raise
 
-  __device__ __forceinline__ void raise(const float (&s)[64], float scale_log2) {
-    float raised[2] = {row_max_if_positive(s, top[0], 0), row_max_if_positive(s, top[1], 1)};
-    if (__any_sync(~0u, !(raised[0] >= 0.f) | !(raised[1] >= 0.f))) {
-      raised[0] = row_max(s, top[0], 0);
-      raised[1] = row_max(s, top[1], 1);
-    }
+  // Whether any row of this warp needs a raise for these scores. slack: 8 in units of raw scores.
+  __device__ __forceinline__ bool needs_raise(const float (&s)[64], float slack) const {
+    bool needed = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      base[r] = raised[r] == -INFINITY ? 0.f : raised[r] * scale_log2;  // a row with nothing visible yet stays at zero
-      rescale[r] = raised[r] == top[r] ? 1.f : ex2((top[r] - raised[r]) * scale_log2);
-      top[r] = raised[r];
+      const int bits = lane_max_bits(s, r);
+      const float limit = top[r] + slack;
+      needed |= (__int_as_float(bits) > limit) | ((bits < 0) & !(limit >= 0.f));
+    }
+    return __any_sync(~0u, needed);
+  }
+
+  __device__ __forceinline__ void raise(const float (&s)[64], float scale_log2) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float raised = row_max(s, top[r], r);
+      base[r] = raised == -INFINITY ? 0.f : raised * scale_log2;  // a row with nothing visible yet stays at zero
+      rescale[r] = raised == top[r] ? 1.f : ex2((top[r] - raised) * scale_log2);
+      top[r] = raised;
     }
   }
 
@@ -161,7 +169,7 @@ struct RowState {
         part[0] += p[4 * j + 2 * r];
         part[1] += p[4 * j + 2 * r + 1];
       }
-      sum[r] = fmaf(sum[r], rescale[r], part[0] + part[1]);
+      sum[r] += part[0] + part[1];
     }
   }
 };
@@ -354,7 +362,7 @@ __global__ void __launch_bounds__(384, 1)
     setmaxnreg_inc<232>();
     const int warpgroup = warp / 4 - 1;
     const bool leader = threadIdx.x % 128 == 0;
-    const float scale_log2 = softmax_scale * 1.4426950408889634f;
+    const float scale_log2 = softmax_scale * 1.4426950408889634f, slack = 8.f / scale_log2;
     const uint64_t q_desc = descriptor(shared_address(smem.Q_smem[0]) + warpgroup * 64 * HALF_BYTES, 16);
     const uint64_t k_desc = descriptor(shared_address(smem.K_smem[0][0]), 16);
     const uint64_t v_desc = descriptor(shared_address(smem.V_smem[0][0]), ATTEND_TILE_K * HALF_BYTES);
@@ -416,17 +424,22 @@ __global__ void __launch_bounds__(384, 1)
           touch(s);
           if (leader) mbarrier_arrive(&smem.k_empty[next]);
           mask_tile(s, tile);
-          state.raise(s, scale_log2);
+          const bool raised = state.needs_raise(s, slack);
+          if (raised) state.raise(s, scale_log2);
           state.exponentiate<0, EARLY_EXPONENTIALS>(s, scale_log2);
           computed_before(s[EARLY_EXPONENTIALS - 1]);
           wgmma_wait<0>();
           touch(o);
           if (leader) mbarrier_arrive(&smem.v_empty[stage]);
-          // One stretch without branches: ptxas hides the rescaling and the sums behind the exponentials.
+          if (raised) {
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] *= state.rescale[i / 2 % 2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) state.sum[r] *= state.rescale[r];
+          }
+          // One stretch without branches: ptxas hides the sums and the rounding behind the exponentials.
           state.exponentiate<EARLY_EXPONENTIALS, 64>(s, scale_log2);
           state.add(s);
-#pragma unroll
-          for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] *= state.rescale[i / 2 % 2];
           round_p<Element>(p, s);
           stage = next;
           phase = next_phase;
