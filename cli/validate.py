@@ -254,8 +254,9 @@ def _check_kernels(q, k, v, tau: float, plan_options: dict):
     from salekit.anchors import anchor_statistics, row_limits
     from salekit.attend import attend
     from salekit.attention import sparse_attention
-    from salekit.codes import tiles_to_rows
+    from salekit.codes import spread_rows
     from salekit.estimate import estimate
+    from salekit.plans import SELECT_NONE
     from salekit.quantize import quantize
 
     from .bench import to_device
@@ -265,7 +266,7 @@ def _check_kernels(q, k, v, tau: float, plan_options: dict):
 
     render.note("validate: quantise")
     codes = quantize(gq, gk, plan)
-    host = _codes_on_host(codes, plan, tiles_to_rows)
+    host = _codes_on_host(codes, plan)
     twin = reference.quantize(q, k, plan)
     checks = _compare_codes(host, twin, q, k, plan)
 
@@ -288,7 +289,7 @@ def _check_kernels(q, k, v, tau: float, plan_options: dict):
     checks.append(within("anchors", "l with the twin's", l, twin_l, slack_l))
 
     limits = row_limits(gm, gl, codes, tau, plan)
-    host_limits = limits.get()[..., : plan.seqlen_q]
+    host_limits = spread_rows(limits.get(), plan, np.inf if plan.estimator == "int4" else SELECT_NONE)
     y = reference.row_limits(m, l, tau, plan)
     with np.errstate(all="ignore"):
         slack_y = FEW * (np.abs(m) + np.abs(np.log(tau * l)) + 1)
@@ -341,9 +342,9 @@ def _check_kernels(q, k, v, tau: float, plan_options: dict):
     return plan, checks, pipeline_mask.to_numpy(), out.get(), lse.get()
 
 
-def _codes_on_host(codes, plan, tiles_to_rows):
-    """The kernels' codes in the twin's order, padding dropped."""
-    from salekit.codes import Quantized
+def _codes_on_host(codes, plan):
+    """The kernels' codes in the twin's order, padding dropped; rows that are not held have codes 0 and scale 1."""
+    from salekit.codes import Quantized, q_codes_to_rows, spread_rows, tiles_to_rows
     from salekit.plans import ceil_div
 
     groups_q, groups_k = 8 * ceil_div(plan.seqlen_q, 16), 4 * ceil_div(plan.seqlen_k, 32)
@@ -351,9 +352,9 @@ def _codes_on_host(codes, plan, tiles_to_rows):
     return Quantized(
         codes.estimator,
         codes.code_bits,
-        tiles_to_rows(codes.q_codes.get(), codes.code_bits, plan.seqlen_q),
+        q_codes_to_rows(codes, plan),
         tiles_to_rows(codes.k_codes.get(), codes.code_bits, plan.seqlen_k),
-        codes.q_scale.get()[..., : groups_q if int4 else plan.seqlen_q],
+        codes.q_scale.get()[..., :groups_q] if int4 else spread_rows(codes.q_scale.get(), plan, 1),
         codes.k_scale.get()[..., :groups_k] if int4 else codes.k_scale.get(),
         codes.k_mean.get(),
         codes.q_mean.get() if int4 else None,
@@ -369,6 +370,7 @@ def _mean_bound(x, mean) -> np.ndarray:
 
 def _compare_codes(host, twin, q, k, plan) -> list[Check]:
     int4, limit = plan.estimator == "int4", 7 if plan.estimator == "int4" else 127
+    held = np.unique(plan.row_of_position[plan.row_of_position >= 0])
     bound_k = _mean_bound(k, twin.k_mean)
     checks = [within("quantise", "mean of k with the twin's", host.k_mean, twin.k_mean, bound_k)]
     worst_k = bound_k.max(axis=-1, keepdims=True)
@@ -379,11 +381,11 @@ def _compare_codes(host, twin, q, k, plan) -> list[Check]:
         checks.append(within("quantise", "scales of q with the twin's", host.q_scale, twin.q_scale, slack))
         checks.append(within("quantise", "codes of q with the twin's", host.q_codes, twin.q_codes, 1))
     elif plan.estimator == "int8":
-        checks.append(equal("quantise", "scales of q with the twin's", host.q_scale, twin.q_scale))
-        checks.append(equal("quantise", "codes of q with the twin's", host.q_codes, twin.q_codes))
+        checks.append(equal("quantise", "scales of q with the twin's", host.q_scale[..., held], twin.q_scale[..., held]))
+        checks.append(equal("quantise", "codes of q with the twin's", host.q_codes[:, :, held], twin.q_codes[:, :, held]))
     else:
         # The rms decides which two of four stay; two weights within its rounding may swap, which moves whole codes.
-        moved = np.abs(host.q_codes.astype(np.int32) - twin.q_codes) > 1
+        moved = np.abs(host.q_codes[:, :, held].astype(np.int32) - twin.q_codes[:, :, held]) > 1
         checks.append(share("quantise", "share of codes of q that differ from the twin's", moved, 1e-4))
     slack = (worst_k if int4 else worst_k[..., 0]) / limit + 4 * U32 * np.abs(twin.k_scale)
     checks.append(within("quantise", "scales of k with the twin's", host.k_scale, twin.k_scale, slack))

@@ -37,7 +37,7 @@ def row_limits(m: Any, l: Any, quantized: Quantized, thresholds: Any, plan: Plan
     """What a row's scores have to exceed (docs/algorithm.md, step 4), in the form that ``estimate`` takes.
 
     int8 and int8-sp24: int32 thresholds of the integer scores; int4: float32 y = m + ln(tau * l). NumPy: [batch,
-    num_heads, seqlen_q]; CuPy: [batch, num_heads, padded_q], rows past the end never vote. thresholds: a float, or
+    num_heads, seqlen_q]; CuPy: [batch, num_heads, plan.num_positions], padding never votes. thresholds: a float, or
     float32 [num_heads] where m is.
     """
     is_int4 = plan.estimator == "int4"
@@ -48,11 +48,11 @@ def row_limits(m: Any, l: Any, quantized: Quantized, thresholds: Any, plan: Plan
         k_scale = np.repeat(quantized.k_scale, plan.group_size, axis=1)[:, :, None]
         return reference.integer_thresholds(y, quantized.q_scale, k_scale, plan)
     limits = arrays.import_cupy().empty(
-        (plan.batch, plan.num_heads, plan.padded_q), np.float32 if is_int4 else np.int32
+        (plan.batch, plan.num_heads, plan.num_positions), np.float32 if is_int4 else np.int32
     )
     on_device = not isinstance(thresholds, float)
     jit.get_kernel(_limits_spec(plan))(
-        (plan.padded_q // CODE_TILE_ROWS, plan.num_heads, plan.batch),
+        (plan.num_positions // CODE_TILE_ROWS, plan.num_heads, plan.batch),
         (_THREADS,),
         (
             m,
@@ -63,6 +63,7 @@ def row_limits(m: Any, l: Any, quantized: Quantized, thresholds: Any, plan: Plan
             np.float32(0 if on_device else thresholds),
             limits,
             plan.shape_record,
+            plan.q_row_map,
             np.int32(plan.block_q),
             np.float32(plan.softmax_scale),
         ),

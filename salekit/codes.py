@@ -5,6 +5,10 @@ Tiles: uint8 ``[batch, heads, num_tiles, 128 * row_bytes]``, as the kernels read
 zero, 4-bit codes packed with even d in the low nibble, 16-byte chunk c of a row stored at chunk ``c ^ s``, where s is
 taken from address bits 7 and up: the 128-, 64- and 32-byte swizzles of the PTX manual ("Swizzling modes"), so that
 a tile is copied to shared memory as it lies and read by ldmatrix or wgmma without bank conflicts.
+Sparse (q of int8-sp24 on Hopper): uint32 ``[batch, heads, num_tiles * 2, head_dim / 64, 5, 128]``, for each 64-row tile,
+64-dim step and thread of a warpgroup four words of the codes that are kept and one of metadata, as ``wgmma.sp`` takes
+them from registers (cuda_src/ptx/wgmma_sp.cuh): codes go from memory straight to where they are multiplied.
+With ``Plan.holds_tested_rows``, q's rows are those of ``Plan.row_of_position``.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .plans import CODE_TILE_ROWS, ceil_div
+from .plans import CODE_TILE_ROWS, Plan, ceil_div
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Quantized:
     """Codes, scales and corrections of one call (docs/algorithm.md). Arrays are NumPy's or CuPy's.
 
     q_codes, k_codes: rows (twin) or tiles (GPU), see the module's text. A non-finite group has codes 0, scale NaN.
-    q_scale: float32; int8: [batch, num_heads, seqlen_q]; int4: [batch, num_heads, 8 * ceil(seqlen_q / 16)], entry
+    q_scale: float32; int8: [batch, num_heads, seqlen_q] (GPU: plan.num_positions); int4: [batch, num_heads, 8 * ceil(seqlen_q / 16)], entry
         ``8 * (i // 16) + i % 8`` for row i. The GPU pads rows to whole 128-row tiles.
     k_scale: float32; int8: [batch, num_kv_heads]; int4: [batch, num_kv_heads, 4 * ceil(seqlen_k / 32)], entry
         ``4 * (j // 32) + (j % 8) // 2`` for key j (GPU: padded likewise).
@@ -72,4 +76,73 @@ def tiles_to_rows(tiles: np.ndarray, code_bits: int, seqlen: int) -> np.ndarray:
     rows = np.empty((*data.shape[:-1], 2 * row_bytes), np.int8)
     rows[..., 0::2] = (data << 4).view(np.int8) >> 4
     rows[..., 1::2] = data.view(np.int8) >> 4
+    return rows
+
+
+def _sparse_places(head_dim: int) -> tuple[np.ndarray, ...]:
+    """For (row of a 64-row tile, chunk of eight dims): step, word of codes, thread, thread of metadata, its byte."""
+    row, chunk = np.arange(64)[:, None], np.arange(head_dim // 8)[None]
+    high, part = row // 8 % 2, chunk % 8 // 4
+    quad = row // 16 * 32 + row % 8 * 4
+    return np.broadcast_arrays(chunk // 8, high + 2 * part, quad + chunk % 4, quad + high + 2 * part, chunk % 4)
+
+
+def rows_to_sparse(rows: np.ndarray) -> np.ndarray:
+    """int8 [batch, heads, seqlen, head_dim] codes, of every four at most two not zero -> sparse (see the module's text).
+
+    seqlen is padded to whole 128-row tiles. NumPy; raises ValueError for rows that are not pruned.
+    """
+    batch, heads, seqlen, head_dim = rows.shape
+    halves = 2 * ceil_div(seqlen, CODE_TILE_ROWS)
+    padded = np.zeros((batch, heads, halves * 64, head_dim), np.int8)
+    padded[:, :, :seqlen] = rows
+    fours = padded.reshape(-1, 4)
+    if (np.count_nonzero(fours, axis=1) > 2).any():
+        raise ValueError("rows_to_sparse: more than two of four codes are not zero")
+    kept = np.sort(np.argsort(fours == 0, axis=1, kind="stable")[:, :2], axis=1)
+    codes = np.take_along_axis(fours, kept, axis=1).view(np.uint8).astype(np.uint32)
+    shape = (batch, heads, halves, 64, head_dim // 8, 4)  # an octet of dims keeps four codes
+    codes = (codes.reshape(shape) << (8 * np.arange(4, dtype=np.uint32))).sum(axis=-1, dtype=np.uint32)
+    positions = (kept.astype(np.uint32).reshape(shape) << (2 * np.arange(4, dtype=np.uint32))).sum(-1, dtype=np.uint32)
+    step, word, thread, owner, byte = _sparse_places(head_dim)
+    sparse = np.zeros((batch, heads, halves, head_dim // 64, 5, 128), np.uint32)
+    sparse[..., step, word, thread] = codes
+    metadata = np.zeros((*sparse.shape[:4], 128, 4), np.uint8)
+    metadata[..., step, owner, byte] = positions
+    sparse[..., 4, :] = metadata.view("<u4")[..., 0]
+    return sparse
+
+
+def sparse_to_rows(sparse: np.ndarray, seqlen: int) -> np.ndarray:
+    """The inverse of :func:`rows_to_sparse`; drops the padding rows."""
+    batch, heads, halves, steps = sparse.shape[:4]
+    step, word, thread, owner, byte = _sparse_places(64 * steps)
+    codes = sparse[..., step, word, thread]
+    metadata = np.ascontiguousarray(sparse[..., 4, :, None]).view(np.uint8)[..., step, owner, byte]
+    rows = np.zeros((*codes.shape, 2, 4), np.int8)  # two groups of four in an octet
+    for i in range(4):
+        code = (codes >> np.uint32(8 * i)).astype(np.uint8).view(np.int8)
+        place = (metadata >> np.uint8(2 * i)) & 3
+        np.put_along_axis(rows[..., i // 2, :], place[..., None].astype(np.intp), code[..., None], axis=-1)
+    return rows.reshape(batch, heads, halves * 64, 64 * steps)[:, :, :seqlen]
+
+
+def q_codes_to_rows(quantized: Quantized, plan: Plan) -> np.ndarray:
+    """q's codes of a GPU call as int8 rows [batch, num_heads, seqlen_q, head_dim] on the host; untested rows are 0."""
+    codes = quantized.q_codes.get()
+    if plan.q_is_sparse:
+        held = sparse_to_rows(codes, plan.num_positions)
+    else:
+        held = tiles_to_rows(codes, quantized.code_bits, plan.num_positions)
+    return spread_rows(held, plan, 0)
+
+
+def spread_rows(held: np.ndarray, plan: Plan, fill: Any) -> np.ndarray:
+    """[batch, num_heads, num_positions, ...] by position -> [batch, num_heads, seqlen_q, ...] by query row, on the host.
+
+    Rows that are not held get ``fill``.
+    """
+    rows = np.full((*held.shape[:2], plan.seqlen_q, *held.shape[3:]), fill, held.dtype)
+    present = plan.row_of_position >= 0
+    rows[:, :, plan.row_of_position[present]] = held[:, :, present]
     return rows

@@ -9,10 +9,11 @@ import numpy as np
 from . import arrays, jit, reference
 from .block_mask import BlockMask
 from .codes import Quantized
+from .errors import ArgumentError
 from .plans import CODE_TILE_ROWS, KEY_BLOCK, Plan, ceil_div
 
 KERNELS = ("auto", "mma", "wgmma")
-_WGMMA_ROWS = 256  # query rows of a CTA of estimate_int8_sm90
+_WGMMA_ROWS = 256  # tested query rows of a CTA of estimate_int8_sm90
 _NULL = np.uint64(0)  # a pointer that a kernel does not read
 
 
@@ -21,8 +22,8 @@ def estimate(quantized: Quantized, limits: Any, plan: Plan, *, kernel: str = "au
 
     quantized: what ``quantize`` returned for this plan. limits: what ``row_limits`` returned: int8 and int8-sp24, int32
         thresholds of the integer scores; int4, float32 thresholds of the scores. NumPy, [batch, num_heads, seqlen_q],
-        runs the twin; CuPy, [batch, num_heads, padded_q], the GPU.
-    kernel: "mma" (every architecture) or "wgmma" (sm_90a, 8-bit estimators) instead of the plan's choice. Their bits
+        runs the twin; CuPy, [batch, num_heads, plan.num_positions], the GPU.
+    kernel: "mma" (every architecture; not codes in the order of the sparse tensor cores nor of tested rows alone) or "wgmma" (sm_90a, 8-bit estimators) instead of the plan's choice. Their bits
         are equal.
 
     Returns a BlockMask of ``plan.block_q`` x ``plan.block_k`` blocks on the same backend. Nothing is checked here.
@@ -54,10 +55,12 @@ def _launch_estimate(quantized: Quantized, limits: Any, words: Any, plan: Plan, 
     heads = plan.batch * plan.num_heads
     if _uses_wgmma(plan, kernel):
         jit.get_kernel(_wgmma_spec(plan))(
-            (ceil_div(plan.seqlen_q, _WGMMA_ROWS) * heads,), (384,),
-            (quantized.q_codes, quantized.k_codes, limits, words, plan.shape_record),
+            (ceil_div(plan.num_positions, _WGMMA_ROWS) * heads,), (384,),
+            (quantized.q_codes, quantized.k_codes, limits, words, plan.shape_record, plan.q_row_map),
         )
         return
+    if plan.q_is_sparse or plan.holds_tested_rows:
+        raise ArgumentError("kernel: 'mma' reads codes of all rows in tiles; wants 'auto' or 'wgmma' for this plan")
     groups = (_NULL, _NULL, _NULL)
     if plan.estimator == "int4":
         groups = (quantized.q_scale, quantized.k_scale, quantized.correction)
@@ -78,7 +81,9 @@ def _uses_wgmma(plan: Plan, kernel: str) -> bool:
 
 def _wgmma_spec(plan: Plan) -> jit.KernelSpec:
     return jit.KernelSpec(
-        "estimate_int8_sm90", (str(plan.head_dim), str(plan.block_q)), f"EstimateInt8Storage<{plan.head_dim}>"
+        "estimate_int8_sm90",
+        (str(plan.head_dim), str(plan.block_q), "true" if plan.q_is_sparse else "false"),
+        f"EstimateInt8Storage<{plan.head_dim}>",
     )
 
 

@@ -40,6 +40,17 @@ SHAPE_RECORD = np.dtype(
 )
 
 
+# The RowMap struct of cuda_src/tile/row_map.cuh.
+ROW_MAP = np.dtype(
+    [(name, "<i4") for name in ("stride", "first_full_row", "first_full_position", "num_rows", "num_positions")]
+)
+
+
+def row_map_record(*values: int) -> np.ndarray:
+    """A size-1 ``ROW_MAP`` record that CuPy passes by value."""
+    return np.array([values], dtype=ROW_MAP)
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -161,6 +172,45 @@ class Plan:
         size = self.block_q * self.block_k
         beyond = int(self.visible_blocks.sum()) * size - self.visible_pairs
         return max(0, selected_blocks * size - beyond)
+
+    # --- tested rows, as the GPU holds their codes, scales and limits -------------------------------------------
+    @property
+    def holds_tested_rows(self) -> bool:
+        """Whether codes, scales and limits are held for the tested rows alone (tile/row_map.cuh)."""
+        return self.arch == "sm_90a" and self.estimator != "int4" and self.query_stride > 1
+
+    @cached_property
+    def q_row_map(self) -> np.ndarray:
+        """The ``ROW_MAP`` record of q: position of each tested row among codes, scales and limits."""
+        if not self.holds_tested_rows:
+            return row_map_record(1, 0, 0, self.seqlen_q, self.padded_q)
+        tested_whole = min(self.full_rows, self.seqlen_q)
+        first_full = (self.seqlen_q - tested_whole) // self.block_q if tested_whole else self.num_q_blocks
+        strided_rows = min(first_full * self.block_q, self.seqlen_q)
+        first_position = ceil_div(ceil_div(strided_rows, self.query_stride), CODE_TILE_ROWS) * CODE_TILE_ROWS
+        positions = first_position + ceil_div(self.seqlen_q - strided_rows, CODE_TILE_ROWS) * CODE_TILE_ROWS
+        return row_map_record(
+            self.query_stride, first_full * self.block_q, first_position, self.seqlen_q, positions
+        )
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of q's codes, scales (int8) and limits on the GPU: whole tiles of 128."""
+        return int(self.q_row_map["num_positions"][0])
+
+    @cached_property
+    def row_of_position(self) -> np.ndarray:
+        """int64 [num_positions]: the query row at each position, -1 for padding."""
+        stride, first_full_row, first_full_position, num_rows, num_positions = (int(x) for x in self.q_row_map[0])
+        position = np.arange(num_positions)
+        strided = position < first_full_position
+        row = np.where(strided, position * stride, first_full_row + position - first_full_position)
+        return np.where((row < num_rows) & ((row < first_full_row) | ~strided), row, -1)
+
+    @property
+    def q_is_sparse(self) -> bool:
+        """Whether q's codes are held pruned, in the order of the sparse tensor cores (codes.py)."""
+        return self.arch == "sm_90a" and self.estimator == "int8-sp24"
 
     # --- for kernels -------------------------------------------------------------------------------------------
     @cached_property

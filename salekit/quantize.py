@@ -8,20 +8,20 @@ import numpy as np
 
 from . import arrays, jit, reference
 from .codes import Quantized
-from .plans import CODE_TILE_ROWS, Plan, ceil_div
+from .plans import CODE_TILE_ROWS, Plan, ceil_div, row_map_record
 
 _NULL = np.uint64(0)  # a pointer that a kernel does not read or write
 _REDUCE_ROWS = 512  # REDUCE_ROWS of reduce_channels.cu
 _THREADS = 256
 _STEPS = 4  # QUANTIZE_STEPS of quantize_int8.cu
-_SIDES = {"k": 0, "q": 1, "q pruned": 2}
+_SIDES = {"k": 0, "q": 1, "q pruned": 2, "q sparse": 3}
 
 
 def quantize(q: Any, k: Any, plan: Plan) -> Quantized:
     """Codes and scales of q and of the smoothed k, by the plan's estimator.
 
     q: [batch, seqlen_q, num_heads, head_dim]; k: [batch, seqlen_k, num_kv_heads, head_dim], bshd views. NumPy
-    arrays give codes in rows, CuPy arrays codes in tiles, rows past the end padded (see ``codes.Quantized``).
+    arrays give codes in rows, CuPy arrays the codes of the tested rows in tiles, padded (see ``codes.Quantized``).
     """
     if not arrays.is_cuda(q):
         return reference.quantize(q, k, plan)
@@ -29,8 +29,8 @@ def quantize(q: Any, k: Any, plan: Plan) -> Quantized:
         return _quantize_int4(q, k, plan)
     pruned = plan.estimator == "int8-sp24"
     k_mean, rms, k_amax, k_scale = _channel_statistics(k, plan, with_rms=pruned, with_amax=True)
-    q_scale = _empty((plan.batch, plan.num_heads, plan.padded_q))
-    q_codes = _quantize_int8(q, "q pruned" if pruned else "q", q_scale, rms, plan)
+    q_scale = _empty((plan.batch, plan.num_heads, plan.num_positions))
+    q_codes = _quantize_int8(q, _q_side(plan), q_scale, rms, plan)
     k_codes = _quantize_int8(k, "k", k_amax, k_mean, plan)
     return Quantized(plan.estimator, 8, q_codes, k_codes, q_scale, k_scale, k_mean)
 
@@ -40,7 +40,13 @@ def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
     common = [_reduce_spec(plan), _finish_spec(plan)]
     if plan.estimator == "int4":
         return common + [_int4_spec("q", plan), _int4_spec("k", plan)]
-    return common + [_int8_spec("q pruned" if plan.estimator == "int8-sp24" else "q", plan), _int8_spec("k", plan)]
+    return common + [_int8_spec(_q_side(plan), plan), _int8_spec("k", plan)]
+
+
+def _q_side(plan: Plan) -> str:
+    if plan.estimator == "int8":
+        return "q"
+    return "q sparse" if plan.q_is_sparse else "q pruned"
 
 
 def _empty(shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
@@ -85,20 +91,19 @@ def _channel_statistics(
 
 def _quantize_int8(x: Any, side: str, scale: Any, statistics: Any, plan: Plan) -> Any:
     batch, seqlen, heads, head_dim = x.shape
-    padded = plan.padded_k if side == "k" else plan.padded_q
-    codes = _empty_codes(heads, padded, plan)
+    row_map = row_map_record(1, 0, 0, seqlen, plan.padded_k) if side == "k" else plan.q_row_map
+    positions = int(row_map["num_positions"][0])
+    if side == "q sparse":
+        codes = _empty((batch, heads, positions // 64, head_dim // 64, 5, 128), np.uint32)
+    else:
+        codes = _empty_codes(heads, positions, plan)
     rows = _THREADS // (head_dim // 8) * _STEPS
-    group_size = plan.group_size if side == "q pruned" else 1
+    group_size = plan.group_size if side in ("q pruned", "q sparse") else 1
     jit.get_kernel(_int8_spec(side, plan))(
-        (padded // rows, heads, batch),
+        (positions // rows, heads, batch),
         (_THREADS,),
         (
-            arrays.tensor_view(x),
-            codes,
-            scale,
-            _NULL if statistics is None else statistics,
-            np.int32(seqlen),
-            np.int32(padded),
+            arrays.tensor_view(x), codes, scale, _NULL if statistics is None else statistics, row_map,
             np.int32(group_size),
         ),
     )

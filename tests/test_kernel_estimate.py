@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from salekit import jit, reference
-from salekit.codes import Quantized, rows_to_tiles
+from salekit.codes import Quantized, rows_to_sparse, rows_to_tiles
 from salekit.estimate import estimate
 from salekit.plans import SELECT_ALL, SELECT_NONE, Plan, ceil_div
 
@@ -36,6 +36,9 @@ def make_inputs(plan: Plan, seed: int = 0) -> tuple[Quantized, np.ndarray]:
     k_shape = (plan.batch, plan.num_kv_heads, plan.seqlen_k)
     q_codes = rng.integers(-largest, largest + 1, (*q_shape, plan.head_dim)).astype(np.int8)
     k_codes = rng.integers(-largest, largest + 1, (*k_shape, plan.head_dim)).astype(np.int8)
+    if plan.estimator == "int8-sp24":  # of every four at most two are not zero
+        order = rng.permuted(np.broadcast_to(np.arange(4), (*q_codes.shape[:-1], plan.head_dim // 4, 4)), axis=-1)
+        q_codes *= (order < 2).reshape(q_codes.shape)
     # The largest of the 64 * 32 scores of a block is near 3.4 standard deviations, and rows differ in their limit.
     deviation = float(largest * (largest + 1) / 3 * plan.head_dim**0.5)
     limits = rng.normal(4.0 * deviation, 0.3 * deviation, q_shape)
@@ -90,12 +93,22 @@ def to_gpu(quantized: Quantized, limits: np.ndarray, plan: Plan, code_bits: int)
             "k_scale": cupy.asarray(_pad(quantized.k_scale, plan.padded_k // 8, np.nan)),
             "correction": cupy.asarray(_pad(quantized.correction, plan.padded_k, np.nan)),
         }
+    q_codes = by_position(quantized.q_codes, plan, 0)
     tiles = Quantized(
-        plan.estimator, code_bits, cupy.asarray(rows_to_tiles(quantized.q_codes, code_bits)),
+        plan.estimator, code_bits,
+        cupy.asarray(rows_to_sparse(q_codes) if plan.q_is_sparse else rows_to_tiles(q_codes, code_bits)),
         cupy.asarray(rows_to_tiles(quantized.k_codes, code_bits)),
         fields.pop("q_scale", None), fields.pop("k_scale", None), None, **fields,
     )
-    return tiles, cupy.asarray(_pad(limits, plan.padded_q, np.inf if int4 else SELECT_NONE))
+    return tiles, cupy.asarray(by_position(limits, plan, np.inf if int4 else SELECT_NONE))
+
+
+def by_position(rows: np.ndarray, plan: Plan, fill) -> np.ndarray:
+    """[batch, heads, seqlen_q, ...] as the GPU holds it: at the positions of the tested rows."""
+    held = np.full((*rows.shape[:2], plan.num_positions, *rows.shape[3:]), fill, rows.dtype)
+    present = plan.row_of_position >= 0
+    held[:, :, present] = rows[:, :, plan.row_of_position[present]]
+    return held
 
 
 def run(tiles: Quantized, limits, plan: Plan, kernel: str) -> np.ndarray:
@@ -118,6 +131,8 @@ def check(plan: Plan, path, seed: int = 0, inputs=None) -> np.ndarray:
         pytest.skip("wgmma needs sm_90a")
     if code_bits == 4 and plan.arch not in ("sm_80", "sm_86", "sm_89", "sm_90a"):
         pytest.skip("packed int4 codes are not used on this GPU")
+    if kernel == "mma":
+        plan = plan.replace(arch="sm_80")  # codes of all rows in tiles, which is what this kernel reads
     quantized, limits = inputs or make_inputs(plan, seed)
     expected = reference.estimate(quantized, limits, plan).words
     tiles, gpu_limits = to_gpu(quantized, limits, plan, code_bits)
@@ -168,6 +183,22 @@ def test_batch_and_groups(path, heads):
         check(make_plan(path[0], 515, 777, batch=2, heads=heads[0], kv_heads=heads[1], head_dim=head_dim), path)
 
 
+@pytest.mark.parametrize("stride, full_rows", [(2, 0), (4, 0), (2, 100), (4, 300), (4, 1024), (2, 10_000)])
+@pytest.mark.parametrize("path", [path for path in PATHS if path.id != "int4-packed"])
+def test_query_stride(path, stride, full_rows):
+    for block_q in (64, 128):
+        for lengths in ((1000, 1000), (1, 300), (129, 2100), (2500, 700), (3000, 3000), (515, 515)):
+            for causal in (True, False):
+                options = dict(query_stride=stride, full_rows=full_rows, block_q=block_q, causal=causal)
+                plan = make_plan(path[0], *lengths, **options)
+                quantized, limits = make_inputs(plan)
+                row = np.arange(plan.seqlen_q)
+                block_end = np.minimum((row // block_q + 1) * block_q, plan.seqlen_q)
+                untested = (row % block_q % stride != 0) & (block_end <= plan.seqlen_q - full_rows)
+                limits[..., untested] = np.inf if path[0] == "int4" else SELECT_NONE
+                check(plan, path, inputs=(quantized, limits))
+
+
 @pytest.mark.parametrize("anchors", [(0, 0), (1, 0), (100, 64), (33, 1000), (5000, 16), (32, 5000)])
 @pytest.mark.parametrize("path", PATHS)
 def test_anchors(path, anchors):
@@ -191,6 +222,8 @@ def test_absent_keys_do_not_vote(path, seqlen_k):
     plan = make_plan(path[0], 200, seqlen_k, causal=False, sink=0, local=0, head_dim=64)
     quantized, limits = make_inputs(plan)
     quantized.q_codes[:] = np.maximum(np.abs(quantized.q_codes), 1)
+    if path[0] == "int8-sp24":
+        quantized.q_codes.reshape(-1, 4)[:, 2:] = 0
     quantized.k_codes[:] = -np.maximum(np.abs(quantized.k_codes), 1)
     if path[0] == "int4":
         quantized.correction[:] = 0

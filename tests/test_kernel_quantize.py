@@ -87,7 +87,7 @@ def test_codes_and_scales_follow_the_twin(case, estimator):
     # A mean of n float32 numbers summed in chunks: (32 + 32 + 1) roundings of at most the largest magnitude.
     top = np.abs(k.astype(np.float32)).max()
     assert np.abs(got.k_mean.get() - want.k_mean).max() <= 66 * EPS * top
-    q_codes = codes.tiles_to_rows(got.q_codes.get(), got.code_bits, plan.seqlen_q)
+    q_codes = codes.q_codes_to_rows(got, plan)
     k_codes = codes.tiles_to_rows(got.k_codes.get(), got.code_bits, plan.seqlen_k)
     # The means differ by rounding alone, so a code moves by at most one, and rarely; pruning may swap two near ties.
     assert np.abs(k_codes.astype(int) - want.k_codes).max() <= 1
@@ -105,10 +105,31 @@ def test_codes_and_scales_follow_the_twin(case, estimator):
         scale = np.abs(want.q_mean).sum() * top
         assert np.abs(ours - want.correction).max() <= 2 * plan.head_dim * EPS * scale
     # Rows past the end are zero codes: turn the tiles back with nothing dropped.
-    rest = codes.tiles_to_rows(got.q_codes.get(), got.code_bits, plan.padded_q)[:, :, plan.seqlen_q :]
+    if plan.q_is_sparse:
+        rest = codes.sparse_to_rows(got.q_codes.get(), plan.padded_q)[:, :, plan.seqlen_q :]
+    else:
+        rest = codes.tiles_to_rows(got.q_codes.get(), got.code_bits, plan.padded_q)[:, :, plan.seqlen_q :]
     assert not rest.any()
     rest = codes.tiles_to_rows(got.k_codes.get(), got.code_bits, plan.padded_k)[:, :, plan.seqlen_k :]
     assert not rest.any()
+
+
+@pytest.mark.parametrize("estimator", ("int8", "int8-sp24"))
+@pytest.mark.parametrize("block_q", (64, 128))
+@pytest.mark.parametrize("stride, full_rows", ((2, 0), (4, 0), (2, 100), (4, 300), (4, 5000)))
+def test_tested_rows_have_the_codes_of_all_rows(stride, full_rows, block_q, estimator):
+    for lengths in ((1000, 1000), (129, 700), (2049, 300)):
+        case = make_case(*lengths, estimator=estimator, query_stride=stride, full_rows=full_rows, block_q=block_q)
+        q_gpu, k_gpu, plan = case[2:]
+        some = stage("quantize").quantize(q_gpu, k_gpu, plan)
+        whole_plan = plan.replace(query_stride=1)
+        whole = stage("quantize").quantize(q_gpu, k_gpu, whole_plan)
+        held = plan.row_of_position[plan.row_of_position >= 0]
+        assert len(set(held)) == len(held) >= plan.seqlen_q // stride
+        rows = [codes.q_codes_to_rows(x, p)[:, :, held] for x, p in ((some, plan), (whole, whole_plan))]
+        assert np.array_equal(*rows)
+        scales = [codes.spread_rows(x.q_scale.get(), p, 1)[:, :, held] for x, p in ((some, plan), (whole, whole_plan))]
+        assert np.array_equal(*scales)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -167,18 +188,25 @@ def test_limits_follow_the_twin(estimator, tau, stride, full_rows):
         full[..., : x.shape[-1]] = x
         return cp.asarray(full)
 
+    present = plan.row_of_position >= 0
+
+    def by_position(x):
+        held = np.ones((*x.shape[:-1], plan.num_positions), x.dtype)
+        held[..., present] = x[..., plan.row_of_position[present]]
+        return cp.asarray(held)
+
     moved = codes.Quantized(
         estimator,
         8,
         None,
         None,
-        pad(twin.q_scale, plan.padded_q if estimator == "int8" else plan.padded_q // 2),
+        by_position(twin.q_scale) if estimator == "int8" else pad(twin.q_scale, plan.padded_q // 2),
         cp.asarray(twin.k_scale),
         None,
     )
     got = anchors.row_limits(cp.asarray(m), cp.asarray(l), moved, tau_gpu, plan).get()
-    padding = got[:, :, plan.seqlen_q :]
-    got = got[:, :, : plan.seqlen_q]
+    padding = got[:, :, ~present]
+    got = codes.spread_rows(got, plan, np.inf if estimator == "int4" else SELECT_NONE)
     if estimator == "int4":
         assert np.isposinf(padding).all()
         assert np.array_equal(np.isinf(got), np.isinf(want)) and np.array_equal(
@@ -214,7 +242,7 @@ def test_non_finite_rows_and_heads_select_everything(where, value, estimator):
     quantized = stage("quantize").quantize(q_gpu, k_gpu, plan)
     m, l = stage("anchors").anchor_statistics(q_gpu, k_gpu, quantized.k_mean, plan)
     limits = stage("anchors").row_limits(m, l, quantized, float("inf"), plan)  # inf: only what must be selected is
-    everything = (limits.get() == (-np.inf if estimator == "int4" else SELECT_ALL))[:, :, : plan.seqlen_q]
+    everything = codes.spread_rows(limits.get() == (-np.inf if estimator == "int4" else SELECT_ALL), plan, False)
     want = np.zeros_like(everything)
     if where == "q":
         want[0, 1, 300] = True

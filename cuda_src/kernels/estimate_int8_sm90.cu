@@ -1,17 +1,20 @@
-// Which key blocks matter, on Hopper: int8 scores of every visible pair, one bit a block, with wgmma.
+// Which key blocks matter, on Hopper: int8 scores of the tested rows, one bit a block, with wgmma.
 //
 // bit(row block, key block) = any score > its row's threshold, or anchor; words, of 32-key blocks,
-// [batch, num_heads, num_q_blocks, num_words]. q_codes, k_codes: 128-row tiles in shared-memory order
-// (salekit/codes.py); limits: int32 [batch, num_heads, padded_q].
-// Two consumer warpgroups have 128 rows each, as two products of 64 rows that cover for each other's decisions; one
+// [batch, num_heads, num_q_blocks, num_words]. k_codes: 128-row tiles in shared-memory order (salekit/codes.py); q_codes
+// too, or SPARSE: pruned 2:4, in the order of registers, for the sparse tensor cores. limits: int32 [batch, num_heads,
+// positions]. What is tested where: tile/row_map.cuh.
+// Two consumer warpgroups have 128 positions each, as two products of 64 rows that cover for each other's decisions; one
 // thread of a third warpgroup copies key tiles through a ring of six stages.
-// Grid: ceil(seqlen_q / 256) * batch * num_heads CTAs of 384 threads, the rows that see most first.
+// Grid: ceil(positions / 256) * batch * num_heads CTAs of 384 threads, the rows that see most first.
 #include "ptx/bar_sync.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/setmaxnreg.cuh"
 #include "ptx/wgmma.cuh"
+#include "ptx/wgmma_sp.cuh"
 #include "tile/mask_bits.cuh"
+#include "tile/row_map.cuh"
 #include "tile/votes.cuh"
 
 constexpr int ESTIMATE_BLOCK_Q = 256;
@@ -35,6 +38,30 @@ __device__ __forceinline__ void multiply(int (&d)[64], uint64_t q_desc, uint64_t
 #pragma unroll
   for (int step = 0; step < HEAD_DIM / 32; ++step)
     wgmma_m64n128k32_s8(d, q_desc + step * 2, k_desc + step * 2, step != 0);
+}
+
+// Rows pruned 2:4, in registers: a warpgroup's 64 rows, 64 dims a step.
+template <int HEAD_DIM>
+struct SparseRows {
+  static constexpr int STEPS = HEAD_DIM / 64;
+  uint32_t codes[STEPS][4], metadata[STEPS];
+
+  // words: null: no rows.
+  __device__ __forceinline__ void load(const uint32_t* words, int thread) {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) codes[step][i] = words == nullptr ? 0 : words[(step * 5 + i) * 128 + thread];
+      metadata[step] = words == nullptr ? 0x44444444u : words[(step * 5 + 4) * 128 + thread];
+    }
+  }
+};
+
+template <int HEAD_DIM>
+__device__ __forceinline__ void multiply(int (&d)[64], const SparseRows<HEAD_DIM>& q, uint64_t k_desc) {
+#pragma unroll
+  for (int step = 0; step < HEAD_DIM / 64; ++step)
+    wgmma_sp_m64n128k64_s8(d, q.codes[step], q.metadata[step], k_desc + step * 4, step != 0);
 }
 
 // Tells the compiler that the asynchronous products have written these registers.
@@ -67,10 +94,10 @@ __device__ __forceinline__ uint32_t tile_votes_present(const int (&d)[64], const
   return bits;
 }
 
-template <int HEAD_DIM, int BLOCK_Q>
+template <int HEAD_DIM, int BLOCK_Q, bool SPARSE>
 __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
     estimate_int8_sm90(const uint8_t* q_codes_gmem, const uint8_t* k_codes_gmem, const int* limits_gmem,
-                       uint32_t* words_gmem, Shape shape) {
+                       uint32_t* words_gmem, Shape shape, RowMap map) {
   static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "code rows are one 64- or 128-byte swizzled row");
   static_assert(BLOCK_Q == 64 || BLOCK_Q == 128, "mask blocks are 64 or 128 query rows");
   using Storage = EstimateInt8Storage<HEAD_DIM>;
@@ -80,12 +107,13 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
 
   // Which rows of which head.
   const int num_heads_all = shape.batch * shape.num_heads;
-  const int q_index = ceil_div(shape.seqlen_q, ESTIMATE_BLOCK_Q) - 1 - blockIdx.x / num_heads_all;
+  const int num_code_tiles = map.num_positions / CODE_TILE_ROWS;
+  const int q_index = ceil_div(num_code_tiles, ESTIMATE_CONSUMERS) - 1 - blockIdx.x / num_heads_all;
   const int head = blockIdx.x % num_heads_all;  // of all batches
   const int kv_head = head / shape.num_heads * shape.num_kv_heads + head % shape.num_heads / shape.group_size();
-  const int num_code_tiles = ceil_div(shape.seqlen_q, CODE_TILE_ROWS);
   const int first_code_tile = q_index * ESTIMATE_CONSUMERS;
-  const int num_tiles = ceil_div(shape.visible_keys((q_index + 1) * ESTIMATE_BLOCK_Q - 1), CODE_TILE_ROWS);
+  const int rows_end = map.tile_end((first_code_tile + ESTIMATE_CONSUMERS - 1) * CODE_TILE_ROWS);
+  const int num_tiles = ceil_div(shape.visible_keys(rows_end - 1), CODE_TILE_ROWS);
 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < ESTIMATE_STAGES; ++stage) {
@@ -101,11 +129,13 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
   if (warpgroup == ESTIMATE_CONSUMERS) {
     setmaxnreg_dec<24>();
     if (threadIdx.x % 128 == 0 && num_tiles != 0) {
-      // The last CTA's second code tile may be absent: its rows then have no threshold and its scores do not count.
-      const uint32_t q_bytes = min(ESTIMATE_CONSUMERS, num_code_tiles - first_code_tile) * TILE_BYTES;
-      mbarrier_arrive_expect_tx(&smem.q_full, q_bytes);
-      const uint8_t* q_tiles = q_codes_gmem + (int64_t(head) * num_code_tiles + first_code_tile) * TILE_BYTES;
-      bulk_copy(shared_address(smem.Q_smem), q_tiles, q_bytes, shared_address(&smem.q_full));
+      if constexpr (!SPARSE) {
+        // The last CTA's second code tile may be absent: its rows then have no threshold and its scores do not count.
+        const uint32_t q_bytes = min(ESTIMATE_CONSUMERS, num_code_tiles - first_code_tile) * TILE_BYTES;
+        mbarrier_arrive_expect_tx(&smem.q_full, q_bytes);
+        const uint8_t* q_tiles = q_codes_gmem + (int64_t(head) * num_code_tiles + first_code_tile) * TILE_BYTES;
+        bulk_copy(shared_address(smem.Q_smem), q_tiles, q_bytes, shared_address(&smem.q_full));
+      }
       const uint8_t* k_tiles = k_codes_gmem + int64_t(kv_head) * shape.padded_k() * HEAD_DIM;
       int stage = 0;
       uint32_t parity = 1;
@@ -127,31 +157,33 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = code_tile * CODE_TILE_ROWS + half * 64 + warp * 16 + r * 8 + lane / 4;
-        thresholds[half][r] =
-            row < shape.seqlen_q ? limits_gmem[int64_t(head) * shape.padded_q() + row] : SELECT_NONE;
+        const int position = code_tile * CODE_TILE_ROWS + half * 64 + warp * 16 + r * 8 + lane / 4;
+        thresholds[half][r] = position < map.num_positions
+                                  ? limits_gmem[int64_t(head) * map.num_positions + position] : SELECT_NONE;
       }
 
-    // Mask rows of this warpgroup: one of 128 rows, or two of 64.
-    constexpr int MASK_ROWS = CODE_TILE_ROWS / BLOCK_Q;
+    // Mask rows of this warpgroup: 1 to 8, each the votes of 16 positions or a multiple.
+    const int first_position = code_tile * CODE_TILE_ROWS;
+    const bool strided = map.is_strided(first_position);
+    const int parts = (strided ? BLOCK_Q / map.stride : BLOCK_Q) / 16;
     const int num_q_blocks = ceil_div(shape.seqlen_q, BLOCK_Q);
+    const int first_mask_row = map.tile_begin(first_position) / BLOCK_Q;
+    const int mask_rows_end = strided ? min(map.first_full_row / BLOCK_Q, num_q_blocks) : num_q_blocks;
+    const int num_mask_rows = min(8 / parts, mask_rows_end - first_mask_row);
     const int num_words = shape.num_words();
     auto mask_row = [&](int i) {
-      return words_gmem + (int64_t(head) * num_q_blocks + code_tile * MASK_ROWS + i) * num_words;
+      return words_gmem + (int64_t(head) * num_q_blocks + first_mask_row + i) * num_words;
     };
     // Stores words [begin, end), which all warps of the warpgroup have finished.
     auto store_words = [&](int begin, int end) {
-      const int i = thread / ESTIMATE_VOTE_WORDS, word = begin + thread % ESTIMATE_VOTE_WORDS;
-      if (i >= MASK_ROWS || code_tile * MASK_ROWS + i >= num_q_blocks || word >= end) return;
-      uint32_t votes = 0;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        if constexpr (BLOCK_Q == 128)
-          votes |= smem.votes[warpgroup][0][w][word - begin] | smem.votes[warpgroup][1][w][word - begin];
-        else
-          votes |= smem.votes[warpgroup][i][w][word - begin];
+      const int word = begin + thread % ESTIMATE_VOTE_WORDS;
+      if (word >= end) return;
+      for (int i = thread / ESTIMATE_VOTE_WORDS; i < num_mask_rows; i += 128 / ESTIMATE_VOTE_WORDS) {
+        uint32_t votes = 0;
+        for (int part = i * parts; part < (i + 1) * parts; ++part)
+          votes |= smem.votes[warpgroup][part / 4][part % 4][word - begin];
+        mask_row(i)[word] = finish_word<BLOCK_Q>(shape, first_mask_row + i, word, votes);
       }
-      mask_row(i)[word] = finish_word<BLOCK_Q>(shape, code_tile * MASK_ROWS + i, word, votes);
     };
 
     const uint64_t q_desc = wgmma_descriptor<HEAD_DIM>(shared_address(smem.Q_smem[warpgroup]));
@@ -160,7 +192,17 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
     // Causal calls need no care: the rows that see the ragged last block have it as an anchor.
     const bool ragged = !shape.causal && shape.seqlen_k % KEY_BLOCK != 0;
 
-    if (num_tiles != 0) mbarrier_wait(&smem.q_full, 0);
+    SparseRows<HEAD_DIM> q_upper, q_lower;
+    if constexpr (SPARSE) {
+      constexpr int HALF_WORDS = SparseRows<HEAD_DIM>::STEPS * 5 * 128;
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(q_codes_gmem) +
+                              (int64_t(head) * num_code_tiles + code_tile) * (2 * HALF_WORDS);
+      const bool present = code_tile < num_code_tiles;
+      q_upper.load(present ? words : nullptr, thread);
+      q_lower.load(present ? words + HALF_WORDS : nullptr, thread);
+    } else if (num_tiles != 0) {
+      mbarrier_wait(&smem.q_full, 0);
+    }
     uint32_t votes[2] = {0, 0};  // of the lane's rows, in the current word
     int stage = 0;
     uint32_t parity = 0;
@@ -172,9 +214,15 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
       // Multiply. No product may be in flight at the loop's end: ptxas would serialise all of them.
       int upper[64], lower[64];
       wgmma_fence();
-      multiply<HEAD_DIM>(upper, q_desc, k_desc);
+      if constexpr (SPARSE)
+        multiply(upper, q_upper, k_desc);
+      else
+        multiply<HEAD_DIM>(upper, q_desc, k_desc);
       wgmma_commit();
-      multiply<HEAD_DIM>(lower, q_desc + HALF, k_desc);
+      if constexpr (SPARSE)
+        multiply(lower, q_lower, k_desc);
+      else
+        multiply<HEAD_DIM>(lower, q_desc + HALF, k_desc);
       wgmma_commit();
 
       // Decide.
@@ -213,9 +261,7 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
 
     // Nothing is visible beyond.
     const int words_done = ceil_div(num_tiles, ESTIMATE_TILES_PER_WORD);
-#pragma unroll
-    for (int i = 0; i < MASK_ROWS; ++i)
-      if (code_tile * MASK_ROWS + i < num_q_blocks)
-        for (int word = words_done + thread; word < num_words; word += 128) mask_row(i)[word] = 0;
+    for (int i = 0; i < num_mask_rows; ++i)
+      for (int word = words_done + thread; word < num_words; word += 128) mask_row(i)[word] = 0;
   }
 }

@@ -1,9 +1,10 @@
 // What a row's scores have to exceed: y = m + ln(tau * l), as a float (int4) or as an integer threshold (int8).
 //
-// m, l float32 [batch, num_heads, seqlen_q]; q_scale float32 [batch, num_heads, padded], k_scale [batch, num_kv_heads];
-// tau: thresholds[head] when not null, else `threshold`. limits [batch, num_heads, padded]: float y, or int32
+// m, l float32 [batch, num_heads, seqlen_q]; q_scale float32 [batch, num_heads, positions], k_scale [batch, num_kv_heads];
+// tau: thresholds[head] when not null, else `threshold`. limits [batch, num_heads, positions]: float y, or int32
 // T = floor(y / (softmax_scale * q_scale * k_scale)) clamped to +-2^30; -inf or SELECT_ALL selects every visible block,
-// +inf or SELECT_NONE never votes. Grid: (padded / 128, num_heads, batch) CTAs of 128 threads, one a row.
+// +inf or SELECT_NONE never votes. Grid: (positions / 128, num_heads, batch) CTAs of 128 threads, one a row.
+#include "tile/row_map.cuh"
 #include "tile/shape.cuh"
 
 constexpr float LIMIT_CLAMP = 1073741824.f;  // 2^30
@@ -17,13 +18,13 @@ __device__ __forceinline__ bool is_tested(const Shape& shape, int row, int block
 template <bool INTEGER>
 __global__ void __launch_bounds__(128)
     row_limits(const float* m_gmem, const float* l_gmem, const float* q_scale_gmem, const float* k_scale_gmem,
-               const float* thresholds_gmem, float threshold, void* limits_gmem, Shape shape, int block_q,
-               float softmax_scale) {
-  const int row = blockIdx.x * 128 + threadIdx.x, head = blockIdx.y, batch = blockIdx.z;
+               const float* thresholds_gmem, float threshold, void* limits_gmem, Shape shape, RowMap map,
+               int block_q, float softmax_scale) {
+  const int position = blockIdx.x * 128 + threadIdx.x, row = map.row(position), head = blockIdx.y, batch = blockIdx.z;
   const int64_t head_index = int64_t(batch) * shape.num_heads + head;
-  const int64_t padded_index = head_index * shape.padded_q() + row;
+  const int64_t padded_index = head_index * map.num_positions + position;
   float y = INFINITY;
-  if (row < shape.seqlen_q && shape.visible_keys(row) > 0 && is_tested(shape, row, block_q)) {
+  if (row >= 0 && shape.visible_keys(row) > 0 && is_tested(shape, row, block_q)) {
     const float tau = thresholds_gmem != nullptr ? thresholds_gmem[head] : threshold;
     const float m = m_gmem[head_index * shape.seqlen_q + row], l = l_gmem[head_index * shape.seqlen_q + row];
     if (!(isfinite(m) && isfinite(l) && tau > 0.f))

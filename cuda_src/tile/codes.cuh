@@ -68,3 +68,30 @@ __device__ __forceinline__ void store_eight(uint8_t* tiles, int row, int chunk, 
     *reinterpret_cast<uint32_t*>(target) = packed;
   }
 }
+
+// Stores eight codes of a row pruned 2:4, dims [8 * chunk, + 8), as the tensor cores take them from registers: words
+// [64-row tile][64-dim step][4 of codes, 1 of metadata][thread of a warpgroup] (salekit/codes.py, wgmma_sp.cuh).
+// keep: which dims are held, two of every four. All lanes of a warp call it; those of one row's chunks are neighbours.
+template <int HEAD_DIM>
+__device__ __forceinline__ void store_eight_sparse(uint32_t* words, int row, int chunk, const int (&code)[8],
+                                                   uint32_t keep) {
+  constexpr int STEP_WORDS = 5 * 128;
+  uint32_t codes = 0, positions = 0;
+  int num_kept = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (keep >> i & 1) {
+      codes |= uint32_t(code[i] & 255) << (8 * num_kept);
+      positions |= uint32_t(i % 4) << (2 * num_kept);
+      ++num_kept;
+    }
+  }
+  positions <<= 8 * (chunk % 4);  // four chunks make a word of metadata
+  positions |= __shfl_xor_sync(~0u, positions, 1);
+  positions |= __shfl_xor_sync(~0u, positions, 2);
+  const int in_tile = row % 64, high = in_tile / 8 % 2, part = chunk % 8 / 4;
+  const int quad = in_tile / 16 * 32 + in_tile % 8 * 4;  // the first of the four threads that hold the row
+  words += (int64_t(row / 64) * (HEAD_DIM / 64) + chunk / 8) * STEP_WORDS;
+  words[(high + 2 * part) * 128 + quad + chunk % 4] = codes;
+  if (chunk % 4 == 0) words[4 * 128 + quad + high + 2 * part] = positions;
+}
