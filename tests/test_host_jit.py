@@ -113,5 +113,5 @@ def test_a_broken_kernel_raises_with_the_log(sources, cache):
 
 
 def test_dynamic_shared_memory_is_read_from_the_module(cache):
-    spec = KernelSpec("estimate_int8_sm90", ("64", "128"), "EstimateInt8Storage<64>")
+    spec = KernelSpec("estimate_int8_sm90", ("64", "128", "false"), "EstimateInt8Storage<64>")
     assert jit.compile_kernel(spec, ARCH).info.dynamic_shared_bytes > 6 * 128 * 64

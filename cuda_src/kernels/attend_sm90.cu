@@ -3,12 +3,12 @@
 // out[b, i, h, :] = softmax(softmax_scale * q_i . k_j) v_j over the selected, visible keys j; lse is natural log.
 // Warpgroup 0 produces: a warp for K and one for V each walk the mask bits from the last block to the first and gather
 // four 32-key slots into each 128-key tile. Warpgroups 1 and 2 consume, 64 rows each, and take turns to issue their
-// products: q.k of one tile and p.v of the tile before it, so that the softmax of the one runs under the products of both.
+// products: q.k of one tile and p.v of the tile before it, so that the softmax of the one runs under both's products.
 // A mask of 64-row blocks gives each warpgroup bits of its own: their union is gathered, and what a warpgroup has not
 // selected scores -inf.
 // Grid: a CTA of 384 threads for each multiprocessor, or fewer; each takes one work item (128 rows of a head) after the
-// other from a counter and fetches the next one's tiles while it finishes this one. Items are KV-head-major, longest rows
-// first; a run of neighbouring query blocks of one head comes before the next head, so that they share K and V in the L2.
+// other from a counter and fetches the next one's tiles while it finishes this one. Items are KV-head-major, longest
+// rows first; a run of neighbouring query blocks of one head comes before the next head: they share K and V in the L2.
 #include "ptx/bar_sync.cuh"
 #include "ptx/bulk_tensor.cuh"
 #include "ptx/cp_async.cuh"
@@ -73,9 +73,10 @@ __device__ __forceinline__ void load_tile(uint8_t (*tile)[ATTEND_TILE_K * HALF_B
                      barrier);
 }
 
-// Shared-memory matrix descriptors, 128-byte swizzle: groups of 8 rows are 1024 bytes apart (PTX ISA, "matrix descriptor").
+// Shared-memory matrix descriptors, 128-byte swizzle: 8-row groups are 1024 bytes apart (PTX ISA, "matrix descriptor").
 __device__ __forceinline__ uint64_t descriptor(uint32_t smem_address, uint32_t leading_bytes) {
-  return uint64_t((smem_address & 0x3FFFF) >> 4) | uint64_t(leading_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 | 1ull << 62;
+  constexpr uint64_t SWIZZLE_128B = 1ull << 62, GROUP = uint64_t(1024 >> 4) << 32;
+  return uint64_t((smem_address & 0x3FFFF) >> 4) | uint64_t(leading_bytes >> 4) << 16 | GROUP | SWIZZLE_128B;
 }
 
 template <int HEAD_DIM, typename Element>
@@ -101,7 +102,7 @@ __device__ __forceinline__ void touch(float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Keeps the arithmetic that x >= 0 comes from before the waits that follow: ptxas moves a wait up, but not over a branch.
+// Keeps the arithmetic that x >= 0 comes from before the waits that follow: ptxas moves waits up, not over branches.
 __device__ __forceinline__ void computed_before(float x) {
   if (x < 0.f) __nanosleep(1);
 }
@@ -288,7 +289,8 @@ __global__ void __launch_bounds__(384, 1)
   auto receive_item = [&] {
     mbarrier_wait(&smem.item_full[slot], slot_phase);
     const WorkItem& read = smem.items[slot];
-    const WorkItem item = {__shfl_sync(~0u, read.index, 0), __shfl_sync(~0u, read.num_tiles, 0)};  // known to be uniform
+    // Shuffled, so that the compiler knows them to be uniform.
+    const WorkItem item = {__shfl_sync(~0u, read.index, 0), __shfl_sync(~0u, read.num_tiles, 0)};
     if (elected) mbarrier_arrive(&smem.item_empty[slot]);
     if (++slot == ITEM_SLOTS) slot = 0, slot_phase ^= 1;
     return item;

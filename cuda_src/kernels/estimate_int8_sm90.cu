@@ -1,10 +1,10 @@
 // Which key blocks matter, on Hopper: int8 scores of the tested rows, one bit a block, with wgmma.
 //
 // bit(row block, key block) = any score > its row's threshold, or anchor; words, of 32-key blocks,
-// [batch, num_heads, num_q_blocks, num_words]. k_codes: 128-row tiles in shared-memory order (salekit/codes.py); q_codes
-// too, or SPARSE: pruned 2:4, in the order of registers, for the sparse tensor cores. limits: int32 [batch, num_heads,
+// [batch, num_heads, num_q_blocks, num_words]. k_codes: 128-row tiles in shared-memory order (salekit/codes.py), q_codes
+// too; or SPARSE: q pruned 2:4, in the order of registers, for the sparse tensor cores. limits: int32 [batch, num_heads,
 // positions]. What is tested where: tile/row_map.cuh.
-// Two consumer warpgroups have 128 positions each, as two products of 64 rows that cover for each other's decisions; one
+// Two consumer warpgroups have 128 positions each, as two products of 64 rows that cover for each other's decisions; a
 // thread of a third warpgroup copies key tiles through a ring of six stages.
 // Grid: ceil(positions / 256) * batch * num_heads CTAs of 384 threads, the rows that see most first.
 #include "ptx/bar_sync.cuh"
@@ -22,6 +22,7 @@ constexpr int ESTIMATE_STAGES = 6;
 constexpr int ESTIMATE_CONSUMERS = 2;       // warpgroups
 constexpr int ESTIMATE_TILES_PER_WORD = 8;  // 128-key tiles of a mask word
 constexpr int ESTIMATE_VOTE_WORDS = 32;     // words between two stores
+constexpr int ESTIMATE_UNROLL = 4;          // key tiles of a loop step
 
 template <int HEAD_DIM>
 struct EstimateInt8Storage {
@@ -94,6 +95,70 @@ __device__ __forceinline__ uint32_t tile_votes_present(const int (&d)[64], const
   return bits;
 }
 
+// What a lane of a consumer warpgroup holds: q, the thresholds of its rows, its place in the ring, its votes so far.
+template <int HEAD_DIM, bool SPARSE>
+struct Voter {
+  static constexpr uint32_t TILE_BYTES = CODE_TILE_ROWS * HEAD_DIM;
+  EstimateInt8Storage<HEAD_DIM>& smem;
+  int thresholds[2][2];        // [half][row]
+  uint64_t q_desc, k_desc;     // of the first stage
+  SparseRows<HEAD_DIM> q[2];   // of each half
+  int stage = 0;
+  uint32_t parity = 0;
+  uint32_t votes[2] = {0, 0};  // of each half's rows, in the current word
+
+  // Starts the product of one half's rows and the key tile of the current stage.
+  __device__ __forceinline__ void start(int (&d)[64], int half) const {
+    constexpr uint64_t HALF = TILE_BYTES / 2 / 16;  // 64 rows further, in a descriptor's units
+    const uint64_t k = k_desc + stage * uint64_t(TILE_BYTES / 16);
+    wgmma_fence();
+    if constexpr (SPARSE)
+      multiply(d, q[half], k);
+    else
+      multiply<HEAD_DIM>(d, q_desc + half * HALF, k);
+    wgmma_commit();
+  }
+
+  // Scores and votes of the next NUM key tiles. A half's votes are taken while the other half's product runs, from tile
+  // to tile; but none may be in flight at a loop's end, where ptxas would serialise all of them.
+  // num_present: keys of a single tile that are not absent.
+  template <int NUM>
+  __device__ __forceinline__ void estimate(int tile, int num_present = CODE_TILE_ROWS) {
+    int upper[64], lower[64];
+    mbarrier_wait(&smem.full[stage], parity);
+    start(upper, 0);
+    start(lower, 1);
+#pragma unroll
+    for (int i = 0; i < NUM; ++i) {
+      const bool has_next = i + 1 < NUM;
+      const int shift = (tile + i) % ESTIMATE_TILES_PER_WORD * 4;
+      const int done = stage;
+      if (++stage == ESTIMATE_STAGES) stage = 0, parity ^= 1;
+      if (has_next) mbarrier_wait(&smem.full[stage], parity);
+      wgmma_wait<1>();
+      touch(upper);
+      votes[0] |= of_tile<NUM>(upper, 0, num_present) << shift;
+      if (has_next) {
+        start(upper, 0);
+        wgmma_wait<1>();
+      } else {
+        wgmma_wait<0>();
+      }
+      touch(lower);
+      if (threadIdx.x % 32 == 0) mbarrier_arrive(&smem.empty[done]);
+      votes[1] |= of_tile<NUM>(lower, 1, num_present) << shift;
+      if (has_next) start(lower, 1);
+    }
+  }
+
+ private:
+  template <int NUM>
+  __device__ __forceinline__ uint32_t of_tile(const int (&d)[64], int half, int num_present) const {
+    if (NUM == 1 && num_present < CODE_TILE_ROWS) return tile_votes_present(d, thresholds[half], num_present);
+    return tile_votes(d, thresholds[half]);
+  }
+};
+
 template <int HEAD_DIM, int BLOCK_Q, bool SPARSE>
 __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
     estimate_int8_sm90(const uint8_t* q_codes_gmem, const uint8_t* k_codes_gmem, const int* limits_gmem,
@@ -125,7 +190,7 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
   }
   __syncthreads();
 
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // known to be uniform: descriptors stay in uniform registers
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // known to be uniform: so are the descriptors
   if (warpgroup == ESTIMATE_CONSUMERS) {
     setmaxnreg_dec<24>();
     if (threadIdx.x % 128 == 0 && num_tiles != 0) {
@@ -152,13 +217,13 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     const int code_tile = first_code_tile + warpgroup;
 
-    int thresholds[2][2];  // [half][row]
+    Voter<HEAD_DIM, SPARSE> voter{smem};
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int position = code_tile * CODE_TILE_ROWS + half * 64 + warp * 16 + r * 8 + lane / 4;
-        thresholds[half][r] = position < map.num_positions
+        voter.thresholds[half][r] = position < map.num_positions
                                   ? limits_gmem[int64_t(head) * map.num_positions + position] : SELECT_NONE;
       }
 
@@ -186,77 +251,45 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
       }
     };
 
-    const uint64_t q_desc = wgmma_descriptor<HEAD_DIM>(shared_address(smem.Q_smem[warpgroup]));
-    const uint64_t k_desc_0 = wgmma_descriptor<HEAD_DIM>(shared_address(smem.K_smem[0]));
-    constexpr uint64_t HALF = TILE_BYTES / 2 / 16;  // 64 rows further, in a descriptor's units
+    voter.q_desc = wgmma_descriptor<HEAD_DIM>(shared_address(smem.Q_smem[warpgroup]));
+    voter.k_desc = wgmma_descriptor<HEAD_DIM>(shared_address(smem.K_smem[0]));
     // Causal calls need no care: the rows that see the ragged last block have it as an anchor.
     const bool ragged = !shape.causal && shape.seqlen_k % KEY_BLOCK != 0;
 
-    SparseRows<HEAD_DIM> q_upper, q_lower;
     if constexpr (SPARSE) {
       constexpr int HALF_WORDS = SparseRows<HEAD_DIM>::STEPS * 5 * 128;
       const uint32_t* words = reinterpret_cast<const uint32_t*>(q_codes_gmem) +
                               (int64_t(head) * num_code_tiles + code_tile) * (2 * HALF_WORDS);
       const bool present = code_tile < num_code_tiles;
-      q_upper.load(present ? words : nullptr, thread);
-      q_lower.load(present ? words + HALF_WORDS : nullptr, thread);
+      voter.q[0].load(present ? words : nullptr, thread);
+      voter.q[1].load(present ? words + HALF_WORDS : nullptr, thread);
     } else if (num_tiles != 0) {
       mbarrier_wait(&smem.q_full, 0);
     }
-    uint32_t votes[2] = {0, 0};  // of the lane's rows, in the current word
-    int stage = 0;
-    uint32_t parity = 0;
-    for (int tile = 0; tile < num_tiles; ++tile) {
-      const uint64_t k_desc = k_desc_0 + stage * uint64_t(TILE_BYTES / 16);
-      const int shift = tile % ESTIMATE_TILES_PER_WORD * 4;
-      mbarrier_wait(&smem.full[stage], parity);
-
-      // Multiply. No product may be in flight at the loop's end: ptxas would serialise all of them.
-      int upper[64], lower[64];
-      wgmma_fence();
-      if constexpr (SPARSE)
-        multiply(upper, q_upper, k_desc);
-      else
-        multiply<HEAD_DIM>(upper, q_desc, k_desc);
-      wgmma_commit();
-      if constexpr (SPARSE)
-        multiply(lower, q_lower, k_desc);
-      else
-        multiply<HEAD_DIM>(lower, q_desc + HALF, k_desc);
-      wgmma_commit();
-
-      // Decide.
-      wgmma_wait<1>();
-      touch(upper);
-      uint32_t upper_votes = tile_votes(upper, thresholds[0]);
-      wgmma_wait<0>();
-      touch(lower);
-      if (lane == 0) mbarrier_arrive(&smem.empty[stage]);
-      if (++stage == ESTIMATE_STAGES) stage = 0, parity ^= 1;
-      uint32_t lower_votes = tile_votes(lower, thresholds[1]);
-      if (ragged && tile == num_tiles - 1) {
-        const int num_present = shape.seqlen_k - tile * CODE_TILE_ROWS;
-        upper_votes = tile_votes_present(upper, thresholds[0], num_present);
-        lower_votes = tile_votes_present(lower, thresholds[1], num_present);
-      }
-      votes[0] |= upper_votes << shift;
-      votes[1] |= lower_votes << shift;
-
-      // Store.
-      if (tile % ESTIMATE_TILES_PER_WORD == ESTIMATE_TILES_PER_WORD - 1 || tile == num_tiles - 1) {
-        const int word = tile / ESTIMATE_TILES_PER_WORD;
+    // Stores the words that are finished with tile `tile`.
+    auto store = [&](int tile) {
+      if (tile % ESTIMATE_TILES_PER_WORD != ESTIMATE_TILES_PER_WORD - 1 && tile != num_tiles - 1) return;
+      const int word = tile / ESTIMATE_TILES_PER_WORD;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t of_warp = __reduce_or_sync(~0u, votes[half]);
-          if (lane == 0) smem.votes[warpgroup][half][warp][word % ESTIMATE_VOTE_WORDS] = of_warp;
-          votes[half] = 0;
-        }
-        if (word % ESTIMATE_VOTE_WORDS == ESTIMATE_VOTE_WORDS - 1 || tile == num_tiles - 1) {
-          bar_sync(1 + warpgroup, 128);
-          store_words(word / ESTIMATE_VOTE_WORDS * ESTIMATE_VOTE_WORDS, word + 1);
-          bar_sync(1 + warpgroup, 128);  // before the buffer is used again
-        }
+      for (int half = 0; half < 2; ++half) {
+        uint32_t of_warp = __reduce_or_sync(~0u, voter.votes[half]);
+        if (lane == 0) smem.votes[warpgroup][half][warp][word % ESTIMATE_VOTE_WORDS] = of_warp;
+        voter.votes[half] = 0;
       }
+      if (word % ESTIMATE_VOTE_WORDS == ESTIMATE_VOTE_WORDS - 1 || tile == num_tiles - 1) {
+        bar_sync(1 + warpgroup, 128);
+        store_words(word / ESTIMATE_VOTE_WORDS * ESTIMATE_VOTE_WORDS, word + 1);
+        bar_sync(1 + warpgroup, 128);  // before the buffer is used again
+      }
+    };
+    int tile = 0;
+    for (; tile + ESTIMATE_UNROLL <= num_tiles - int(ragged); tile += ESTIMATE_UNROLL) {
+      voter.template estimate<ESTIMATE_UNROLL>(tile);
+      store(tile + ESTIMATE_UNROLL - 1);
+    }
+    for (; tile < num_tiles; ++tile) {
+      voter.template estimate<1>(tile, ragged ? shape.seqlen_k - tile * CODE_TILE_ROWS : CODE_TILE_ROWS);
+      store(tile);
     }
 
     // Nothing is visible beyond.

@@ -75,17 +75,18 @@ __global__ void __launch_bounds__(QUANTIZE_THREADS)
         float weight[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) weight[i] = __fmul_rn(fabsf(value[step][i]), statistics[i]);
-        // A row that is not finite has codes 0: any two will do.
-        keep = amax < INFINITE_BITS ? best_two_of_four(weight) | best_two_of_four(weight + 4) << 4 : 0x33;
-        if (amax < INFINITE_BITS) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i)
-            if (!(keep >> i & 1)) value[step][i] = 0;
-        }
+        keep = best_two_of_four(weight) | best_two_of_four(weight + 4) << 4;
         uint32_t kept = 0;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) kept = max(kept, magnitude_bits(value[step][i]));
-        amax = max_over_lanes<CHUNKS>(kept);
+        for (int i = 0; i < 8; ++i) {
+          if (!(keep >> i & 1)) value[step][i] = 0;
+          kept = max(kept, magnitude_bits(value[step][i]));
+        }
+        kept = max_over_lanes<CHUNKS>(kept);
+        if (amax < INFINITE_BITS)
+          amax = kept;
+        else
+          keep = 0x33;  // a row that is not finite has codes 0, whatever is kept
       }
     }
     const GroupScale group(amax, 127.f);

@@ -1,7 +1,7 @@
 // Which query rows are tested, and where their codes, scales and limits are held. Mirrors salekit/plans.py (ROW_MAP).
 //
-// Rows before first_full_row are held one in `stride`, the others all; both parts start on a code tile. Position p is that
-// of codes, scales and limits; first_full_row is a multiple of the mask's block. The identity is {1, 0, 0, rows, padded}.
+// Rows before first_full_row are held one in `stride`, the others all; both parts start on a code tile. A position is
+// that of codes, scales and limits; first_full_row is a multiple of the mask's block. Identity: {1, 0, 0, rows, padded}.
 #pragma once
 #include "tile/shape.cuh"
 
