@@ -68,7 +68,8 @@ def pytest_sessionstart(session):
 def pytest_sessionfinish(session, exitstatus):
     config = session.config
     is_whole = not config.option.keyword and all(Path(arg).is_dir() for arg in config.args)
-    if config.option.markexpr != "gpu" or not is_whole or gpu_problem():
+    is_worker = hasattr(config, "workerinput")  # of pytest-xdist: what runs the workers counts for all
+    if config.option.markexpr != "gpu" or not is_whole or is_worker or gpu_problem():
         return
     counts = config.stash[_COUNTS]
     if exitstatus != 0 or counts["failed"] or not counts["passed"]:

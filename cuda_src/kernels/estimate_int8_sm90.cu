@@ -22,7 +22,6 @@ constexpr int ESTIMATE_STAGES = 6;
 constexpr int ESTIMATE_CONSUMERS = 2;       // warpgroups
 constexpr int ESTIMATE_TILES_PER_WORD = 8;  // 128-key tiles of a mask word
 constexpr int ESTIMATE_VOTE_WORDS = 32;     // words between two stores
-constexpr int ESTIMATE_UNROLL = 4;          // key tiles of a loop step
 
 template <int HEAD_DIM>
 struct EstimateInt8Storage {
@@ -283,9 +282,12 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
       }
     };
     int tile = 0;
-    for (; tile + ESTIMATE_UNROLL <= num_tiles - int(ragged); tile += ESTIMATE_UNROLL) {
-      voter.template estimate<ESTIMATE_UNROLL>(tile);
-      store(tile + ESTIMATE_UNROLL - 1);
+    if constexpr (SPARSE) {  // the dense products are twice as long and lose by it
+      constexpr int NUM = 4;
+      for (; tile + NUM <= num_tiles - int(ragged); tile += NUM) {
+        voter.template estimate<NUM>(tile);
+        store(tile + NUM - 1);
+      }
     }
     for (; tile < num_tiles; ++tile) {
       voter.template estimate<1>(tile, ragged ? shape.seqlen_k - tile * CODE_TILE_ROWS : CODE_TILE_ROWS);
