@@ -36,10 +36,9 @@ def attend(
             out[...] = result
             result = out
         return result, lse if return_lse else None
-    cupy = arrays.import_cupy()
     if out is None:
-        out = cupy.empty(q.shape, q.dtype)
-    lse = cupy.empty((plan.batch, plan.num_heads, plan.seqlen_q), np.float32) if return_lse else None
+        out = arrays.empty(q.shape, q.dtype)
+    lse = arrays.empty((plan.batch, plan.num_heads, plan.seqlen_q), np.float32) if return_lse else None
     if out.size:
         if _fits_sm90(plan.arch or jit.device_arch(), mask) and all(tensor_map.can_encode(x) for x in (q, k, v)):
             _launch_sm90(q, k, v, mask, plan, out, lse)

@@ -44,7 +44,7 @@ def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
 
 
 def _empty(shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
-    return arrays.import_cupy().empty(shape, dtype)
+    return arrays.empty(shape, dtype)
 
 
 def _empty_codes(heads: int, padded: int, plan: Plan) -> Any:

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from . import programs
 from .errors import GpuError
 
 TENSOR_MAP = np.dtype([("opaque", "<u8", (16,))])
@@ -38,36 +39,58 @@ def can_encode(array) -> bool:
     )
 
 
+class _Encoder:
+    """Encodes the maps of one array's shape and strides, at any address."""
+
+    def __init__(self, is_bfloat16: bool, sizes: tuple, strides: tuple, box_rows: int):
+        self._text = f"sizes {sizes}, strides {strides}"
+        self._call = _encode_tiled()
+        self._head = (ctypes.c_int(_BFLOAT16 if is_bfloat16 else _FLOAT16), ctypes.c_uint32(4))
+        self._tail = (
+            (ctypes.c_uint64 * 4)(*sizes),
+            (ctypes.c_uint64 * 3)(*strides),
+            (ctypes.c_uint32 * 4)(64, box_rows, 1, 1),
+            (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+            ctypes.c_int(0),
+            ctypes.c_int(_SWIZZLE_128B),
+            ctypes.c_int(_L2_256B),
+            ctypes.c_int(0),
+        )
+
+    def write(self, address: int, target: int) -> None:
+        """Encode the map of the data at ``address`` into the host memory at ``target``, a multiple of 64."""
+        error = self._call(ctypes.c_void_p(target), *self._head, ctypes.c_void_p(address), *self._tail)
+        if error:
+            raise GpuError(f"cuTensorMapEncodeTiled failed with CUDA error {error} for {self._text}")
+
+
+class _DeferredMap(programs.Deferred):
+    """The map of an array whose address a program gets later."""
+
+    num_bytes = TENSOR_MAP.itemsize
+
+    def __init__(self, address: int, encoder: _Encoder):
+        self.address = address
+        self.write = encoder.write
+
+
 @lru_cache(maxsize=256)
-def _encode(pointer: int, is_bfloat16: bool, sizes: tuple, strides: tuple, box_rows: int) -> np.ndarray:
+def _encode(pointer: int, *description) -> np.ndarray:
     raw = np.zeros(128 + 64, np.uint8)
     start = -raw.ctypes.data % 64
     aligned = raw[start : start + 128]
-    error = _encode_tiled()(
-        ctypes.c_void_p(aligned.ctypes.data),
-        ctypes.c_int(_BFLOAT16 if is_bfloat16 else _FLOAT16),
-        ctypes.c_uint32(4),
-        ctypes.c_void_p(pointer),
-        (ctypes.c_uint64 * 4)(*sizes),
-        (ctypes.c_uint64 * 3)(*strides),
-        (ctypes.c_uint32 * 4)(64, box_rows, 1, 1),
-        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
-        ctypes.c_int(0),
-        ctypes.c_int(_SWIZZLE_128B),
-        ctypes.c_int(_L2_256B),
-        ctypes.c_int(0),
-    )
-    if error:
-        raise GpuError(f"cuTensorMapEncodeTiled failed with CUDA error {error} for sizes {sizes}, strides {strides}")
+    _Encoder(*description).write(pointer, aligned.ctypes.data)
     return aligned.copy().view(TENSOR_MAP)
 
 
-def tensor_map(array, box_rows: int) -> np.ndarray:
+def tensor_map(array, box_rows: int) -> np.ndarray | programs.Deferred:
     """A size-1 ``TENSOR_MAP`` record for a CuPy ``[batch, seqlen, heads, head_dim]`` 16-bit view.
 
     Boxes are ``box_rows`` rows of 64 elements, written to shared memory with the 128-byte swizzle; coordinates are
-    (element, row, head, batch). Raises GpuError when the driver refuses.
+    (element, row, head, batch). Raises GpuError when the driver refuses. While a program is recorded: what encodes the
+    map when the program is linked.
     """
+    programs.check_symbol(array)
     batch, seqlen, heads, head_dim = array.shape
     sizes = (head_dim, seqlen, heads, batch)
     whole = head_dim * array.dtype.itemsize
@@ -75,4 +98,7 @@ def tensor_map(array, box_rows: int) -> np.ndarray:
         stride if size > 1 else whole
         for size, stride in ((seqlen, array.strides[1]), (heads, array.strides[2]), (batch, array.strides[0]))
     )
-    return _encode(array.data.ptr, array.dtype.name == "bfloat16", sizes, strides, box_rows)
+    description = (array.dtype.name == "bfloat16", sizes, strides, box_rows)
+    if programs.is_symbol(array):
+        return _DeferredMap(array.data.ptr, _Encoder(*description))
+    return _encode(array.data.ptr, *description)

@@ -15,13 +15,23 @@ SCHEMA = 1
 
 
 def as_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
-    """A float, or float32 [num_heads] where ``q`` (a checked array) is.
+    """A float, or float32 [num_heads] where ``q`` (a checked array) is. Errors: see :func:`check_thresholds`."""
+    from .arrays import import_cupy, is_cuda
+
+    values = check_thresholds(thresholds, num_heads, q)
+    return import_cupy().asarray(values) if isinstance(values, np.ndarray) and is_cuda(q) else values
+
+
+def check_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
+    """A float, or float32 [num_heads] on the host or where ``q`` (a checked array) is.
 
     Host values must be >= 0 and not NaN (inf is fine). An array on the GPU is not read, so that nothing waits for it:
     NaN or a negative value there means a dense head. Raises ArgumentError, DtypeError.
     """
-    from .arrays import _import_array, _place, _place_name, import_cupy, is_cuda
+    from .arrays import _import_array, _place, place_name, is_cuda
 
+    if type(thresholds) is float and thresholds >= 0:
+        return thresholds
     if isinstance(thresholds, Real) and not isinstance(thresholds, (bool, np.bool_)):
         return float(_check_values(np.float64(thresholds)))
     if isinstance(thresholds, np.ndarray) and thresholds.ndim == 0:
@@ -35,11 +45,10 @@ def as_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
     if place is None:
         values = _as_host(_import_array("thresholds", thresholds, None))
         _check_shape(values.shape, num_heads)
-        values = np.ascontiguousarray(_check_values(values), np.float32)
-        return import_cupy().asarray(values) if is_cuda(q) else values
+        return np.ascontiguousarray(_check_values(values), np.float32)
     if place != want:
-        wants = "host memory" if want is None else f"{_place_name(want)} or host memory"
-        raise ArgumentError(f"thresholds: is on {_place_name(place)}; wants {wants}")
+        wants = "host memory" if want is None else f"{place_name(want)} or host memory"
+        raise ArgumentError(f"thresholds: is on {place_name(place)}; wants {wants}")
     values = _import_array("thresholds", thresholds, place)
     if values.dtype != np.float32:
         raise DtypeError(f"thresholds: got dtype {values.dtype} on the GPU; wants float32")

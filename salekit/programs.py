@@ -1,0 +1,334 @@
+"""Programs: the launches of a call, recorded once and replayed with other addresses.
+
+Stage functions allocate with ``arrays.empty`` or ``arrays.zeros`` and launch through ``jit.get_kernel``. While a
+:class:`Recorder` is active in the thread, an allocation is a *symbol*, a CuPy array at an address that no memory has, and
+a launch is noted instead of run. :class:`Program` then does what a linker does: it lays the arguments of all launches out
+in one image, finds the symbols' addresses in it, gives the symbols that live in the workspace an offset there (those
+that are never in use together share memory), and before a run writes the real addresses into the image.
+
+So in a recorded stage every array on the GPU has to come from the caller or from those two functions (another one as an
+argument is an error, at recording), nothing but those two and kernels may touch memory, and no value on the GPU may
+decide what is launched. What the workspace holds at the start of a call is undefined.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import Any, Iterable, Sequence
+
+import numpy as np
+
+# Symbol addresses: in no GPU's address space, and NaN when read as a float64 or as the second of two float32, so that no
+# argument that is data looks like one.
+_TAG = 0x7FF5
+_TAG_SHIFT, _SYMBOL_SHIFT = 48, 40
+_FIRST_SYMBOL = _TAG << _TAG_SHIFT
+_MAX_SYMBOLS = 1 << (_TAG_SHIFT - _SYMBOL_SHIFT)
+_MIDDLE = 1 << (_SYMBOL_SHIFT - 1)  # a symbol's address lies in the middle of its TiB: views may start before it
+_IMAGE_ALIGNMENT = 64  # of a CUtensorMap
+_WORKSPACE_ALIGNMENT = 512
+
+WORKSPACE = 0  # the port of every symbol that is not a port of its own
+
+
+class Deferred:
+    """A kernel argument of ``num_bytes`` bytes that is computed from an address when a program is linked."""
+
+    num_bytes: int
+    address: int  # a symbol's
+
+    def write(self, address: int, target: int) -> None:
+        """Write the argument for the data at ``address`` to the host memory at ``target``."""
+        raise NotImplementedError
+
+
+class Parameter:
+    """A kernel argument of ``count`` float32 values that each run of a program may change."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+
+class ScalarParameter(Parameter, float):
+    """One float32 that passes for a float in the stages."""
+
+    def __new__(cls) -> "ScalarParameter":
+        return float.__new__(cls, 1.0)
+
+    def __init__(self) -> None:
+        Parameter.__init__(self, 1)
+
+
+def float32(value: float) -> Any:
+    """``value`` as a float32 kernel argument; a parameter of a program stays one."""
+    return value if isinstance(value, Parameter) else np.float32(value)
+
+
+@dataclass
+class _Symbol:
+    """Memory that a program refers to. first, last: the operations that use it; port, offset: where it is linked."""
+
+    num_bytes: int
+    address: int
+    first: int = -1
+    last: int = -1
+    port: int = WORKSPACE
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """A launch, or with ``function`` None a fill with zeros of the first argument's memory."""
+
+    function: int | None
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    args: tuple
+    num_bytes: int = 0
+    owner: Any = None  # what the function lives as long as
+
+
+_active = threading.local()
+
+
+def active() -> "Recorder | None":
+    """The recorder of this thread, or None when launches run."""
+    return getattr(_active, "recorder", None)
+
+
+class Recorder:
+    """Notes what the stages launch and allocate in this thread (a context manager)."""
+
+    def __init__(self, device: int):
+        self.device = device
+        self.symbols: list[_Symbol] = []
+        self.noted: list[_Noted] = []
+
+    def __enter__(self) -> "Recorder":
+        if active() is not None:
+            raise RuntimeError("a program is being recorded already")
+        _active.recorder = self
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _active.recorder = None
+
+    def array(self, shape: Sequence[int], dtype: Any, strides: Sequence[int] | None = None) -> Any:
+        """A CuPy array whose memory is a new symbol."""
+        import cupy
+
+        if len(self.symbols) == _MAX_SYMBOLS:
+            raise RuntimeError(f"a program has more than {_MAX_SYMBOLS} arrays")
+        address = _FIRST_SYMBOL + (len(self.symbols) << _SYMBOL_SHIFT) + _MIDDLE
+        num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        self.symbols.append(_Symbol(num_bytes, address))
+        memory = cupy.cuda.UnownedMemory(address, _MIDDLE, self, self.device)
+        return cupy.ndarray(tuple(shape), dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+
+    def zeros(self, shape: Sequence[int], dtype: Any) -> Any:
+        """Like :meth:`array`; a run fills it with zeros at this point."""
+        array = self.array(shape, dtype)
+        if array.size:
+            self.noted.append(_Noted(None, (0, 0, 0), (0, 0, 0), 0, (array,), array.nbytes))
+        return array
+
+    def launch(self, function: Any, grid: tuple, block: tuple, shared_bytes: int, args: tuple) -> None:
+        """Note a launch of ``function``, which has the driver's handle as ``ptr``."""
+        grid, block = ((*sizes, 1, 1)[:3] for sizes in (grid, block))
+        self.noted.append(_Noted(function.ptr, grid, block, shared_bytes, args, owner=function))
+
+
+def check_symbol(array: Any) -> None:
+    """RuntimeError when a program is recorded and ``array`` is memory that the program would not know of."""
+    if active() is not None and array.data.ptr >> _TAG_SHIFT != _TAG:
+        raise RuntimeError(
+            f"a recorded stage uses an array of shape {array.shape} that arrays.empty or arrays.zeros did not make"
+        )
+
+
+def is_symbol(array: Any) -> bool:
+    return array.data.ptr >> _TAG_SHIFT == _TAG
+
+
+# --- the image ---------------------------------------------------------------------------------------------------
+def _argument_bytes(arg: Any) -> bytes:
+    if isinstance(arg, Deferred):
+        return bytes(arg.num_bytes)
+    if isinstance(arg, Parameter):
+        return bytes(4 * arg.count)
+    if isinstance(arg, np.generic) or (isinstance(arg, np.ndarray) and arg.size == 1):
+        return arg.tobytes()
+    if hasattr(arg, "data") and hasattr(arg.data, "ptr"):
+        check_symbol(arg)
+        return arg.data.ptr.to_bytes(8, "little")
+    raise TypeError(f"a recorded kernel got an argument of {type(arg).__name__}; wants a NumPy scalar or a CuPy array")
+
+
+class _Image:
+    """Argument bytes of all operations, each on a multiple of 8 bytes, in memory that does not move."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+        self.size = 0
+
+    def add(self, data: bytes, alignment: int = 8) -> int:
+        """Offset of ``data`` in the image."""
+        padding = -self.size % alignment
+        self.pieces.append(bytes(padding) + data)
+        offset = self.size + padding
+        self.size = offset + len(data)
+        return offset
+
+    def build(self) -> np.ndarray:
+        data = b"".join(self.pieces)
+        raw = np.zeros(len(data) + 8 + _IMAGE_ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % _IMAGE_ALIGNMENT
+        image = raw[start : start + len(data) + -len(data) % 8]
+        image[: len(data)] = np.frombuffer(data, np.uint8)
+        return image
+
+
+class _Launch:
+    __slots__ = ("arguments", "params")
+
+    def __init__(self, arguments: tuple, params: int):
+        self.arguments, self.params = arguments, params
+
+    def submit(self, gpu: Any, stream: int) -> None:
+        gpu.launchKernel(*self.arguments, stream, self.params, 0)
+
+
+class _Fill:
+    __slots__ = ("address", "num_bytes")
+
+    def __init__(self, address: np.ndarray, num_bytes: int):
+        self.address, self.num_bytes = address, num_bytes
+
+    def submit(self, gpu: Any, stream: int) -> None:
+        gpu.memsetAsync(int(self.address[0]), 0, self.num_bytes, stream)
+
+
+_bound = threading.local()
+
+
+def bind_context(device: int) -> None:
+    """Make the current device's context this thread's: the runtime does that in its first call, the driver does not."""
+    devices = _bound.__dict__.setdefault("devices", set())
+    if device not in devices:
+        from cupy.cuda import runtime
+
+        runtime.memGetInfo()
+        devices.add(device)
+
+
+class Gpu:
+    """The two driver calls that a program makes."""
+
+    def __init__(self) -> None:
+        from cupy.cuda import driver, runtime
+
+        self.launchKernel, self.memsetAsync = driver.launchKernel, runtime.memsetAsync
+
+
+class Program:
+    """A recorded call. Not for two threads at a time: link, set ``parameters``, submit under one lock.
+
+    recorder: what was recorded. ports: arrays (symbols) whose addresses each run gets from outside, in this order; every
+    other symbol lies in the workspace. workspace_bytes: its size. parameters: a float32 view for each
+    :class:`Parameter`, in the order of their launches.
+    """
+
+    def __init__(self, recorder: Recorder, ports: Iterable[Any]):
+        image = _Image()
+        deferred: list[tuple[int, int, Deferred]] = []  # offset of the address, of the argument, the argument
+        parameters: list[tuple[int, int]] = []
+        offsets: list[list[int]] = []
+        starts: list[int] = []
+        for operation in recorder.noted:
+            starts.append(image.size)
+            offsets.append([])
+            for arg in operation.args:
+                is_deferred = isinstance(arg, Deferred)
+                offset = image.add(_argument_bytes(arg), _IMAGE_ALIGNMENT if is_deferred else 8)
+                offsets[-1].append(offset)
+                if is_deferred:
+                    deferred.append((image.add(arg.address.to_bytes(8, "little")), offset, arg))
+                elif isinstance(arg, Parameter):
+                    parameters.append((offset, arg.count))
+        self._image = image.build()
+        self._words = self._image.view(np.uint64)
+        self._where = np.flatnonzero(self._words >> np.uint64(_TAG_SHIFT) == _TAG)
+        operation_of = np.searchsorted(np.array(starts, np.int64), self._where * 8, side="right") - 1
+        self._link_symbols(recorder, ports, operation_of)
+
+        base = self._image.ctypes.data
+        self._deferred = tuple((offset // 8, base + target, arg) for offset, target, arg in deferred)
+        self.parameters = tuple(self._image[at : at + 4 * count].view(np.float32) for at, count in parameters)
+        self._params = np.array([base + offset for each in offsets for offset in each], np.uint64)
+        self._owners = [operation.owner for operation in recorder.noted]
+        self._operations = []
+        first_param = self._params.ctypes.data
+        for operation, arguments in zip(recorder.noted, offsets):
+            if operation.function is None:
+                word = arguments[0] // 8
+                self._operations.append(_Fill(self._words[word : word + 1], operation.num_bytes))
+            else:
+                shape = (operation.function, *operation.grid, *operation.block, operation.shared_bytes)
+                self._operations.append(_Launch(shape, first_param))
+            first_param += 8 * len(arguments)
+        self._linked: tuple[int, ...] | None = None
+
+    def _link_symbols(self, recorder: Recorder, ports: Iterable[Any], operation_of: np.ndarray) -> None:
+        addresses = self._words[self._where].astype(np.int64)
+        symbol_of = (addresses - _FIRST_SYMBOL) >> _SYMBOL_SHIFT
+        for operation, index in zip(operation_of.tolist(), symbol_of.tolist()):
+            symbol = recorder.symbols[index]
+            symbol.first = operation if symbol.first < 0 else symbol.first
+            symbol.last = operation
+        for port, array in enumerate(ports, start=WORKSPACE + 1):
+            recorder.symbols[(array.data.ptr - _FIRST_SYMBOL) >> _SYMBOL_SHIFT].port = port
+        self.workspace_bytes = _layout([x for x in recorder.symbols if x.port == WORKSPACE and x.first >= 0])
+        symbols = [recorder.symbols[index] for index in symbol_of.tolist()]
+        self._port_of = np.array([symbol.port for symbol in symbols], np.int64)
+        bases = np.array([symbol.address - symbol.offset for symbol in symbols], np.int64)
+        self._addends = (addresses - bases).astype(np.uint64)
+
+    def link(self, *addresses: int) -> None:
+        """Write the workspace's address and those of the ports into the image."""
+        if addresses == self._linked:
+            return
+        self._linked = None  # until all of it is written
+        self._words[self._where] = np.array(addresses, np.uint64)[self._port_of] + self._addends
+        for word, target, argument in self._deferred:
+            argument.write(int(self._words[word]), target)
+        self._linked = addresses
+
+    def submit(self, gpu: Any, stream: int) -> None:
+        """Launch it all on a stream (a ``cudaStream_t``) of the current device."""
+        for operation in self._operations:
+            operation.submit(gpu, stream)
+
+
+def _layout(symbols: list[_Symbol]) -> int:
+    """Give each symbol an offset such that those in use together do not overlap; the bytes that takes."""
+    placed: list[_Symbol] = []
+    total = 0
+    for symbol in sorted(symbols, key=lambda x: -x.num_bytes):
+        size = _round_up(symbol.num_bytes)
+        for other in placed:  # by offset: the first gap that is wide enough
+            if other.first > symbol.last or symbol.first > other.last:
+                continue
+            if symbol.offset + size <= other.offset:
+                break
+            symbol.offset = max(symbol.offset, other.offset + _round_up(other.num_bytes))
+        total = max(total, symbol.offset + size)
+        placed.append(symbol)
+        placed.sort(key=lambda x: x.offset)
+    return total
+
+
+def _round_up(num_bytes: int) -> int:
+    return -(-num_bytes // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
