@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import operator
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
@@ -71,12 +70,6 @@ def is_cuda(array: Any) -> bool:
     return not isinstance(array, np.ndarray)
 
 
-def is_gpu_array(x: Any) -> bool:
-    """Whether ``x``, of any type, is a CuPy array."""
-    cupy = sys.modules.get("cupy")
-    return cupy is not None and isinstance(x, cupy.ndarray)
-
-
 def empty(shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
     """GPU memory for a stage, undefined. Stages allocate here or with :func:`zeros` alone (see ``programs``)."""
     recorder = programs.active()
@@ -107,7 +100,7 @@ def _place(name: str, x: Any) -> int | None:
     """CUDA device of ``x``, or None when it is in host memory. DtypeError when it is no array at all."""
     if isinstance(x, np.ndarray):
         return None
-    if is_gpu_array(x):
+    if programs.is_gpu_array(x):
         return x.data.device_id
     if hasattr(x, "__dlpack_device__"):
         kind, device = (int(part) for part in x.__dlpack_device__())
@@ -140,7 +133,7 @@ class _Interface:
 
 def _import_array(name: str, x: Any, device: int | None) -> Any:
     """``x`` as a NumPy or CuPy array that shares its memory."""
-    if isinstance(x, np.ndarray) or is_gpu_array(x):
+    if isinstance(x, np.ndarray) or programs.is_gpu_array(x):
         return x
     try:
         if device is None:

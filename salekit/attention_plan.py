@@ -226,4 +226,4 @@ def _kind_of_thresholds(thresholds: Any, plan: Plan) -> str:
         return "dense"
     if isinstance(thresholds, float):
         return "scalar"
-    return "device" if arrays.is_gpu_array(thresholds) else "host"
+    return "device" if programs.is_gpu_array(thresholds) else "host"

@@ -14,6 +14,7 @@ decide what is launched. What the workspace holds at the start of a call is unde
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from dataclasses import dataclass
 from typing import Any, Iterable, Sequence
@@ -138,7 +139,16 @@ class Recorder:
     def launch(self, function: Any, grid: tuple, block: tuple, shared_bytes: int, args: tuple) -> None:
         """Note a launch of ``function``, which has the driver's handle as ``ptr``."""
         grid, block = ((*sizes, 1, 1)[:3] for sizes in (grid, block))
+        for arg in args:
+            if is_gpu_array(arg):
+                check_symbol(arg)
         self.noted.append(_Noted(function.ptr, grid, block, shared_bytes, args, owner=function))
+
+
+def is_gpu_array(x: Any) -> bool:
+    """Whether ``x``, of any type, is a CuPy array."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(x, cupy.ndarray)
 
 
 def check_symbol(array: Any) -> None:
@@ -161,8 +171,7 @@ def _argument_bytes(arg: Any) -> bytes:
         return bytes(4 * arg.count)
     if isinstance(arg, np.generic) or (isinstance(arg, np.ndarray) and arg.size == 1):
         return arg.tobytes()
-    if hasattr(arg, "data") and hasattr(arg.data, "ptr"):
-        check_symbol(arg)
+    if is_gpu_array(arg):
         return arg.data.ptr.to_bytes(8, "little")
     raise TypeError(f"a recorded kernel got an argument of {type(arg).__name__}; wants a NumPy scalar or a CuPy array")
 
