@@ -84,9 +84,11 @@ def main() -> None:
             "sparse, out given": lambda: salekit.sparse_attention(q, k, v, dense_below=0, out=out),
             "sparse, other addresses": moving,
             "sparse, lse, mask": lambda: salekit.sparse_attention(
-                q, k, v, dense_below=0, return_lse=True, return_mask=True),
+                q, k, v, dense_below=0, return_lse=True, return_mask=True
+            ),
             "sparse, taus on the host": lambda: salekit.sparse_attention(
-                q, k, v, dense_below=0, thresholds=[0.008] * heads),
+                q, k, v, dense_below=0, thresholds=[0.008] * heads
+            ),
             "sparse, taus on the GPU": lambda: salekit.sparse_attention(q, k, v, dense_below=0, thresholds=taus),
             "sparse, int4": lambda: salekit.sparse_attention(q, k, v, dense_below=0, estimator="int4"),
             "dense": lambda: salekit.dense_attention(q, k, v),

@@ -362,9 +362,19 @@ def plan_of_views(
         arch = device_arch()
     batch, seqlen_q, num_heads, head_dim = q.shape
     return Plan(
-        batch=batch, seqlen_q=seqlen_q, seqlen_k=k.shape[1], num_heads=num_heads, num_kv_heads=k.shape[2],
-        head_dim=head_dim, dtype=DTYPE_NAMES[q.dtype], estimator=resolve_estimator(estimator, arch), attend=attend,
-        block_q=block_q, block_k=block_k, query_stride=stride, arch=arch,
+        batch=batch,
+        seqlen_q=seqlen_q,
+        seqlen_k=k.shape[1],
+        num_heads=num_heads,
+        num_kv_heads=k.shape[2],
+        head_dim=head_dim,
+        dtype=DTYPE_NAMES[q.dtype],
+        estimator=resolve_estimator(estimator, arch),
+        attend=attend,
+        block_q=block_q,
+        block_k=block_k,
+        query_stride=stride,
+        arch=arch,
         causal=_check_flag("causal", causal),
         softmax_scale=_check_scale(softmax_scale, q.shape[3]),
         full_rows=_check_count("full_rows", full_rows),
@@ -450,7 +460,13 @@ def empty_attention(out: Any, plan: Plan) -> Any:
                 rows = out[batch, :, head]
                 pitch = rows.strides[0] if plan.seqlen_q > 1 else width
                 runtime.memcpy2DAsync(
-                    rows.data.ptr, pitch, zero_rows.data.ptr, width, width, plan.seqlen_q,
-                    runtime.memcpyDeviceToDevice, stream,
+                    rows.data.ptr,
+                    pitch,
+                    zero_rows.data.ptr,
+                    width,
+                    width,
+                    plan.seqlen_q,
+                    runtime.memcpyDeviceToDevice,
+                    stream,
                 )
     return cupy.asarray(lse)

@@ -56,8 +56,16 @@ def sparse_attention(
     Raises ArgumentError, DtypeError, GpuError, CompileError.
     """
     options = dict(
-        causal=causal, softmax_scale=softmax_scale, estimator=estimator, attend=attend, block=block,
-        query_stride=query_stride, full_rows=full_rows, sink=sink, local=local, dense_below=dense_below,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        estimator=estimator,
+        attend=attend,
+        block=block,
+        query_stride=query_stride,
+        full_rows=full_rows,
+        sink=sink,
+        local=local,
+        dense_below=dense_below,
     )
     return _call(q, k, v, thresholds, layout, options, return_lse, return_mask, out, stream)
 
@@ -96,7 +104,15 @@ def plan(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -> "At
 
 
 def _call(
-    q: Any, k: Any, v: Any, thresholds: Any, layout: str, options: dict, return_lse: bool, return_mask: bool, out: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    thresholds: Any,
+    layout: str,
+    options: dict,
+    return_lse: bool,
+    return_mask: bool,
+    out: Any,
     stream: Any,
 ) -> Any:
     with arrays.on_stream(q, stream) as device:

@@ -50,10 +50,15 @@ def all_visible(q: Any, plan: Plan) -> BlockMask:
         words = arrays.empty(shape, np.uint32)
         if words.size:
             get_kernel(_VISIBLE_SPEC)(
-                (ceil_div(words.size, _VISIBLE_THREADS),), (_VISIBLE_THREADS,),
+                (ceil_div(words.size, _VISIBLE_THREADS),),
+                (_VISIBLE_THREADS,),
                 (
-                    words, plan.shape_record, np.int32(plan.block_q), np.int32(plan.block_k),
-                    np.int64(words.size // plan.num_words), np.int32(plan.num_words),
+                    words,
+                    plan.shape_record,
+                    np.int32(plan.block_q),
+                    np.int32(plan.block_k),
+                    np.int64(words.size // plan.num_words),
+                    np.int32(plan.num_words),
                 ),
             )
     else:

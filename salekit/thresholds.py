@@ -95,7 +95,7 @@ def load_thresholds(path: str | Path) -> np.ndarray:
             raise FileFormatError(f"{path}: got schema {content.get('schema')!r}; wants {SCHEMA}")
         values = content.get("thresholds")
     if not isinstance(values, list) or not values:
-        raise FileFormatError(f"{path}: wants a list of numbers, one a head, alone or under \"thresholds\"")
+        raise FileFormatError(f'{path}: wants a list of numbers, one a head, alone or under "thresholds"')
     for head, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
             raise FileFormatError(f"{path}: got {value!r} for head {head}; wants a number >= 0")

@@ -95,8 +95,11 @@ def test_thresholds_change_between_calls(head_dim, dtype, kind):
         if kind not in ("scalar", "numpy scalar"):
             taus = [0.0, *taus[1:3], 1.0]
         value = {
-            "scalar": taus[0], "numpy scalar": np.float32(taus[0]), "list": taus,
-            "numpy": np.array(taus), "gpu": cp.asarray(np.array(taus, np.float32)),
+            "scalar": taus[0],
+            "numpy scalar": np.float32(taus[0]),
+            "list": taus,
+            "numpy": np.array(taus),
+            "gpu": cp.asarray(np.array(taus, np.float32)),
         }[kind]
         want = by_stages(*arrays, thresholds=taus)
         got = prepared.run(*arrays, thresholds=value, return_lse=True, return_mask=True)
@@ -139,11 +142,13 @@ def test_dense_and_its_mask():
                 out, lse = salekit.dense_attention(q, k, v, **options)
                 assert (bits(out), bits(lse)) == (bits(want_out), bits(want_lse))
                 got, lse, mask = salekit.sparse_attention(
-                    q, k, v, dense_below=4096, return_mask=True, block=(64, 64), **options)
+                    q, k, v, dense_below=4096, return_mask=True, block=(64, 64), **options
+                )
                 assert (bits(got), bits(lse)) == (bits(want_out), bits(want_lse))
-                assert (mask.to_dense() == mask.visible()).all() and not mask.to_dense()[..., mask.num_k_blocks:].any()
-                assert (mask.words.get() == salekit.BlockMask.from_dense(
-                    mask.to_dense(), 64, 64, *lengths, causal).words).all()
+                assert (mask.to_dense() == mask.visible()).all() and not mask.to_dense()[..., mask.num_k_blocks :].any()
+                assert (
+                    mask.words.get() == salekit.BlockMask.from_dense(mask.to_dense(), 64, 64, *lengths, causal).words
+                ).all()
 
 
 # --- results are the caller's ------------------------------------------------------------------------------------
@@ -296,7 +301,8 @@ def test_threads(same_stream):
             for turn in range(30):
                 which = (index + turn) % 4
                 result = salekit.sparse_attention(
-                    *arrays[which], stream=streams[index], return_lse=True, return_mask=True, **SPARSE)
+                    *arrays[which], stream=streams[index], return_lse=True, return_mask=True, **SPARSE
+                )
                 if turn % 5 == 0:
                     streams[index].synchronize()
                     assert all_bits(result) == want[which]
@@ -396,7 +402,8 @@ def test_graph_of_many_calls_keeps_its_memory():
             salekit.dense_attention(*x)
         stream.synchronize()
     graph, results = capture(
-        stream, lambda: [(salekit.sparse_attention(*x, **options), salekit.dense_attention(*x)) for x in layers])
+        stream, lambda: [(salekit.sparse_attention(*x, **options), salekit.dense_attention(*x)) for x in layers]
+    )
     salekit.clear_workspaces()
     cp.get_default_memory_pool().free_all_blocks()
     grabbed = [cp.asarray(np.full(2**24, 0x7F, np.uint8)) for _ in range(8)]  # whatever was freed is someone else's now

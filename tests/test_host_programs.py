@@ -109,7 +109,9 @@ def test_arguments_are_linked():
         temporary = arrays.empty((100,), np.float32)
         result = arrays.empty((10, 10), np.float32)
         note("first", (x, temporary, np.int32(7), record, np.float64(0.5), np.bool_(True)), (3, 2), (64, 2), 99)
-        note("second", (arrays.tensor_view(x[1:]), temporary[10:], result, np.uint64(0), np.uint64(x.data.ptr + 6)), (5,))
+        note(
+            "second", (arrays.tensor_view(x[1:]), temporary[10:], result, np.uint64(0), np.uint64(x.data.ptr + 6)), (5,)
+        )
     program = Program(recorder, [x, result])
     assert program.workspace_bytes == 512
     for base in (0, 1 << 20):
@@ -368,8 +370,13 @@ def test_keys(fake):
     assert key == attention_plan._key(*inputs(base=4096), "bshd", dict(base))
     hash(key)
     for change in (
-        {"causal": 1}, {"causal": np.True_}, {"query_stride": 1.0}, {"query_stride": True}, {"block": (128.0, 32)},
-        {"softmax_scale": 0.1}, {"block": (64, 32)},
+        {"causal": 1},
+        {"causal": np.True_},
+        {"query_stride": 1.0},
+        {"query_stride": True},
+        {"block": (128.0, 32)},
+        {"softmax_scale": 0.1},
+        {"block": (64, 32)},
     ):
         assert attention_plan._key(q, k, v, "bshd", {**base, **change}) != key
     assert attention_plan._key(q, k, v, "bhsd", base) != key
