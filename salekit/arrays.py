@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Iterator
@@ -163,9 +163,12 @@ def import_array(name: str, x: Any, device: int | None) -> Any:
     return _import_array(name, x, device)
 
 
-def on_device(device: int, **named: Any) -> list[Any]:
+def on_device(device: int, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     """These arguments as CuPy arrays of one device that share their memory."""
-    return [import_array(name, x, device) for name, x in named.items()]
+    array = import_cupy().ndarray
+    if type(q) is type(k) is type(v) is array and q.data.device_id == k.data.device_id == v.data.device_id == device:
+        return q, k, v
+    return tuple(import_array(name, x, device) for name, x in (("q", q), ("k", k), ("v", v)))
 
 
 class _StreamHandle:
@@ -200,15 +203,20 @@ def _as_stream(stream: Any, device: int) -> Any:
     raise ArgumentError(f"stream: got {stream!r}; wants a cudaStream_t as int, a CuPy stream, or None (current)")
 
 
-@contextmanager
-def on_stream(q: Any, stream: Any) -> Iterator[int | None]:
-    """Make q's device and ``stream`` current and give the device; None for host memory, which takes no stream."""
+def on_stream(q: Any, stream: Any) -> AbstractContextManager[int | None]:
+    """Makes q's device and ``stream`` current and gives the device; None for host memory, which takes no stream."""
     device = _place("q", q)
     if device is None:
         if stream is not None:
             raise ArgumentError("stream: q is in host memory, where there is no stream; wants None")
-        yield None
-        return
+        return nullcontext(None)
+    if stream is None and import_cupy().cuda.runtime.getDevice() == device:
+        return nullcontext(device)
+    return _switch(device, stream)
+
+
+@contextmanager
+def _switch(device: int, stream: Any) -> Iterator[int]:
     with import_cupy().cuda.Device(device):
         if stream is None:
             yield device

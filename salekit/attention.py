@@ -99,7 +99,7 @@ def plan(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -> "At
     """
     with arrays.on_stream(q, None) as device:
         if device is not None:
-            q, k, v = arrays.on_device(device, q=q, k=k, v=v)
+            q, k, v = arrays.on_device(device, q, k, v)
         return AttentionPlan(q, k, v, layout, options)
 
 
@@ -119,6 +119,6 @@ def _call(
         if device is None:
             call = arrays.check_call(q, k, v, layout=layout, out=out, thresholds=thresholds, **options)
             return pipeline.run_twin(call, return_lse, return_mask)
-        q, k, v = arrays.on_device(device, q=q, k=k, v=v)
+        q, k, v = arrays.on_device(device, q, k, v)
         prepared = plan_of(q, k, v, layout, options)
         return prepared._run(q, k, v, thresholds, return_lse, return_mask, out, None)

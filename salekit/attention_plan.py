@@ -79,7 +79,7 @@ class AttentionPlan:
                 call = arrays.check_call(q, k, v, layout=self.layout, out=out, thresholds=thresholds, **self._options)
                 self._check_kind(*(arrays.in_layout(x, self.layout) for x in (call.q, call.k, call.v)))
                 return pipeline.run_twin(call, return_lse, return_mask)
-            q, k, v = arrays.on_device(device, q=q, k=k, v=v)
+            q, k, v = arrays.on_device(device, q, k, v)
             self._check_kind(q, k, v)
             if workspace is not None:
                 workspace = arrays.check_workspace(workspace, device, self.workspace_bytes)
@@ -147,10 +147,14 @@ class AttentionPlan:
             addresses.append(mask.words.data.ptr)
         stream = cupy.cuda.get_current_stream().ptr
         programs.bind_context(self._device)
-        with workspaces.lease(self._device, stream, program.workspace_bytes, workspace) as base, self._lock:
-            program.link(base, *addresses)
-            pipeline.set_parameters(program, thresholds)
-            program.submit(self._gpu, stream)
+
+        def launch(base: int) -> None:
+            with self._lock:
+                program.link(base, *addresses)
+                pipeline.set_parameters(program, thresholds)
+                program.submit(self._gpu, stream)
+
+        workspaces.use(self._device, stream, program.workspace_bytes, workspace, launch)
         return out, lse, mask
 
     def _program(self, key: tuple) -> programs.Program:

@@ -41,7 +41,7 @@ class Deferred:
     address: int  # a symbol's
 
     def write(self, address: int, target: int) -> None:
-        """Write the argument for the data at ``address`` to the host memory at ``target``."""
+        """Write the argument for the data at ``address`` to the host memory at ``target``, the same each time."""
         raise NotImplementedError
 
 
@@ -200,26 +200,6 @@ class _Image:
         return image
 
 
-class _Launch:
-    __slots__ = ("arguments", "params")
-
-    def __init__(self, arguments: tuple, params: int):
-        self.arguments, self.params = arguments, params
-
-    def submit(self, gpu: Any, stream: int) -> None:
-        gpu.launchKernel(*self.arguments, stream, self.params, 0)
-
-
-class _Fill:
-    __slots__ = ("address", "num_bytes")
-
-    def __init__(self, address: np.ndarray, num_bytes: int):
-        self.address, self.num_bytes = address, num_bytes
-
-    def submit(self, gpu: Any, stream: int) -> None:
-        gpu.memsetAsync(int(self.address[0]), 0, self.num_bytes, stream)
-
-
 _bound = threading.local()
 
 
@@ -268,57 +248,79 @@ class Program:
                 elif isinstance(arg, Parameter):
                     parameters.append((offset, arg.count))
         self._image = image.build()
-        self._words = self._image.view(np.uint64)
-        self._where = np.flatnonzero(self._words >> np.uint64(_TAG_SHIFT) == _TAG)
-        operation_of = np.searchsorted(np.array(starts, np.int64), self._where * 8, side="right") - 1
-        self._link_symbols(recorder, ports, operation_of)
-
+        self._words = memoryview(self._image).cast("Q")
         base = self._image.ctypes.data
-        self._deferred = tuple((offset // 8, base + target, arg) for offset, target, arg in deferred)
+        places = {offset // 8: (base + target, arg) for offset, target, arg in deferred}
+        self._link_symbols(recorder, list(ports), starts, places)
         self.parameters = tuple(self._image[at : at + 4 * count].view(np.float32) for at, count in parameters)
         self._params = np.array([base + offset for each in offsets for offset in each], np.uint64)
         self._owners = [operation.owner for operation in recorder.noted]
-        self._operations = []
+        self._operations: list[
+            tuple
+        ] = []  # (shape of a launch, address of its parameters), (word of an address, bytes)
         first_param = self._params.ctypes.data
         for operation, arguments in zip(recorder.noted, offsets):
             if operation.function is None:
-                word = arguments[0] // 8
-                self._operations.append(_Fill(self._words[word : word + 1], operation.num_bytes))
+                self._operations.append((arguments[0] // 8, operation.num_bytes))
             else:
                 shape = (operation.function, *operation.grid, *operation.block, operation.shared_bytes)
-                self._operations.append(_Launch(shape, first_param))
+                self._operations.append((shape, first_param))
             first_param += 8 * len(arguments)
-        self._linked: tuple[int, ...] | None = None
+        self._has_fills = any(operation.function is None for operation in recorder.noted)
+        self._linked: list[int] = [0] * self._num_ports
+        self._calls: tuple[int | None, list[tuple]] = (None, [])
 
-    def _link_symbols(self, recorder: Recorder, ports: Iterable[Any], operation_of: np.ndarray) -> None:
-        addresses = self._words[self._where].astype(np.int64)
-        symbol_of = (addresses - _FIRST_SYMBOL) >> _SYMBOL_SHIFT
-        for operation, index in zip(operation_of.tolist(), symbol_of.tolist()):
-            symbol = recorder.symbols[index]
+    def _link_symbols(
+        self, recorder: Recorder, ports: list[Any], starts: list[int], deferred: dict[int, tuple[int, Deferred]]
+    ) -> None:
+        """Find the symbols' addresses in the image and decide what each is to become."""
+        where = np.flatnonzero(self._image.view(np.uint64) >> np.uint64(_TAG_SHIFT) == _TAG)
+        operation_of = np.searchsorted(np.array(starts, np.int64), where * 8, side="right") - 1
+        addresses = [self._words[word] for word in where]
+        symbols = [recorder.symbols[(address - _FIRST_SYMBOL) >> _SYMBOL_SHIFT] for address in addresses]
+        for operation, symbol in zip(operation_of.tolist(), symbols):
             symbol.first = operation if symbol.first < 0 else symbol.first
             symbol.last = operation
         for port, array in enumerate(ports, start=WORKSPACE + 1):
             recorder.symbols[(array.data.ptr - _FIRST_SYMBOL) >> _SYMBOL_SHIFT].port = port
         self.workspace_bytes = _layout([x for x in recorder.symbols if x.port == WORKSPACE and x.first >= 0])
-        symbols = [recorder.symbols[index] for index in symbol_of.tolist()]
-        self._port_of = np.array([symbol.port for symbol in symbols], np.int64)
-        bases = np.array([symbol.address - symbol.offset for symbol in symbols], np.int64)
-        self._addends = (addresses - bases).astype(np.uint64)
+        self._num_ports = WORKSPACE + 1 + len(ports)
+        self._places: list[list[tuple]] = [[] for _ in range(self._num_ports)]  # (word, addend, deferred or None)
+        for word, address, symbol in zip(where.tolist(), addresses, symbols):
+            addend = address - symbol.address + symbol.offset
+            self._places[symbol.port].append((word, addend, deferred.get(word)))
 
     def link(self, *addresses: int) -> None:
         """Write the workspace's address and those of the ports into the image."""
-        if addresses == self._linked:
-            return
-        self._linked = None  # until all of it is written
-        self._words[self._where] = np.array(addresses, np.uint64)[self._port_of] + self._addends
-        for word, target, argument in self._deferred:
-            argument.write(int(self._words[word]), target)
-        self._linked = addresses
+        words = self._words
+        for port, address in enumerate(addresses):
+            if address == self._linked[port]:
+                continue
+            self._linked[port] = 0  # until all of it is written
+            if self._has_fills:
+                self._calls = (None, [])  # they hold addresses
+            for word, addend, deferred in self._places[port]:
+                words[word] = address + addend
+                if deferred is not None:
+                    target, argument = deferred
+                    argument.write(address + addend, target)
+            self._linked[port] = address
 
     def submit(self, gpu: Any, stream: int) -> None:
         """Launch it all on a stream (a ``cudaStream_t``) of the current device."""
-        for operation in self._operations:
-            operation.submit(gpu, stream)
+        if stream != self._calls[0]:
+            self._calls = (stream, self._calls_on(gpu, stream))
+        for function, arguments in self._calls[1]:
+            function(*arguments)
+
+    def _calls_on(self, gpu: Any, stream: int) -> list[tuple]:
+        launch, fill = gpu.launchKernel, gpu.memsetAsync
+        return [
+            (launch, (*what, stream, how, 0))
+            if isinstance(what, tuple)
+            else (fill, (self._words[what], 0, how, stream))
+            for what, how in self._operations
+        ]
 
 
 def _layout(symbols: list[_Symbol]) -> int:

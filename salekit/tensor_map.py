@@ -16,14 +16,15 @@ _FLOAT16, _BFLOAT16 = 6, 9  # CU_TENSOR_MAP_DATA_TYPE_*
 _SWIZZLE_128B, _L2_256B = 3, 3
 
 
-@lru_cache(maxsize=1)
-def _encode_tiled():
-    for name in ("libcuda.so.1", "nvcuda.dll"):
+@lru_cache(maxsize=None)
+def _driver(name: str):
+    """The driver's ``cuTensorMap<name>``."""
+    for library in ("libcuda.so.1", "nvcuda.dll"):
         try:
-            return ctypes.CDLL(name).cuTensorMapEncodeTiled
+            return getattr(ctypes.CDLL(library), f"cuTensorMap{name}")
         except (OSError, AttributeError):
             continue
-    raise GpuError("the NVIDIA driver has no cuTensorMapEncodeTiled; salekit's Hopper kernels need driver 525 or newer")
+    raise GpuError(f"the NVIDIA driver has no cuTensorMap{name}; salekit's Hopper kernels need driver 525 or newer")
 
 
 def can_encode(array) -> bool:
@@ -44,7 +45,6 @@ class _Encoder:
 
     def __init__(self, is_bfloat16: bool, sizes: tuple, strides: tuple, box_rows: int):
         self._text = f"sizes {sizes}, strides {strides}"
-        self._call = _encode_tiled()
         self._head = (ctypes.c_int(_BFLOAT16 if is_bfloat16 else _FLOAT16), ctypes.c_uint32(4))
         self._tail = (
             (ctypes.c_uint64 * 4)(*sizes),
@@ -57,11 +57,17 @@ class _Encoder:
             ctypes.c_int(0),
         )
 
-    def write(self, address: int, target: int) -> None:
+    def encode(self, address: int, target: int) -> None:
         """Encode the map of the data at ``address`` into the host memory at ``target``, a multiple of 64."""
-        error = self._call(ctypes.c_void_p(target), *self._head, ctypes.c_void_p(address), *self._tail)
+        self._check(_driver("EncodeTiled")(ctypes.c_void_p(target), *self._head, ctypes.c_void_p(address), *self._tail))
+
+    def move(self, address: int, target: int) -> None:
+        """Let the map at ``target`` be one of the data at ``address``."""
+        self._check(_driver("ReplaceAddress")(ctypes.c_void_p(target), ctypes.c_void_p(address)))
+
+    def _check(self, error: int) -> None:
         if error:
-            raise GpuError(f"cuTensorMapEncodeTiled failed with CUDA error {error} for {self._text}")
+            raise GpuError(f"a tensor map for {self._text} failed with CUDA error {error}")
 
 
 class _DeferredMap(programs.Deferred):
@@ -71,7 +77,12 @@ class _DeferredMap(programs.Deferred):
 
     def __init__(self, address: int, encoder: _Encoder):
         self.address = address
-        self.write = encoder.write
+        self._encoder = encoder
+        self._is_encoded = False
+
+    def write(self, address: int, target: int) -> None:
+        (self._encoder.move if self._is_encoded else self._encoder.encode)(address, target)
+        self._is_encoded = True
 
 
 @lru_cache(maxsize=256)
@@ -79,7 +90,7 @@ def _encode(pointer: int, *description) -> np.ndarray:
     raw = np.zeros(128 + 64, np.uint8)
     start = -raw.ctypes.data % 64
     aligned = raw[start : start + 128]
-    _Encoder(*description).write(pointer, aligned.ctypes.data)
+    _Encoder(*description).encode(pointer, aligned.ctypes.data)
     return aligned.copy().view(TENSOR_MAP)
 
 

@@ -28,10 +28,10 @@ def check_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
     Host values must be >= 0 and not NaN (inf is fine). An array on the GPU is not read, so that nothing waits for it:
     NaN or a negative value there means a dense head. Raises ArgumentError, DtypeError.
     """
-    from .arrays import _import_array, _place, place_name, is_cuda
-
     if type(thresholds) is float and thresholds >= 0:
         return thresholds
+    from .arrays import _import_array, _place, is_cuda, place_name
+
     if isinstance(thresholds, Real) and not isinstance(thresholds, (bool, np.bool_)):
         return float(_check_values(np.float64(thresholds)))
     if isinstance(thresholds, np.ndarray) and thresholds.ndim == 0:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from contextlib import contextmanager
-from typing import Any, Callable, Generic, Hashable, Iterator, TypeVar
+from typing import Any, Callable, Generic, Hashable, TypeVar
 
 MAX_WORKSPACES = 16  # streams that keep one; the one used longest ago goes first
 _LEGACY_STREAMS = (0, 1)  # the null stream and cudaStreamLegacy: one stream, which cannot be captured
@@ -24,20 +23,24 @@ class RecentlyUsed(Generic[Value]):
     def __init__(self, size: int):
         self._size = size
         self._entries: OrderedDict[Hashable, Value] = OrderedDict()
+        self._newest: Value | None = None
         self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> Value | None:
-        with self._lock:
-            value = self._entries.get(key)
-            if value is not None:
-                self._entries.move_to_end(key)
-            return value
+        value = self._entries.get(key)
+        if value is not None and value is not self._newest:
+            with self._lock:
+                if key in self._entries:
+                    self._entries.move_to_end(key)
+                    self._newest = value
+        return value
 
     def add(self, key: Hashable, value: Value) -> Value:
         """The entry of ``key``, which is ``value`` unless another thread was first."""
         with self._lock:
             value = self._entries.setdefault(key, value)
             self._entries.move_to_end(key)
+            self._newest = value
             while len(self._entries) > self._size:
                 self._entries.popitem(last=False)
             return value
@@ -45,6 +48,7 @@ class RecentlyUsed(Generic[Value]):
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
+            self._newest = None
 
     def values(self) -> list[Value]:
         with self._lock:
@@ -91,28 +95,27 @@ def of_stream(device: int, stream: int) -> Workspace:
     return _workspaces.get(key) or _workspaces.add(key, Workspace())
 
 
-@contextmanager
-def lease(device: int, stream: int, num_bytes: int, given: Any = None) -> Iterator[int]:
-    """The address of ``num_bytes`` for launches that are queued inside, on ``stream``, the current one of ``device``.
+def use(device: int, stream: int, num_bytes: int, given: Any, launch: Callable[[int], None]) -> None:
+    """``launch(address of num_bytes)``, for launches on ``stream``, the current one of the current ``device``.
 
-    given: a CuPy array to use. A stream in capture mode: memory that the graph owns.
+    given: a CuPy array to use, or None. A stream in capture mode: memory that the graph owns.
     """
     if num_bytes == 0:
-        yield 0
+        launch(0)
     elif given is not None:
-        yield given.data.ptr
+        launch(given.data.ptr)
     elif is_capturing(stream):
         from cupy.cuda import runtime
 
         address = runtime.mallocAsync(num_bytes, stream)
         try:
-            yield address
+            launch(address)
         finally:
             runtime.freeAsync(address, stream)
     else:
         workspace = of_stream(device, stream)
         with workspace.lock:
-            yield workspace.reserve(num_bytes, allocate)
+            launch(workspace.reserve(num_bytes, allocate))
 
 
 def is_capturing(stream: int) -> bool:

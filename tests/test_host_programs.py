@@ -85,11 +85,16 @@ def fake(monkeypatch):
         monkeypatch.setattr(module, "get_kernel", get_kernel)
 
     def encode(target, dtype, rank, address, *rest):
+        assert target.value % 64 == 0 and len(rest) == 8
         ctypes.memmove(target.value, np.array([address.value] * 16, np.uint64).tobytes(), 128)
-        assert target.value % 64 == 0
         return 0
 
-    monkeypatch.setattr(tensor_map, "_encode_tiled", lambda: encode)
+    def replace(target, address):
+        assert ctypes.string_at(target.value + 8, 8) == ctypes.string_at(target.value + 120, 8) != bytes(8)
+        ctypes.memmove(target.value, np.array([address.value], np.uint64).tobytes(), 8)
+        return 0
+
+    monkeypatch.setattr(tensor_map, "_driver", {"EncodeTiled": encode, "ReplaceAddress": replace}.get)
     return gpu
 
 
@@ -269,12 +274,11 @@ def test_workspace_of_a_stream():
     assert not workspaces.is_capturing(0) and not workspaces.is_capturing(1)
 
 
-def test_lease_without_a_stream():
-    with workspaces.lease(0, STREAM, 0) as address:
-        assert address == 0
-    with workspaces.lease(0, STREAM, 100, gpu_array(WORKSPACE, (100,))) as address:
-        assert address == WORKSPACE
-    assert len(workspaces._workspaces) == 0
+def test_use_of_given_memory():
+    used = []
+    workspaces.use(0, STREAM, 0, None, used.append)
+    workspaces.use(0, STREAM, 100, gpu_array(WORKSPACE, (100,)), used.append)
+    assert used == [0, WORKSPACE] and len(workspaces._workspaces) == 0
 
 
 # --- plans -------------------------------------------------------------------------------------------------------
