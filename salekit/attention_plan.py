@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -47,13 +49,14 @@ class AttentionPlan:
         self._programs: workspaces.RecentlyUsed[programs.Program] = workspaces.RecentlyUsed(MAX_PROGRAMS)
         self._lock = threading.Lock()  # of the images of all programs
 
-    @property
+    @cached_property
     def workspace_bytes(self) -> int:
-        """Bytes of workspace that a call needs; 0 for a dense call and on the twin. Compiles the kernels."""
+        """Bytes of workspace that a call needs at most; 0 for a dense call and on the twin. Compiles the kernels."""
         if self._device is None or self.plan.is_empty or self.plan.is_dense:
             return 0
+        variants = product((None,), ("scalar", "host", "device"), (False,), (False, True))
         with arrays.import_cupy().cuda.Device(self._device):
-            return self._program((None, "scalar", False, False)).workspace_bytes
+            return max(self._record(*variant).workspace_bytes for variant in variants)
 
     def run(
         self,
@@ -81,8 +84,6 @@ class AttentionPlan:
                 return pipeline.run_twin(call, return_lse, return_mask)
             q, k, v = arrays.on_device(device, q, k, v)
             self._check_kind(q, k, v)
-            if workspace is not None:
-                workspace = arrays.check_workspace(workspace, device, self.workspace_bytes)
             return self._run(q, k, v, thresholds, return_lse, return_mask, out, workspace)
 
     def _check_kind(self, q: Any, k: Any, v: Any) -> None:
@@ -119,7 +120,10 @@ class AttentionPlan:
         if self.plan.is_empty:
             result, lse, mask = self._run_empty(q, view)
         else:
-            arguments = (program or self._program(key), key, (q, k, v), thresholds, view, workspace)
+            program = program or self._program(key)
+            if workspace is not None:
+                workspace = arrays.check_workspace(workspace, self._device, program.workspace_bytes)
+            arguments = (program, key, (q, k, v), thresholds, view, workspace)
             try:
                 result, lse, mask = self._submit(*arguments)
             except arrays.import_cupy().cuda.memory.OutOfMemoryError:
@@ -135,15 +139,15 @@ class AttentionPlan:
         _, kind, return_lse, return_mask = key
         lse = mask = None
         if out is None:
-            out = cupy.empty(q.shape, q.dtype)
+            out = cupy.ndarray(q.shape, q.dtype)
         addresses = [q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr]
         if kind == "device":
             addresses.append(thresholds.data.ptr)
         if return_lse:
-            lse = cupy.empty((plan.batch, plan.num_heads, plan.seqlen_q), np.float32)
+            lse = cupy.ndarray((plan.batch, plan.num_heads, plan.seqlen_q), np.float32)
             addresses.append(lse.data.ptr)
         if return_mask:
-            mask = pipeline.block_mask(cupy.empty(plan.words_shape, np.uint32), plan)
+            mask = pipeline.block_mask(cupy.ndarray(plan.words_shape, np.uint32), plan)
             addresses.append(mask.words.data.ptr)
         stream = cupy.cuda.get_current_stream().ptr
         programs.bind_context(self._device)

@@ -21,7 +21,10 @@ def _driver(name: str):
     """The driver's ``cuTensorMap<name>``."""
     for library in ("libcuda.so.1", "nvcuda.dll"):
         try:
-            return getattr(ctypes.CDLL(library), f"cuTensorMap{name}")
+            function = getattr(ctypes.CDLL(library), f"cuTensorMap{name}")
+            if name == "ReplaceAddress":
+                function.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+            return function
         except (OSError, AttributeError):
             continue
     raise GpuError(f"the NVIDIA driver has no cuTensorMap{name}; salekit's Hopper kernels need driver 525 or newer")
@@ -59,13 +62,9 @@ class _Encoder:
 
     def encode(self, address: int, target: int) -> None:
         """Encode the map of the data at ``address`` into the host memory at ``target``, a multiple of 64."""
-        self._check(_driver("EncodeTiled")(ctypes.c_void_p(target), *self._head, ctypes.c_void_p(address), *self._tail))
+        self.check(_driver("EncodeTiled")(ctypes.c_void_p(target), *self._head, ctypes.c_void_p(address), *self._tail))
 
-    def move(self, address: int, target: int) -> None:
-        """Let the map at ``target`` be one of the data at ``address``."""
-        self._check(_driver("ReplaceAddress")(ctypes.c_void_p(target), ctypes.c_void_p(address)))
-
-    def _check(self, error: int) -> None:
+    def check(self, error: int) -> None:
         if error:
             raise GpuError(f"a tensor map for {self._text} failed with CUDA error {error}")
 
@@ -78,11 +77,16 @@ class _DeferredMap(programs.Deferred):
     def __init__(self, address: int, encoder: _Encoder):
         self.address = address
         self._encoder = encoder
-        self._is_encoded = False
+        self._replace = None
 
     def write(self, address: int, target: int) -> None:
-        (self._encoder.move if self._is_encoded else self._encoder.encode)(address, target)
-        self._is_encoded = True
+        if self._replace is None:
+            self._encoder.encode(address, target)
+            self._replace = _driver("ReplaceAddress")
+        else:
+            error = self._replace(target, address)
+            if error:
+                self._encoder.check(error)
 
 
 @lru_cache(maxsize=256)

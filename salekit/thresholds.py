@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def check_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
     """
     if type(thresholds) is float and thresholds >= 0:
         return thresholds
+    if type(thresholds) in (list, tuple) and set(map(type, thresholds)) == {float}:
+        return _check_list(tuple(thresholds), num_heads)
     from .arrays import _import_array, _place, is_cuda, place_name
 
     if isinstance(thresholds, Real) and not isinstance(thresholds, (bool, np.bool_)):
@@ -55,6 +58,15 @@ def check_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
     _check_shape(values.shape, num_heads)
     if not values.flags.c_contiguous:
         raise ArgumentError("thresholds: is not contiguous; wants a contiguous array on the GPU")
+    return values
+
+
+@lru_cache(maxsize=64)
+def _check_list(thresholds: tuple[float, ...], num_heads: int) -> np.ndarray:
+    """Host thresholds that come as a list, the same at most calls. Read-only."""
+    _check_shape((len(thresholds),), num_heads)
+    values = np.array(_check_values(np.array(thresholds)), np.float32)
+    values.flags.writeable = False
     return values
 
 

@@ -105,13 +105,13 @@ def use(device: int, stream: int, num_bytes: int, given: Any, launch: Callable[[
     elif given is not None:
         launch(given.data.ptr)
     elif is_capturing(stream):
-        from cupy.cuda import runtime
+        import cupy
 
-        address = runtime.mallocAsync(num_bytes, stream)
+        address = cupy.cuda.runtime.mallocAsync(num_bytes, stream)
         try:
             launch(address)
         finally:
-            runtime.freeAsync(address, stream)
+            cupy.cuda.runtime.freeAsync(address, stream)
     else:
         workspace = of_stream(device, stream)
         with workspace.lock:
@@ -122,9 +122,9 @@ def is_capturing(stream: int) -> bool:
     """Whether a stream is in capture mode. The null stream cannot be, and asking it may disturb another's capture."""
     if stream in _LEGACY_STREAMS:
         return False
-    from cupy.cuda import runtime
+    import cupy
 
-    return runtime.streamIsCapturing(stream)
+    return cupy.cuda.runtime.streamIsCapturing(stream)
 
 
 def allocate(num_bytes: int) -> Any:

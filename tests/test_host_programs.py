@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,8 +91,8 @@ def fake(monkeypatch):
         return 0
 
     def replace(target, address):
-        assert ctypes.string_at(target.value + 8, 8) == ctypes.string_at(target.value + 120, 8) != bytes(8)
-        ctypes.memmove(target.value, np.array([address.value], np.uint64).tobytes(), 8)
+        assert ctypes.string_at(target + 8, 8) == ctypes.string_at(target + 120, 8) != bytes(8)
+        ctypes.memmove(target, np.array([address], np.uint64).tobytes(), 8)
         return 0
 
     monkeypatch.setattr(tensor_map, "_driver", {"EncodeTiled": encode, "ReplaceAddress": replace}.get)
@@ -285,7 +286,7 @@ def test_use_of_given_memory():
 @pytest.mark.parametrize("estimator", ["int4", "int8", "int8-sp24"])
 @pytest.mark.parametrize("block", [(64, 32), (128, 32), (128, 128)])
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-def test_a_whole_call_is_recorded(fake, estimator, block, layout):
+def test_a_whole_call_is_recorded(fake, monkeypatch, estimator, block, layout):
     q, k, v = inputs()
     options = {"estimator": estimator, "block": block, "dense_below": 0}
     prepared = attention_plan.AttentionPlan(q, k, v, layout, options)
@@ -315,6 +316,9 @@ def test_a_whole_call_is_recorded(fake, estimator, block, layout):
     without = prepared._program((None, "scalar", False, False))
     words = np.prod(prepared.plan.words_shape) * 4
     assert 0 <= without.workspace_bytes - program.workspace_bytes <= words + 512
+    monkeypatch.setattr(cupy.cuda, "Device", lambda device: nullcontext())
+    for kind in ("scalar", "host", "device"):
+        assert prepared._program((None, kind, True, False)).workspace_bytes <= prepared.workspace_bytes
 
 
 def test_what_calls_with_other_thresholds_launch(fake):
