@@ -152,13 +152,15 @@ class AttentionPlan:
         stream = cupy.cuda.get_current_stream().ptr
         programs.bind_context(self._device)
 
+        is_captured = workspaces.is_capturing(stream)
+
         def launch(base: int) -> None:
             with self._lock:
                 program.link(base, *addresses)
-                pipeline.set_parameters(program, thresholds)
-                program.submit(self._gpu, stream)
+                program.write_values(thresholds)
+                program.submit(self._gpu, stream, is_captured)
 
-        workspaces.use(self._device, stream, program.workspace_bytes, workspace, launch)
+        workspaces.use(self._device, stream, is_captured, program.workspace_bytes, workspace, launch)
         return out, lse, mask
 
     def _program(self, key: tuple) -> programs.Program:

@@ -79,17 +79,6 @@ def store_thresholds(plan: Plan) -> Any:
     return thresholds
 
 
-def set_parameters(program: programs.Program, thresholds: Any) -> None:
-    """Write checked thresholds into a program that takes them from the host; nothing in another one."""
-    if isinstance(thresholds, float):
-        for parameter in program.parameters:
-            parameter[0] = thresholds
-    else:
-        for index, parameter in enumerate(program.parameters):
-            values = thresholds[index * _STORE_COUNT :][:_STORE_COUNT]
-            parameter[: values.size] = values
-
-
 def kernel_specs(plan: Plan) -> list[KernelSpec]:
     """The kernels that this module launches itself."""
     return [_VISIBLE_SPEC, _STORE_SPEC]

@@ -21,6 +21,9 @@ from typing import Any, Iterable, Sequence
 
 import numpy as np
 
+from .errors import GpuError
+from .graphs import LaunchGraph, stream_priority
+
 # Symbol addresses: in no GPU's address space, and NaN when read as a float64 or as the second of two float32, so that no
 # argument that is data looks like one.
 _TAG = 0x7FF5
@@ -30,6 +33,8 @@ _MAX_SYMBOLS = 1 << (_TAG_SHIFT - _SYMBOL_SHIFT)
 _MIDDLE = 1 << (_SYMBOL_SHIFT - 1)  # a symbol's address lies in the middle of its TiB: views may start before it
 _IMAGE_ALIGNMENT = 64  # of a CUtensorMap
 _WORKSPACE_ALIGNMENT = 512
+_MIN_GRAPH = 3  # operations from which on a graph is launched faster than they are
+_MAX_GRAPHS = 4  # of a program, one for each stream: launches of one graph wait for each other
 
 WORKSPACE = 0  # the port of every symbol that is not a port of its own
 
@@ -77,6 +82,25 @@ class _Symbol:
     last: int = -1
     port: int = WORKSPACE
     offset: int = 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel (the driver's handle), and the address of the addresses of its arguments."""
+
+    function: int
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    params: int
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Zeros for ``num_bytes`` at the address that a word of the image holds."""
+
+    word: int
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -214,112 +238,152 @@ def bind_context(device: int) -> None:
 
 
 class Gpu:
-    """The two driver calls that a program makes."""
+    """What a program asks of the driver."""
 
     def __init__(self) -> None:
         from cupy.cuda import driver, runtime
 
-        self.launchKernel, self.memsetAsync = driver.launchKernel, runtime.memsetAsync
+        self.launch, self.fill, self.replay = driver.launchKernel, runtime.memsetAsync, runtime.graphLaunch
+
+    def graph(self, program: "Program", stream: int) -> LaunchGraph | None:
+        """A graph of the program's operations for a stream; None where the driver has none, or the stream a priority,
+        which a graph would not have."""
+        try:
+            return LaunchGraph(program) if stream_priority(stream) == 0 else None
+        except GpuError:
+            return None
 
 
 class Program:
-    """A recorded call. Not for two threads at a time: link, set ``parameters``, submit under one lock.
+    """A recorded call. Not for two threads at a time: link, write values, submit under one lock.
 
     recorder: what was recorded. ports: arrays (symbols) whose addresses each run gets from outside, in this order; every
-    other symbol lies in the workspace. workspace_bytes: its size. parameters: a float32 view for each
-    :class:`Parameter`, in the order of their launches.
+    other symbol lies in the workspace.
+    workspace_bytes: its size. operations: the launches and fills. versions: for each of them, how often its arguments
+    changed. parameters: a float32 view for each :class:`Parameter`, in the order of their launches.
     """
 
     def __init__(self, recorder: Recorder, ports: Iterable[Any]):
         image = _Image()
         deferred: list[tuple[int, int, Deferred]] = []  # offset of the address, of the argument, the argument
-        parameters: list[tuple[int, int]] = []
+        parameters: list[tuple[int, int, int]] = []  # operation, offset, count
         offsets: list[list[int]] = []
         starts: list[int] = []
-        for operation in recorder.noted:
+        for index, noted in enumerate(recorder.noted):
             starts.append(image.size)
             offsets.append([])
-            for arg in operation.args:
+            for arg in noted.args:
                 is_deferred = isinstance(arg, Deferred)
                 offset = image.add(_argument_bytes(arg), _IMAGE_ALIGNMENT if is_deferred else 8)
                 offsets[-1].append(offset)
                 if is_deferred:
                     deferred.append((image.add(arg.address.to_bytes(8, "little")), offset, arg))
                 elif isinstance(arg, Parameter):
-                    parameters.append((offset, arg.count))
+                    parameters.append((index, offset, arg.count))
         self._image = image.build()
         self._words = memoryview(self._image).cast("Q")
         base = self._image.ctypes.data
-        places = {offset // 8: (base + target, arg) for offset, target, arg in deferred}
-        self._link_symbols(recorder, list(ports), starts, places)
-        self.parameters = tuple(self._image[at : at + 4 * count].view(np.float32) for at, count in parameters)
+        self.versions = [0] * len(starts)
+        self.parameters = tuple(self._image[at : at + 4 * count].view(np.float32) for _, at, count in parameters)
+        self._parameter_operations = tuple(operation for operation, _, _ in parameters)
+        self._values: Any = None
+        targets = {offset // 8: (base + target, arg) for offset, target, arg in deferred}
+        self._link_symbols(recorder, list(ports), starts, targets)
+        self._linked: list[int] = [0] * len(self._places)
+
         self._params = np.array([base + offset for each in offsets for offset in each], np.uint64)
-        self._owners = [operation.owner for operation in recorder.noted]
-        self._operations: list[
-            tuple
-        ] = []  # (shape of a launch, address of its parameters), (word of an address, bytes)
-        first_param = self._params.ctypes.data
-        for operation, arguments in zip(recorder.noted, offsets):
-            if operation.function is None:
-                self._operations.append((arguments[0] // 8, operation.num_bytes))
+        self._owners = [noted.owner for noted in recorder.noted]
+        self.operations: list[Launch | Fill] = []
+        params = self._params.ctypes.data
+        for noted, arguments in zip(recorder.noted, offsets):
+            if noted.function is None:
+                self.operations.append(Fill(arguments[0] // 8, noted.num_bytes))
             else:
-                shape = (operation.function, *operation.grid, *operation.block, operation.shared_bytes)
-                self._operations.append((shape, first_param))
-            first_param += 8 * len(arguments)
-        self._has_fills = any(operation.function is None for operation in recorder.noted)
-        self._linked: list[int] = [0] * self._num_ports
+                self.operations.append(Launch(noted.function, noted.grid, noted.block, noted.shared_bytes, params))
+            params += 8 * len(arguments)
+        self._has_fills = any(isinstance(operation, Fill) for operation in self.operations)
         self._calls: tuple[int | None, list[tuple]] = (None, [])
+        self._graphs: dict[int, LaunchGraph | None] = {}
 
     def _link_symbols(
         self, recorder: Recorder, ports: list[Any], starts: list[int], deferred: dict[int, tuple[int, Deferred]]
     ) -> None:
         """Find the symbols' addresses in the image and decide what each is to become."""
         where = np.flatnonzero(self._image.view(np.uint64) >> np.uint64(_TAG_SHIFT) == _TAG)
-        operation_of = np.searchsorted(np.array(starts, np.int64), where * 8, side="right") - 1
+        operations = (np.searchsorted(np.array(starts, np.int64), where * 8, side="right") - 1).tolist()
         addresses = [self._words[word] for word in where]
         symbols = [recorder.symbols[(address - _FIRST_SYMBOL) >> _SYMBOL_SHIFT] for address in addresses]
-        for operation, symbol in zip(operation_of.tolist(), symbols):
+        for operation, symbol in zip(operations, symbols):
             symbol.first = operation if symbol.first < 0 else symbol.first
             symbol.last = operation
         for port, array in enumerate(ports, start=WORKSPACE + 1):
             recorder.symbols[(array.data.ptr - _FIRST_SYMBOL) >> _SYMBOL_SHIFT].port = port
         self.workspace_bytes = _layout([x for x in recorder.symbols if x.port == WORKSPACE and x.first >= 0])
-        self._num_ports = WORKSPACE + 1 + len(ports)
-        self._places: list[list[tuple]] = [[] for _ in range(self._num_ports)]  # (word, addend, deferred or None)
-        for word, address, symbol in zip(where.tolist(), addresses, symbols):
+        # for each port: (word of the image, what to add to the port's address, operation, deferred argument or None)
+        self._places: list[list[tuple]] = [[] for _ in range(WORKSPACE + 1 + len(ports))]
+        for word, address, operation, symbol in zip(where.tolist(), addresses, operations, symbols):
             addend = address - symbol.address + symbol.offset
-            self._places[symbol.port].append((word, addend, deferred.get(word)))
+            self._places[symbol.port].append((word, addend, operation, deferred.get(word)))
 
     def link(self, *addresses: int) -> None:
         """Write the workspace's address and those of the ports into the image."""
-        words = self._words
+        words, versions = self._words, self.versions
         for port, address in enumerate(addresses):
             if address == self._linked[port]:
                 continue
             self._linked[port] = 0  # until all of it is written
             if self._has_fills:
                 self._calls = (None, [])  # they hold addresses
-            for word, addend, deferred in self._places[port]:
+            for word, addend, operation, deferred in self._places[port]:
                 words[word] = address + addend
+                versions[operation] += 1
                 if deferred is not None:
                     target, argument = deferred
                     argument.write(address + addend, target)
             self._linked[port] = address
 
-    def submit(self, gpu: Any, stream: int) -> None:
-        """Launch it all on a stream (a ``cudaStream_t``) of the current device."""
+    def write_values(self, values: float | np.ndarray) -> None:
+        """Write the parameters: each of them a float, or an array from the first to the last. An array that is passed
+        again must hold what it held."""
+        if values is self._values or not self.parameters or (isinstance(values, float) and values == self._values):
+            return
+        is_array = isinstance(values, np.ndarray)
+        start = 0
+        for parameter, operation in zip(self.parameters, self._parameter_operations):
+            part = values[start : start + parameter.size] if is_array else values
+            parameter[: part.size if is_array else None] = part
+            start += parameter.size
+            self.versions[operation] += 1
+        self._values = values
+
+    def address(self, fill: "Fill") -> int:
+        return self._words[fill.word]
+
+    def submit(self, gpu: Any, stream: int, is_captured: bool = False) -> None:
+        """Launch it all on a stream (a ``cudaStream_t``) of the current device: as a graph of its own, where that pays.
+
+        is_captured: whether the stream is in capture mode, which wants the launches themselves.
+        """
+        if not is_captured and len(self.operations) >= _MIN_GRAPH:
+            graph = self._graphs.get(stream)
+            if graph is None and stream not in self._graphs and len(self._graphs) < _MAX_GRAPHS:
+                graph = self._graphs[stream] = gpu.graph(self, stream)
+            if graph is not None:
+                if graph.versions != self.versions:
+                    graph.update(self)
+                gpu.replay(graph.executable, stream)
+                return
         if stream != self._calls[0]:
             self._calls = (stream, self._calls_on(gpu, stream))
         for function, arguments in self._calls[1]:
             function(*arguments)
 
     def _calls_on(self, gpu: Any, stream: int) -> list[tuple]:
-        launch, fill = gpu.launchKernel, gpu.memsetAsync
         return [
-            (launch, (*what, stream, how, 0))
-            if isinstance(what, tuple)
-            else (fill, (self._words[what], 0, how, stream))
-            for what, how in self._operations
+            (gpu.fill, (self.address(x), 0, x.num_bytes, stream))
+            if isinstance(x, Fill)
+            else (gpu.launch, (x.function, *x.grid, *x.block, x.shared_bytes, stream, x.params, 0))
+            for x in self.operations
         ]
 
 

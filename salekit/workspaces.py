@@ -95,16 +95,16 @@ def of_stream(device: int, stream: int) -> Workspace:
     return _workspaces.get(key) or _workspaces.add(key, Workspace())
 
 
-def use(device: int, stream: int, num_bytes: int, given: Any, launch: Callable[[int], None]) -> None:
+def use(device: int, stream: int, is_captured: bool, num_bytes: int, given: Any, launch: Callable[[int], None]) -> None:
     """``launch(address of num_bytes)``, for launches on ``stream``, the current one of the current ``device``.
 
-    given: a CuPy array to use, or None. A stream in capture mode: memory that the graph owns.
+    given: a CuPy array to use, or None. is_captured: the stream is in capture mode; the graph shall own the memory.
     """
     if num_bytes == 0:
         launch(0)
     elif given is not None:
         launch(given.data.ptr)
-    elif is_capturing(stream):
+    elif is_captured:
         import cupy
 
         address = cupy.cuda.runtime.mallocAsync(num_bytes, stream)

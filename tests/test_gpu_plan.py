@@ -152,6 +152,43 @@ def test_dense_and_its_mask():
                 ).all()
 
 
+def test_calls_with_other_arguments_never_wait():
+    """Updates of a graph in flight must not wait for it, nor change what is queued."""
+    arrays = [make(700, seed=seed) for seed in range(3)]
+    taus = (0.1, 0.2, 0.4)
+    want = [by_stages(*x, thresholds=tau)[0] for x in arrays for tau in taus]
+    spin = cp.RawKernel(
+        'extern "C" __global__ void spin(long long n) { long long t = clock64(); while (clock64() - t < n) {} }', "spin"
+    )
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        outs = [cp.empty_like(arrays[0][0]) for _ in range(27)]
+        for _ in range(2):
+            salekit.sparse_attention(*arrays[0], out=outs[0], **SPARSE)
+        spin((1,), (1,), (np.int64(1000),))
+        stream.synchronize()
+        spin((1,), (1,), (np.int64(1_000_000_000),))
+        busy = cp.cuda.Event(disable_timing=True)
+        busy.record()
+        for index, out in enumerate(outs):
+            which, tau = index % 9 // 3, taus[index % 3]
+            salekit.sparse_attention(*arrays[which], thresholds=tau, dense_below=0, out=out)
+        assert not busy.done, "a call waited for the GPU"
+        stream.synchronize()
+    assert [bits(out) for out in outs] == want * 3
+
+
+def test_streams_with_a_priority():
+    arrays = make(700)
+    want = by_stages(*arrays)[0]
+    stream = cp.cuda.Stream(non_blocking=True, priority=-1)
+    cp.cuda.Device().synchronize()
+    for _ in range(3):
+        out = salekit.sparse_attention(*arrays, stream=stream, **SPARSE)
+        stream.synchronize()
+        assert bits(out) == want
+
+
 # --- results are the caller's ------------------------------------------------------------------------------------
 def test_results_are_not_workspace():
     first, second = make(seed=1), make(seed=2)

@@ -34,20 +34,28 @@ class FakeGpu:
 
     handles = itertools.count(1)
     functions: dict = {}
+    make_graph = None
 
     def __init__(self):
         self.calls = []
 
-    def launchKernel(self, function, gx, gy, gz, bx, by, bz, shared_bytes, stream, params, extra):  # noqa: N802
+    def launch(self, function, gx, gy, gz, bx, by, bz, shared_bytes, stream, params, extra):
         name, sizes = self.functions[function]
         pointers = (ctypes.c_uint64 * len(sizes)).from_address(params)
         args = tuple(ctypes.string_at(pointer, size) for pointer, size in zip(pointers, sizes))
         assert stream == STREAM and extra == 0
         self.calls.append((name, (gx, gy, gz), (bx, by, bz), shared_bytes, args))
 
-    def memsetAsync(self, address, value, num_bytes, stream):  # noqa: N802
+    def fill(self, address, value, num_bytes, stream):
         assert stream == STREAM
         self.calls.append(("memset", address, value, num_bytes))
+
+    def graph(self, program, stream):
+        return self.make_graph and self.make_graph(program)
+
+    def replay(self, executable, stream):
+        assert stream == STREAM
+        self.calls += executable
 
     def take(self):
         calls, self.calls = self.calls, []
@@ -161,13 +169,74 @@ def test_parameters_and_fills():
     program = Program(recorder, [])
     for value in (0.25, np.inf):
         program.link(WORKSPACE)
-        program.parameters[0][0] = value
-        program.parameters[1][:] = (value, 2, 3)
+        program.write_values(np.array([value, value, 2, 3], np.float32))
         program.submit(gpu, STREAM)
         fill, (_, _, _, _, args) = gpu.take()
         assert fill == ("memset", WORKSPACE, 0, 24)
         assert args[0] == np.float32(value).tobytes() and pointer(args[1]) == WORKSPACE
         assert args[2] == np.array([value, 2, 3], np.float32).tobytes()
+
+
+def test_a_graph_follows_the_arguments():
+    class Graph:
+        """Holds the bytes of the arguments at each operation's last update."""
+
+        def __init__(self, program):
+            self.versions, self.updates = list(program.versions), []
+            self.executable = self.launches(program)
+
+        def launches(self, program):
+            gpu = FakeGpu()
+            for function, arguments in program._calls_on(gpu, STREAM):
+                function(*arguments)
+            return gpu.calls
+
+        def update(self, program):
+            launches = self.launches(program)
+            for index, version in enumerate(program.versions):
+                if self.versions[index] != version:
+                    self.executable[index], self.versions[index] = launches[index], version
+                    self.updates.append(index)
+
+    gpu = FakeGpu()
+    gpu.make_graph = Graph
+    with Recorder(0) as recorder:
+        x, y = recorder.array((8,), FP16), recorder.array((8,), FP16)
+        counters = arrays.zeros((6,), np.int32)
+        note("first", (x, counters))
+        note("second", (x, y, programs.ScalarParameter()))
+        note("third", (counters, y))
+    program = Program(recorder, [x, y])
+    for base, other, value, updates in (
+        (WORKSPACE, Q, 0.5, []),
+        (WORKSPACE, Q, 0.5, []),
+        (WORKSPACE, K, 0.5, [1, 2]),
+        (WORKSPACE, K, 0.25, [2]),
+        (WORKSPACE + 512, K, 0.25, [0, 1, 3]),
+        (WORKSPACE, Q, 0.5, [0, 1, 2, 3]),
+    ):
+        program.link(base, other, V)
+        program.write_values(value)
+        program.submit(gpu, STREAM)
+        replayed = gpu.take()
+        graph = program._graphs[STREAM]
+        assert graph.updates == updates
+        graph.updates = []
+        program.submit(gpu, STREAM, is_captured=True)  # the launches themselves
+        assert (
+            gpu.take()
+            == replayed
+            == [
+                ("memset", base, 0, 24),
+                ("first", (1, 1, 1), (32, 1, 1), 0, (as_bytes(other), as_bytes(base))),
+                ("second", (1, 1, 1), (32, 1, 1), 0, (as_bytes(other), as_bytes(V), np.float32(value).tobytes())),
+                ("third", (1, 1, 1), (32, 1, 1), 0, (as_bytes(base), as_bytes(V))),
+            ]
+        )
+
+
+def as_bytes(address):
+    return address.to_bytes(8, "little")
 
 
 def test_workspace_is_shared_by_what_is_not_in_use_together():
@@ -277,9 +346,10 @@ def test_workspace_of_a_stream():
 
 def test_use_of_given_memory():
     used = []
-    workspaces.use(0, STREAM, 0, None, used.append)
-    workspaces.use(0, STREAM, 100, gpu_array(WORKSPACE, (100,)), used.append)
-    assert used == [0, WORKSPACE] and len(workspaces._workspaces) == 0
+    for is_captured in (False, True):
+        workspaces.use(0, STREAM, is_captured, 0, None, used.append)
+        workspaces.use(0, STREAM, is_captured, 100, gpu_array(WORKSPACE, (100,)), used.append)
+    assert used == [0, WORKSPACE] * 2 and len(workspaces._workspaces) == 0
 
 
 # --- plans -------------------------------------------------------------------------------------------------------
@@ -294,7 +364,7 @@ def test_a_whole_call_is_recorded(fake, monkeypatch, estimator, block, layout):
     addresses = (Q, K, V, OUT, LSE, WORDS)
     for base in (0, 4096):
         program.link(WORKSPACE + base, *(x + base for x in addresses))
-        pipeline.set_parameters(program, 0.125 + base)
+        program.write_values(0.125 + base)
         program.submit(fake, STREAM)
         calls = fake.take()
         names = [name.split("<")[0] for name, *_ in calls]
@@ -328,7 +398,7 @@ def test_what_calls_with_other_thresholds_launch(fake):
 
     program = prepared._program((None, "host", False, False))
     program.link(WORKSPACE, Q, K, V, OUT)
-    pipeline.set_parameters(program, taus)
+    program.write_values(taus)
     program.submit(fake, STREAM)
     stores = [args for name, _, _, _, args in fake.take() if name.startswith("store_floats")]
     start = pointer(stores[0][0])
