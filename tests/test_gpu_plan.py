@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import salekit
-from salekit import attention_plan, workspaces
+from salekit import arrays as arrays_module
+from salekit import attention_plan, programs, workspaces
 from salekit.errors import ArgumentError
 
 pytestmark = pytest.mark.gpu
@@ -187,6 +188,32 @@ def test_streams_with_a_priority():
         out = salekit.sparse_attention(*arrays, stream=stream, **SPARSE)
         stream.synchronize()
         assert bits(out) == want
+
+
+def test_fills_and_short_programs():
+    """zeros() is filled again at each run, launched as a graph or by itself, and follows the workspace."""
+    add = cp.RawKernel('extern "C" __global__ void add(int* x, int* y) { y[threadIdx.x] += x[threadIdx.x]; }', "add")
+    x, y = (cp.asarray(np.arange(256, dtype=np.int32) * factor) for factor in (1, 3))
+    out = cp.empty_like(x)
+    spaces = [cp.asarray(np.full(4096, 0x7F, np.uint8)) for _ in range(2)]
+    stream, gpu = cp.cuda.Stream(non_blocking=True), programs.Gpu()
+    cp.cuda.Device().synchronize()
+    for repeats in (1, 5):
+        with programs.Recorder(0) as recorder:
+            source, target = (recorder.array((256,), np.int32) for _ in range(2))
+            counters = arrays_module.zeros((256,), np.int32)
+            for _ in range(repeats):
+                recorder.launch(add.kernel, (1,), (256,), 0, (source, counters))
+            recorder.launch(add.kernel, (1,), (256,), 0, (counters, target))
+        program = programs.Program(recorder, [source, target])
+        for turn in range(12):
+            given = (x, y)[turn % 2]
+            out.data.memset_async(0, out.nbytes, stream)
+            program.link(spaces[turn // 2 % 2].data.ptr, given.data.ptr, out.data.ptr)
+            program.submit(gpu, stream.ptr)
+            stream.synchronize()
+            assert (out.get() == repeats * given.get()).all()
+        assert program._graphs[stream.ptr] is not None
 
 
 # --- results are the caller's ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import threading
 from contextlib import nullcontext
@@ -14,8 +15,8 @@ import pytest
 cupy = pytest.importorskip("cupy")
 
 import salekit  # noqa: E402
-from salekit import arrays, attention_plan, jit, pipeline, programs, tensor_map, workspaces  # noqa: E402
-from salekit.errors import ArgumentError  # noqa: E402
+from salekit import arrays, attention_plan, graphs, jit, pipeline, programs, tensor_map, workspaces  # noqa: E402
+from salekit.errors import ArgumentError, GpuError  # noqa: E402
 from salekit.programs import Parameter, Program, Recorder  # noqa: E402
 
 FP16 = np.dtype(np.float16)
@@ -233,6 +234,82 @@ def test_a_graph_follows_the_arguments():
                 ("third", (1, 1, 1), (32, 1, 1), 0, (as_bytes(base), as_bytes(V))),
             ]
         )
+
+
+class FakeDriver:
+    """The driver's functions that build and update graphs; handles are small numbers."""
+
+    def __init__(self, error_in=None):
+        self.log, self.handles, self.error_in = [], itertools.count(100), error_in
+
+    def __call__(self, name):
+        def function(*args):
+            handle = next(self.handles)
+            if name in ("cuGraphCreate", "cuCtxGetCurrent", "cuGraphInstantiateWithFlags") or "Add" in name:
+                args[0]._obj.value = handle
+            self.log.append((name, handle, args))
+            return 700 if name == self.error_in else 0
+
+        return function
+
+    def take(self, part):
+        found = [(name, handle, args) for name, handle, args in self.log if part in name]
+        self.log = []
+        return found
+
+
+def small_program():
+    with Recorder(0) as recorder:
+        x = recorder.array((8,), FP16)
+        counters = arrays.zeros((6,), np.int32)
+        note("first", (x, counters), (2, 3), (64,), 77)
+        note("second", (counters, np.int32(5)))
+    program = Program(recorder, [x])
+    program.link(WORKSPACE, Q)
+    return program
+
+
+def test_launch_graph(monkeypatch):
+    driver = FakeDriver()
+    monkeypatch.setattr(graphs, "_function", driver)
+    program = small_program()
+    graph = graphs.LaunchGraph(program)
+    added = driver.take("Add")
+    assert [name for name, _, _ in added] == ["cuGraphAddMemsetNode", *["cuGraphAddKernelNode_v2"] * 2]
+    nodes = [handle for _, handle, _ in added]
+    assert added[0][2][2] is None and [args[2]._obj.value for _, _, args in added[1:]] == nodes[:2]
+    memset, first = added[0][2][4]._obj, added[1][2][4]._obj
+    assert (memset.address, memset.value, memset.element_bytes, memset.width, memset.height) == (WORKSPACE, 0, 1, 24, 1)
+    assert (list(first.grid), list(first.block), first.shared_bytes) == ([2, 3, 1], [64, 1, 1], 77)
+    assert (first.function, first.params) == (program.operations[1].function, program.operations[1].params)
+
+    program.link(WORKSPACE, K)
+    graph.update(program)
+    ((name, _, args),) = driver.take("Set")
+    assert name == "cuGraphExecKernelNodeSetParams_v2" and args[:2] == (graph.executable, nodes[1])
+    program.link(WORKSPACE + 512, K)
+    graph.update(program)
+    updates = driver.take("Set")
+    assert [args[1] for _, _, args in updates] == nodes and len(updates[0][2]) == 4
+    assert graph._updates[0][1].address == WORKSPACE + 512
+    graph.update(program)
+    assert driver.take("Set") == [] and graph.versions == program.versions
+    del graph
+    gc.collect()
+    assert len(driver.take("Destroy")) == 2
+
+
+@pytest.mark.parametrize("function", ["cuGraphCreate", "cuGraphAddKernelNode_v2", "cuGraphInstantiateWithFlags"])
+def test_without_graphs_kernels_are_launched(function, monkeypatch):
+    monkeypatch.setattr(graphs, "_function", FakeDriver(function))
+    with pytest.raises(GpuError, match=f"{function} failed with CUDA error 700"):
+        graphs.LaunchGraph(small_program())
+    assert programs.Gpu.graph(None, small_program(), STREAM) is None
+    gpu = FakeGpu()
+    program = small_program()
+    for _ in range(2):
+        program.submit(gpu, STREAM)
+        assert [name for name, *_ in gpu.take()] == ["memset", "first", "second"]
 
 
 def as_bytes(address):
