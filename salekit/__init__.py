@@ -17,7 +17,8 @@ from . import errors  # noqa: E402
 from .anchors import anchor_statistics, row_limits  # noqa: E402
 from .arrays import make_plan  # noqa: E402
 from .attend import attend  # noqa: E402
-from .attention import dense_attention, sparse_attention  # noqa: E402
+from .attention import dense_attention, plan, sparse_attention  # noqa: E402
+from .attention_plan import AttentionPlan  # noqa: E402
 from .block_mask import BlockMask  # noqa: E402
 from .data_files import load_qkv, load_sample  # noqa: E402
 from .errors import (  # noqa: E402
@@ -32,9 +33,11 @@ from .estimate import estimate  # noqa: E402
 from .plans import Plan  # noqa: E402
 from .quantize import quantize  # noqa: E402
 from .thresholds import load_thresholds  # noqa: E402
+from .workspaces import clear_workspaces  # noqa: E402
 
 __all__ = [
-    "ArgumentError", "BlockMask", "CompileError", "DtypeError", "FileFormatError", "GpuError", "Plan", "SalekitError",
-    "__version__", "anchor_statistics", "attend", "dense_attention", "errors", "estimate", "load_qkv", "load_sample",
-    "load_thresholds", "make_plan", "quantize", "row_limits", "sparse_attention",
+    "ArgumentError", "AttentionPlan", "BlockMask", "CompileError", "DtypeError", "FileFormatError", "GpuError", "Plan",
+    "SalekitError", "__version__", "anchor_statistics", "attend", "clear_workspaces", "dense_attention", "errors",
+    "estimate", "load_qkv", "load_sample", "load_thresholds", "make_plan", "plan", "quantize", "row_limits",
+    "sparse_attention",
 ]

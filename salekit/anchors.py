@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, jit, reference
+from . import arrays, jit, programs, reference
 from .codes import Quantized
 from .plans import CODE_TILE_ROWS, Plan
 
@@ -23,8 +23,7 @@ def anchor_statistics(q: Any, k: Any, k_mean: Any, plan: Plan) -> tuple[Any, Any
     """
     if not arrays.is_cuda(q):
         return reference.anchor_statistics(q, k, k_mean, plan)
-    empty = arrays.import_cupy().empty
-    m, l = (empty((plan.batch, plan.num_heads, plan.seqlen_q), np.float32) for _ in range(2))
+    m, l = (arrays.empty((plan.batch, plan.num_heads, plan.seqlen_q), np.float32) for _ in range(2))
     jit.get_kernel(_anchor_spec(plan))(
         (plan.num_q_tiles, plan.num_heads, plan.batch),
         (_THREADS,),
@@ -47,7 +46,7 @@ def row_limits(m: Any, l: Any, quantized: Quantized, thresholds: Any, plan: Plan
             return y
         k_scale = np.repeat(quantized.k_scale, plan.group_size, axis=1)[:, :, None]
         return reference.integer_thresholds(y, quantized.q_scale, k_scale, plan)
-    limits = arrays.import_cupy().empty(
+    limits = arrays.empty(
         (plan.batch, plan.num_heads, plan.num_positions), np.float32 if is_int4 else np.int32
     )
     on_device = not isinstance(thresholds, float)
@@ -60,7 +59,7 @@ def row_limits(m: Any, l: Any, quantized: Quantized, thresholds: Any, plan: Plan
             quantized.q_scale,
             quantized.k_scale,
             thresholds if on_device else _NULL,
-            np.float32(0 if on_device else thresholds),
+            programs.float32(0.0 if on_device else thresholds),
             limits,
             plan.shape_record,
             plan.q_row_map,

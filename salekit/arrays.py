@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-import sys
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Iterator
@@ -17,9 +16,11 @@ from typing import Any, Iterator
 import ml_dtypes
 import numpy as np
 
+from . import programs
 from .errors import ArgumentError, DtypeError, GpuError
 from .plans import (
     BLOCKS,
+    DENSE_BELOW,
     ESTIMATORS,
     HEAD_DIMS,
     QUERY_STRIDES,
@@ -34,6 +35,7 @@ LAYOUTS = {"bshd": (0, 1, 2, 3), "bhsd": (0, 2, 1, 3)}  # the transpose that mak
 MAX_SEQLEN = 2**30  # positions, and sums of two of them, are int32 in the kernels
 MAX_GRID = 65535  # batch and heads are the y and z of a CUDA grid
 ALIGNMENT = 16  # bytes a kernel's widest load takes
+WORKSPACE_ALIGNMENT = 256  # what every allocator of GPU memory gives at least
 
 # The TensorView struct of cuda_src/tile/tensor_view.cuh; strides count elements.
 TENSOR_VIEW = np.dtype([("pointer", "<u8"), ("stride_batch", "<i8"), ("stride_row", "<i8"), ("stride_head", "<i8")])
@@ -68,8 +70,26 @@ def is_cuda(array: Any) -> bool:
     return not isinstance(array, np.ndarray)
 
 
+def empty(shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
+    """GPU memory for a stage, undefined. Stages allocate here or with :func:`zeros` alone (see ``programs``)."""
+    recorder = programs.active()
+    return recorder.array(shape, dtype) if recorder else import_cupy().empty(shape, dtype)
+
+
+def zeros(shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
+    """GPU memory for a stage, filled with zeros on the current stream at each call."""
+    recorder = programs.active()
+    return recorder.zeros(shape, dtype) if recorder else import_cupy().zeros(shape, dtype)
+
+
+def in_layout(array: Any, layout: str) -> Any:
+    """A bshd view of an array in ``layout``, and the other way round."""
+    return array.transpose(LAYOUTS[layout])
+
+
 def tensor_view(array: Any) -> np.ndarray:
     """A size-1 ``TENSOR_VIEW`` record of a CuPy bshd view, to pass to a kernel by value."""
+    programs.check_symbol(array)
     item = array.dtype.itemsize
     batch, row, head = (stride // item for stride in array.strides[:3])
     return np.array([(array.data.ptr, batch, row, head)], dtype=TENSOR_VIEW)
@@ -80,9 +100,8 @@ def _place(name: str, x: Any) -> int | None:
     """CUDA device of ``x``, or None when it is in host memory. DtypeError when it is no array at all."""
     if isinstance(x, np.ndarray):
         return None
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(x, cupy.ndarray):
-        return x.device.id
+    if programs.is_gpu_array(x):
+        return x.data.device_id
     if hasattr(x, "__dlpack_device__"):
         kind, device = (int(part) for part in x.__dlpack_device__())
         if kind in _DLPACK_HOST:
@@ -100,7 +119,7 @@ def _place(name: str, x: Any) -> int | None:
     )
 
 
-def _place_name(device: int | None) -> str:
+def place_name(device: int | None) -> str:
     return "host memory" if device is None else f"cuda:{device}"
 
 
@@ -114,10 +133,7 @@ class _Interface:
 
 def _import_array(name: str, x: Any, device: int | None) -> Any:
     """``x`` as a NumPy or CuPy array that shares its memory."""
-    if isinstance(x, np.ndarray):
-        return x
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(x, cupy.ndarray):
+    if isinstance(x, np.ndarray) or programs.is_gpu_array(x):
         return x
     try:
         if device is None:
@@ -137,6 +153,22 @@ def _import_array(name: str, x: Any, device: int | None) -> Any:
     except Exception as error:  # whatever the producer raises, the caller needs the argument's name
         hint = "; NumPy's DLPack has no bfloat16: pass an array of ml_dtypes.bfloat16" if device is None else ""
         raise DtypeError(f"{name}: cannot import {type(x).__name__} without a copy: {error}{hint}") from error
+
+
+def import_array(name: str, x: Any, device: int | None) -> Any:
+    """``x`` as a NumPy or CuPy array that shares its memory; ArgumentError when it is not on ``device``."""
+    place = _place(name, x)
+    if place != device:
+        raise ArgumentError(f"{name}: is on {place_name(place)}; wants {place_name(device)}, where q is")
+    return _import_array(name, x, device)
+
+
+def on_device(device: int, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    """These arguments as CuPy arrays of one device that share their memory."""
+    array = import_cupy().ndarray
+    if type(q) is type(k) is type(v) is array and q.data.device_id == k.data.device_id == v.data.device_id == device:
+        return q, k, v
+    return tuple(import_array(name, x, device) for name, x in (("q", q), ("k", k), ("v", v)))
 
 
 class _StreamHandle:
@@ -171,35 +203,37 @@ def _as_stream(stream: Any, device: int) -> Any:
     raise ArgumentError(f"stream: got {stream!r}; wants a cudaStream_t as int, a CuPy stream, or None (current)")
 
 
-@contextmanager
-def on_stream(q: Any, stream: Any) -> Iterator[None]:
-    """Make q's device and ``stream`` current; nothing for arrays in host memory, which take no stream."""
+def on_stream(q: Any, stream: Any) -> AbstractContextManager[int | None]:
+    """Makes q's device and ``stream`` current and gives the device; None for host memory, which takes no stream."""
     device = _place("q", q)
     if device is None:
         if stream is not None:
             raise ArgumentError("stream: q is in host memory, where there is no stream; wants None")
-        yield
-        return
+        return nullcontext(None)
+    if stream is None and import_cupy().cuda.runtime.getDevice() == device:
+        return nullcontext(device)
+    return _switch(device, stream)
+
+
+@contextmanager
+def _switch(device: int, stream: Any) -> Iterator[int]:
     with import_cupy().cuda.Device(device):
         if stream is None:
-            yield
+            yield device
         else:
             with _as_stream(stream, device):
-                yield
+                yield device
 
 
 # --- tensors -------------------------------------------------------------------------------------------------------
 def _check_tensor(name: str, x: Any, device: int | None, layout: str) -> Any:
     """``x`` as a checked bshd view."""
-    place = _place(name, x)
-    if place != device:
-        raise ArgumentError(f"{name}: is on {_place_name(place)}; wants {_place_name(device)}, where q is")
-    array = _import_array(name, x, place)
+    array = import_array(name, x, device)
     if array.ndim != 4:
         raise ArgumentError(f"{name}: got {array.ndim} axes, shape {array.shape}; wants 4 axes, layout {layout!r}")
     if array.dtype not in DTYPE_NAMES:
         raise DtypeError(f"{name}: got dtype {array.dtype}; wants float16 or bfloat16 (ml_dtypes.bfloat16)")
-    return array.transpose(LAYOUTS[layout])
+    return in_layout(array, layout)
 
 
 def _check_strides(name: str, array: Any, is_output: bool = False) -> None:
@@ -306,7 +340,7 @@ def _check_block(block: Any) -> tuple[int, int]:
     return pair
 
 
-def _plan(
+def plan_of_views(
     q: Any,
     k: Any,
     *,
@@ -319,7 +353,7 @@ def _plan(
     full_rows: int = 1024,
     sink: int = 32,
     local: int = 128,
-    dense_below: int = 1024,
+    dense_below: int = DENSE_BELOW,
 ) -> Plan:
     """The Plan of checked bshd views."""
     _check_choice("estimator", estimator, ("auto", *ESTIMATORS))
@@ -336,9 +370,19 @@ def _plan(
         arch = device_arch()
     batch, seqlen_q, num_heads, head_dim = q.shape
     return Plan(
-        batch=batch, seqlen_q=seqlen_q, seqlen_k=k.shape[1], num_heads=num_heads, num_kv_heads=k.shape[2],
-        head_dim=head_dim, dtype=DTYPE_NAMES[q.dtype], estimator=resolve_estimator(estimator, arch), attend=attend,
-        block_q=block_q, block_k=block_k, query_stride=stride, arch=arch,
+        batch=batch,
+        seqlen_q=seqlen_q,
+        seqlen_k=k.shape[1],
+        num_heads=num_heads,
+        num_kv_heads=k.shape[2],
+        head_dim=head_dim,
+        dtype=DTYPE_NAMES[q.dtype],
+        estimator=resolve_estimator(estimator, arch),
+        attend=attend,
+        block_q=block_q,
+        block_k=block_k,
+        query_stride=stride,
+        arch=arch,
         causal=_check_flag("causal", causal),
         softmax_scale=_check_scale(softmax_scale, q.shape[3]),
         full_rows=_check_count("full_rows", full_rows),
@@ -357,11 +401,11 @@ def make_plan(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -
     """
     with on_stream(q, None):
         q, k, v = as_arrays(q, k, v, layout)
-        return _plan(q, k, **options)
+        return plan_of_views(q, k, **options)
 
 
-def _check_out(out: Any, q: Any, layout: str) -> Any:
-    """``out`` as a bshd view like q."""
+def check_out(out: Any, q: Any, layout: str) -> Any:
+    """``out``, in ``layout``, as a bshd view like q, which is one."""
     view = _check_tensor("out", out, q.device.id if is_cuda(q) else None, layout)
     order = LAYOUTS[layout]
     if view.shape != q.shape:
@@ -375,42 +419,62 @@ def _check_out(out: Any, q: Any, layout: str) -> Any:
     return view
 
 
+def check_workspace(workspace: Any, device: int, num_bytes: int) -> Any:
+    """``workspace`` as a CuPy array of at least ``num_bytes`` contiguous, aligned bytes."""
+    array = import_array("workspace", workspace, device)
+    if not array.flags.c_contiguous:
+        raise ArgumentError("workspace: is not contiguous; wants contiguous memory")
+    if array.nbytes < num_bytes:
+        raise ArgumentError(f"workspace: got {array.nbytes} bytes; wants at least {num_bytes}")
+    if array.nbytes and array.data.ptr % WORKSPACE_ALIGNMENT:
+        past = array.data.ptr % WORKSPACE_ALIGNMENT
+        raise ArgumentError(
+            f"workspace: got an address {past} past a multiple of {WORKSPACE_ALIGNMENT}; wants an aligned one"
+        )
+    return array
+
+
 def check_call(q: Any, k: Any, v: Any, *, layout: str, out: Any, thresholds: Any = 0.0, **options: Any) -> Call:
     """Check a whole call inside ``on_stream`` and allocate its output when none is given."""
     from .thresholds import as_thresholds
 
     q, k, v = as_arrays(q, k, v, layout)
-    plan = _plan(q, k, **options)
+    plan = plan_of_views(q, k, **options)
     thresholds = as_thresholds(thresholds, plan.num_heads, q)
     order = LAYOUTS[layout]
     if out is None:
-        empty = import_cupy().empty if is_cuda(q) else np.empty
-        result = empty(tuple(q.shape[axis] for axis in order), q.dtype)
-        view = result.transpose(order)
+        allocate = import_cupy().empty if is_cuda(q) else np.empty
+        result = allocate(tuple(q.shape[axis] for axis in order), q.dtype)
+        view = in_layout(result, layout)
     else:
-        result, view = out, _check_out(out, q, layout)
+        result, view = out, check_out(out, q, layout)
     return Call(plan=plan, q=q, k=k, v=v, out=view, result=result, thresholds=thresholds)
 
 
-def empty_attention(call: Call) -> tuple[Any, Any]:
-    """(out, lse) of a call without a query row or without a key: zeros and minus infinity."""
-    plan = call.plan
+def empty_attention(out: Any, plan: Plan) -> Any:
+    """The lse of a call without a query row or without a key, minus infinity; ``out``, a bshd view, is zeroed."""
     lse = np.full((plan.batch, plan.num_heads, plan.seqlen_q), -np.inf, np.float32)
-    if not is_cuda(call.q):
-        call.out[...] = 0
-        return call.out, lse
+    if not is_cuda(out):
+        out[...] = 0
+        return lse
     cupy = import_cupy()
-    if call.out.size:
+    if out.size:
         # Row by row copies, because CuPy's own fill of a strided view is a kernel that needs the CUDA headers.
-        zeros = cupy.zeros((plan.seqlen_q, plan.head_dim), call.out.dtype)
-        width = plan.head_dim * call.out.dtype.itemsize
+        zero_rows = cupy.zeros((plan.seqlen_q, plan.head_dim), out.dtype)
+        width = plan.head_dim * out.dtype.itemsize
         runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream().ptr
         for batch in range(plan.batch):
             for head in range(plan.num_heads):
-                rows = call.out[batch, :, head]
+                rows = out[batch, :, head]
                 pitch = rows.strides[0] if plan.seqlen_q > 1 else width
                 runtime.memcpy2DAsync(
-                    rows.data.ptr, pitch, zeros.data.ptr, width, width, plan.seqlen_q,
-                    runtime.memcpyDeviceToDevice, stream,
+                    rows.data.ptr,
+                    pitch,
+                    zero_rows.data.ptr,
+                    width,
+                    width,
+                    plan.seqlen_q,
+                    runtime.memcpyDeviceToDevice,
+                    stream,
                 )
-    return call.out, cupy.asarray(lse)
+    return cupy.asarray(lse)

@@ -37,10 +37,9 @@ def attend(
             out[...] = result
             result = out
         return result, lse if return_lse else None
-    cupy = arrays.import_cupy()
     if out is None:
-        out = cupy.empty(q.shape, q.dtype)
-    lse = cupy.empty((plan.batch, plan.num_heads, plan.seqlen_q), np.float32) if return_lse else None
+        out = arrays.empty(q.shape, q.dtype)
+    lse = arrays.empty((plan.batch, plan.num_heads, plan.seqlen_q), np.float32) if return_lse else None
     if out.size:
         if (plan.arch or jit.device_arch()) == "sm_90a" and all(tensor_map.can_encode(x) for x in (q, k, v)):
             _launch_sm90(q, k, v, mask, plan, out, lse)
@@ -59,9 +58,10 @@ def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
 
 def _launch_sm90(q: Any, k: Any, v: Any, mask: BlockMask | None, plan: Plan, out: Any, lse: Any) -> None:
     num_items = plan.batch * plan.num_heads * ceil_div(plan.seqlen_q, DENSE_BLOCK_Q)
-    next_item = arrays.import_cupy().zeros(1, np.uint32)  # the kernel leaves it at zero, too
+    num_ctas = min(num_items, jit.multiprocessors())
+    next_item = _NULL if num_items == num_ctas else arrays.zeros((1,), np.uint32)
     jit.get_kernel(_sm90_spec(plan, DENSE_BLOCK_Q if mask is None else mask.block_q))(
-        (min(num_items, jit.multiprocessors()),),
+        (num_ctas,),
         (_SM90_THREADS,),
         (
             tensor_map.tensor_map(q, DENSE_BLOCK_Q),

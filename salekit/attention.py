@@ -1,18 +1,12 @@
-"""The whole of SALE on one screen: the same lines run NumPy arrays on the twin and CuPy arrays on the GPU."""
+"""The public calls. On the GPU each kind of call is planned once (``attention_plan``) and replayed."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from . import arrays
-from .anchors import anchor_statistics, row_limits
-from .attend import attend as attend_stage
-from .block_mask import BlockMask
-from .estimate import estimate
-from .plans import Plan
-from .quantize import quantize
+from . import arrays, pipeline
+from .attention_plan import AttentionPlan, plan_of
+from .plans import DENSE_BELOW
 
 
 def sparse_attention(
@@ -31,7 +25,7 @@ def sparse_attention(
     full_rows: int = 1024,
     sink: int = 32,
     local: int = 128,
-    dense_below: int = 1024,
+    dense_below: int = DENSE_BELOW,
     return_lse: bool = False,
     return_mask: bool = False,
     out: Any = None,
@@ -57,24 +51,23 @@ def sparse_attention(
     Returns out (like q, in its layout), or a tuple (out[, lse][, mask]): lse float32 [batch, num_heads, seqlen_q],
     natural log, over what was computed; mask a BlockMask. A row without a visible key has out 0 and lse -inf. NaN and
     inf in q and k reach the output as in dense attention; those in v where their block is selected.
+    On the GPU the first call of a kind (shapes, strides, dtype, options) compiles and plans; later ones reuse that and
+    the stream's workspace, see :func:`plan`, which also says how to capture calls into a CUDA graph.
     Raises ArgumentError, DtypeError, GpuError, CompileError.
     """
-    with arrays.on_stream(q, stream):
-        call = arrays.check_call(
-            q, k, v, layout=layout, out=out, thresholds=thresholds, causal=causal, softmax_scale=softmax_scale,
-            estimator=estimator, attend=attend, block=block, query_stride=query_stride, full_rows=full_rows, sink=sink,
-            local=local, dense_below=dense_below,
-        )
-        plan, mask = call.plan, None
-        if not (plan.is_dense or _is_empty(plan) or _is_zero(call.thresholds)):
-            quantized = quantize(call.q, call.k, plan)
-            statistics = anchor_statistics(call.q, call.k, quantized.k_mean, plan)
-            limits = row_limits(*statistics, quantized, call.thresholds, plan)
-            mask = estimate(quantized, limits, plan)
-        lse = _attend(call, mask, return_lse)
-        if return_mask and mask is None:
-            mask = _all_visible(call)
-    return _pack(call.result, (lse, return_lse), (mask, return_mask))
+    options = dict(
+        causal=causal,
+        softmax_scale=softmax_scale,
+        estimator=estimator,
+        attend=attend,
+        block=block,
+        query_stride=query_stride,
+        full_rows=full_rows,
+        sink=sink,
+        local=local,
+        dense_below=dense_below,
+    )
+    return _call(q, k, v, thresholds, layout, options, return_lse, return_mask, out, stream)
 
 
 def dense_attention(
@@ -93,37 +86,39 @@ def dense_attention(
 
     Arguments, result (out, or (out, lse)) and errors are those of :func:`sparse_attention`.
     """
-    with arrays.on_stream(q, stream):
-        call = arrays.check_call(q, k, v, layout=layout, out=out, causal=causal, softmax_scale=softmax_scale)
-        lse = _attend(call, None, return_lse)
-    return _pack(call.result, (lse, return_lse))
+    options = dict(causal=causal, softmax_scale=softmax_scale)
+    return _call(q, k, v, 0.0, layout, options, return_lse, False, out, stream)
 
 
-def _attend(call: arrays.Call, mask: BlockMask | None, return_lse: bool) -> Any:
-    if _is_empty(call.plan):
-        return arrays.empty_attention(call)[1]
-    return attend_stage(call.q, call.k, call.v, mask, call.plan, out=call.out, return_lse=return_lse)[1]
+def plan(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -> "AttentionPlan":
+    """What :func:`sparse_attention` prepares for calls of one kind, to hold and to run.
+
+    q, k, v, layout and options (causal, softmax_scale, estimator, attend, block, query_stride, full_rows, sink, local,
+    dense_below) are those of ``sparse_attention``. The arrays are examples: their shapes, strides, dtype and GPU count,
+    they are neither read nor kept. Raises what ``sparse_attention`` raises.
+    """
+    with arrays.on_stream(q, None) as device:
+        if device is not None:
+            q, k, v = arrays.on_device(device, q, k, v)
+        return AttentionPlan(q, k, v, layout, options)
 
 
-def _is_empty(plan: Plan) -> bool:
-    return 0 in (plan.batch, plan.seqlen_q, plan.seqlen_k)
-
-
-def _is_zero(thresholds: Any) -> bool:
-    return isinstance(thresholds, float) and thresholds == 0  # every block would be selected: nothing to estimate
-
-
-def _all_visible(call: arrays.Call) -> BlockMask:
-    """The mask of a dense call, built on the host: it depends on the shapes alone."""
-    plan = call.plan
-    counts = np.clip(plan.visible_blocks[:, None] - 32 * np.arange(plan.num_words), 0, 32).astype(np.uint64)
-    words = ((np.uint64(1) << counts) - np.uint64(1)).astype(np.uint32)
-    words = np.ascontiguousarray(np.broadcast_to(words, (plan.batch, plan.num_heads, *words.shape)))
-    if arrays.is_cuda(call.q):
-        words = arrays.import_cupy().asarray(words)
-    return BlockMask(words, plan.block_q, plan.block_k, plan.seqlen_q, plan.seqlen_k, plan.causal)
-
-
-def _pack(out: Any, *wanted: tuple[Any, bool]) -> Any:
-    extras = tuple(value for value, is_wanted in wanted if is_wanted)
-    return (out, *extras) if extras else out
+def _call(
+    q: Any,
+    k: Any,
+    v: Any,
+    thresholds: Any,
+    layout: str,
+    options: dict,
+    return_lse: bool,
+    return_mask: bool,
+    out: Any,
+    stream: Any,
+) -> Any:
+    with arrays.on_stream(q, stream) as device:
+        if device is None:
+            call = arrays.check_call(q, k, v, layout=layout, out=out, thresholds=thresholds, **options)
+            return pipeline.run_twin(call, return_lse, return_mask)
+        q, k, v = arrays.on_device(device, q, k, v)
+        prepared = plan_of(q, k, v, layout, options)
+        return prepared._run(q, k, v, thresholds, return_lse, return_mask, out, None)

@@ -8,11 +8,18 @@ from .anchors import kernel_specs as anchor_specs
 from .attend import kernel_specs as attend_specs
 from .estimate import kernel_specs as estimate_specs
 from .jit import KernelSpec
+from .pipeline import kernel_specs as pipeline_specs
 from .plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, Plan
 from .quantize import kernel_specs as quantize_specs
 from .workloads import kernel_specs as workload_specs
 
-STAGES = {"quantize": quantize_specs, "anchors": anchor_specs, "estimate": estimate_specs, "attend": attend_specs}
+STAGES = {
+    "quantize": quantize_specs,
+    "anchors": anchor_specs,
+    "estimate": estimate_specs,
+    "attend": attend_specs,
+    "pipeline": pipeline_specs,
+}
 
 
 def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:

@@ -30,11 +30,10 @@ def estimate(quantized: Quantized, limits: Any, plan: Plan, *, kernel: str = "au
     """
     if not arrays.is_cuda(limits):
         return reference.estimate(quantized, limits, plan)
-    cupy = arrays.import_cupy()
-    words = cupy.empty((plan.batch, plan.num_heads, plan.num_q_blocks, plan.num_words), np.uint32)
+    words = arrays.empty((plan.batch, plan.num_heads, plan.num_q_blocks, plan.num_words), np.uint32)
     if words.size:
         fine_words = ceil_div(plan.seqlen_k, 32 * KEY_BLOCK)
-        fine = words if plan.block_k == KEY_BLOCK else cupy.empty((*words.shape[:3], fine_words), np.uint32)
+        fine = words if plan.block_k == KEY_BLOCK else arrays.empty((*words.shape[:3], fine_words), np.uint32)
         _launch_estimate(quantized, limits, fine, plan, kernel)
         if fine is not words:
             num_rows = words.size // plan.num_words

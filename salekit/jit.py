@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-
+from . import programs
 from .errors import CompileError, GpuError
 from .plans import arch_of
 
@@ -351,7 +351,8 @@ def multiprocessors() -> int:
 
 
 class Kernel:
-    """A loaded kernel. Call it with grid, block (threads) and arguments; it runs on CuPy's current stream."""
+    """A loaded kernel. Call it with grid, block (threads) and arguments; it runs on CuPy's current stream, or is noted by
+    the program that this thread records."""
 
     def __init__(self, compiled: Compiled):
         import cupy
@@ -365,7 +366,11 @@ class Kernel:
     def __call__(self, grid, block, args: tuple) -> None:
         grid = grid if isinstance(grid, tuple) else (grid,)
         block = block if isinstance(block, tuple) else (block,)
-        self._function(grid, block, args, shared_mem=self.info.dynamic_shared_bytes)
+        recorder = programs.active()
+        if recorder is not None:
+            recorder.launch(self._function.kernel, grid, block, self.info.dynamic_shared_bytes, args)
+        else:
+            self._function(grid, block, args, shared_mem=self.info.dynamic_shared_bytes)
 
 
 _loaded: dict[tuple, Kernel] = {}

@@ -16,6 +16,7 @@ ESTIMATORS = ("int4", "int8", "int8-sp24")
 HEAD_DIMS = (64, 128)
 DTYPES = ("float16", "bfloat16")
 QUERY_STRIDES = (1, 2, 4)
+DENSE_BELOW = 1024  # up to this many keys a call is dense unless it says otherwise
 
 SELECT_ALL = -(2**31)  # integer threshold of a row that selects every visible block
 SELECT_NONE = 2**31 - 1  # integer threshold of a row that never votes
@@ -76,7 +77,7 @@ class Plan:
     full_rows: int = 1024
     sink: int = 32
     local: int = 128
-    dense_below: int = 1024
+    dense_below: int = DENSE_BELOW
     arch: str | None = None  # "sm_90a", ...; None on the NumPy twin
 
     # --- sizes -------------------------------------------------------------------------------------------------
@@ -92,6 +93,11 @@ class Plan:
     def num_words(self) -> int:
         """uint32 words in one mask row."""
         return ceil_div(self.num_k_blocks, 32)
+
+    @property
+    def words_shape(self) -> tuple[int, int, int, int]:
+        """Of a BlockMask's words."""
+        return self.batch, self.num_heads, self.num_q_blocks, self.num_words
 
     @property
     def num_q_tiles(self) -> int:
@@ -116,6 +122,11 @@ class Plan:
     def is_dense(self) -> bool:
         """Dense by length alone (docs/algorithm.md, step 6)."""
         return self.seqlen_k <= self.dense_below
+
+    @property
+    def is_empty(self) -> bool:
+        """Without a query row or without a key."""
+        return 0 in (self.batch, self.seqlen_q, self.seqlen_k)
 
     @property
     def offset(self) -> int:

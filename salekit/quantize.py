@@ -50,7 +50,7 @@ def _q_side(plan: Plan) -> str:
 
 
 def _empty(shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
-    return arrays.import_cupy().empty(shape, dtype)
+    return arrays.empty(shape, dtype)
 
 
 def _empty_codes(heads: int, padded: int, plan: Plan) -> Any:

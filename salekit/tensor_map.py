@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from . import programs
 from .errors import GpuError
 
 TENSOR_MAP = np.dtype([("opaque", "<u8", (16,))])
@@ -15,14 +16,18 @@ _FLOAT16, _BFLOAT16 = 6, 9  # CU_TENSOR_MAP_DATA_TYPE_*
 _SWIZZLE_128B, _L2_256B = 3, 3
 
 
-@lru_cache(maxsize=1)
-def _encode_tiled():
-    for name in ("libcuda.so.1", "nvcuda.dll"):
+@lru_cache(maxsize=None)
+def _driver(name: str):
+    """The driver's ``cuTensorMap<name>``."""
+    for library in ("libcuda.so.1", "nvcuda.dll"):
         try:
-            return ctypes.CDLL(name).cuTensorMapEncodeTiled
+            function = getattr(ctypes.CDLL(library), f"cuTensorMap{name}")
+            if name == "ReplaceAddress":
+                function.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+            return function
         except (OSError, AttributeError):
             continue
-    raise GpuError("the NVIDIA driver has no cuTensorMapEncodeTiled; salekit's Hopper kernels need driver 525 or newer")
+    raise GpuError(f"the NVIDIA driver has no cuTensorMap{name}; salekit's Hopper kernels need driver 525 or newer")
 
 
 def can_encode(array) -> bool:
@@ -38,36 +43,69 @@ def can_encode(array) -> bool:
     )
 
 
+class _Encoder:
+    """Encodes the maps of one array's shape and strides, at any address."""
+
+    def __init__(self, is_bfloat16: bool, sizes: tuple, strides: tuple, box_rows: int):
+        self._text = f"sizes {sizes}, strides {strides}"
+        self._head = (ctypes.c_int(_BFLOAT16 if is_bfloat16 else _FLOAT16), ctypes.c_uint32(4))
+        self._tail = (
+            (ctypes.c_uint64 * 4)(*sizes),
+            (ctypes.c_uint64 * 3)(*strides),
+            (ctypes.c_uint32 * 4)(64, box_rows, 1, 1),
+            (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+            ctypes.c_int(0),
+            ctypes.c_int(_SWIZZLE_128B),
+            ctypes.c_int(_L2_256B),
+            ctypes.c_int(0),
+        )
+
+    def encode(self, address: int, target: int) -> None:
+        """Encode the map of the data at ``address`` into the host memory at ``target``, a multiple of 64."""
+        self.check(_driver("EncodeTiled")(ctypes.c_void_p(target), *self._head, ctypes.c_void_p(address), *self._tail))
+
+    def check(self, error: int) -> None:
+        if error:
+            raise GpuError(f"a tensor map for {self._text} failed with CUDA error {error}")
+
+
+class _DeferredMap(programs.Deferred):
+    """The map of an array whose address a program gets later."""
+
+    num_bytes = TENSOR_MAP.itemsize
+
+    def __init__(self, address: int, encoder: _Encoder):
+        self.address = address
+        self._encoder = encoder
+        self._replace = None
+
+    def write(self, address: int, target: int) -> None:
+        if self._replace is None:
+            self._encoder.encode(address, target)
+            self._replace = _driver("ReplaceAddress")
+        else:
+            error = self._replace(target, address)
+            if error:
+                self._encoder.check(error)
+
+
 @lru_cache(maxsize=256)
-def _encode(pointer: int, is_bfloat16: bool, sizes: tuple, strides: tuple, box_rows: int) -> np.ndarray:
+def _encode(pointer: int, *description) -> np.ndarray:
     raw = np.zeros(128 + 64, np.uint8)
     start = -raw.ctypes.data % 64
     aligned = raw[start : start + 128]
-    error = _encode_tiled()(
-        ctypes.c_void_p(aligned.ctypes.data),
-        ctypes.c_int(_BFLOAT16 if is_bfloat16 else _FLOAT16),
-        ctypes.c_uint32(4),
-        ctypes.c_void_p(pointer),
-        (ctypes.c_uint64 * 4)(*sizes),
-        (ctypes.c_uint64 * 3)(*strides),
-        (ctypes.c_uint32 * 4)(64, box_rows, 1, 1),
-        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
-        ctypes.c_int(0),
-        ctypes.c_int(_SWIZZLE_128B),
-        ctypes.c_int(_L2_256B),
-        ctypes.c_int(0),
-    )
-    if error:
-        raise GpuError(f"cuTensorMapEncodeTiled failed with CUDA error {error} for sizes {sizes}, strides {strides}")
+    _Encoder(*description).encode(pointer, aligned.ctypes.data)
     return aligned.copy().view(TENSOR_MAP)
 
 
-def tensor_map(array, box_rows: int) -> np.ndarray:
+def tensor_map(array, box_rows: int) -> np.ndarray | programs.Deferred:
     """A size-1 ``TENSOR_MAP`` record for a CuPy ``[batch, seqlen, heads, head_dim]`` 16-bit view.
 
     Boxes are ``box_rows`` rows of 64 elements, written to shared memory with the 128-byte swizzle; coordinates are
-    (element, row, head, batch). Raises GpuError when the driver refuses.
+    (element, row, head, batch). Raises GpuError when the driver refuses. While a program is recorded: what encodes the
+    map when the program is linked.
     """
+    programs.check_symbol(array)
     batch, seqlen, heads, head_dim = array.shape
     sizes = (head_dim, seqlen, heads, batch)
     whole = head_dim * array.dtype.itemsize
@@ -75,4 +113,7 @@ def tensor_map(array, box_rows: int) -> np.ndarray:
         stride if size > 1 else whole
         for size, stride in ((seqlen, array.strides[1]), (heads, array.strides[2]), (batch, array.strides[0]))
     )
-    return _encode(array.data.ptr, array.dtype.name == "bfloat16", sizes, strides, box_rows)
+    description = (array.dtype.name == "bfloat16", sizes, strides, box_rows)
+    if programs.is_symbol(array):
+        return _DeferredMap(array.data.ptr, _Encoder(*description))
+    return _encode(array.data.ptr, *description)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,24 @@ SCHEMA = 1
 
 
 def as_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
-    """A float, or float32 [num_heads] where ``q`` (a checked array) is.
+    """A float, or float32 [num_heads] where ``q`` (a checked array) is. Errors: see :func:`check_thresholds`."""
+    from .arrays import import_cupy, is_cuda
+
+    values = check_thresholds(thresholds, num_heads, q)
+    return import_cupy().asarray(values) if isinstance(values, np.ndarray) and is_cuda(q) else values
+
+
+def check_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
+    """A float, or float32 [num_heads] on the host or where ``q`` (a checked array) is.
 
     Host values must be >= 0 and not NaN (inf is fine). An array on the GPU is not read, so that nothing waits for it:
     NaN or a negative value there means a dense head. Raises ArgumentError, DtypeError.
     """
-    from .arrays import _import_array, _place, _place_name, import_cupy, is_cuda
+    if type(thresholds) is float and thresholds >= 0:
+        return thresholds
+    if type(thresholds) in (list, tuple) and set(map(type, thresholds)) == {float}:
+        return _check_list(tuple(thresholds), num_heads)
+    from .arrays import _import_array, _place, is_cuda, place_name
 
     if isinstance(thresholds, Real) and not isinstance(thresholds, (bool, np.bool_)):
         return float(_check_values(np.float64(thresholds)))
@@ -35,17 +48,25 @@ def as_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
     if place is None:
         values = _as_host(_import_array("thresholds", thresholds, None))
         _check_shape(values.shape, num_heads)
-        values = np.ascontiguousarray(_check_values(values), np.float32)
-        return import_cupy().asarray(values) if is_cuda(q) else values
+        return np.ascontiguousarray(_check_values(values), np.float32)
     if place != want:
-        wants = "host memory" if want is None else f"{_place_name(want)} or host memory"
-        raise ArgumentError(f"thresholds: is on {_place_name(place)}; wants {wants}")
+        wants = "host memory" if want is None else f"{place_name(want)} or host memory"
+        raise ArgumentError(f"thresholds: is on {place_name(place)}; wants {wants}")
     values = _import_array("thresholds", thresholds, place)
     if values.dtype != np.float32:
         raise DtypeError(f"thresholds: got dtype {values.dtype} on the GPU; wants float32")
     _check_shape(values.shape, num_heads)
     if not values.flags.c_contiguous:
         raise ArgumentError("thresholds: is not contiguous; wants a contiguous array on the GPU")
+    return values
+
+
+@lru_cache(maxsize=64)
+def _check_list(thresholds: tuple[float, ...], num_heads: int) -> np.ndarray:
+    """Host thresholds that come as a list, the same at most calls. Read-only."""
+    _check_shape((len(thresholds),), num_heads)
+    values = np.array(_check_values(np.array(thresholds)), np.float32)
+    values.flags.writeable = False
     return values
 
 
@@ -86,7 +107,7 @@ def load_thresholds(path: str | Path) -> np.ndarray:
             raise FileFormatError(f"{path}: got schema {content.get('schema')!r}; wants {SCHEMA}")
         values = content.get("thresholds")
     if not isinstance(values, list) or not values:
-        raise FileFormatError(f"{path}: wants a list of numbers, one a head, alone or under \"thresholds\"")
+        raise FileFormatError(f'{path}: wants a list of numbers, one a head, alone or under "thresholds"')
     for head, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
             raise FileFormatError(f"{path}: got {value!r} for head {head}; wants a number >= 0")

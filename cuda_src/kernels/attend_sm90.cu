@@ -251,7 +251,7 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
   }
 }
 
-// next_item: a counter that is zero before the launch and after it.
+// next_item: a counter that is zero before the launch; null when there is a CTA for each work item.
 template <int HEAD_DIM, typename Element, int MASK_ROWS>
 __global__ void __launch_bounds__(384, 1)
     attend_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(384, 1)
           break;
         }
         int following = 0;  // on its way while this item's tiles are fetched
-        if (elected) following = gridDim.x + atomicInc(next_item, num_items - 1);
+        if (elected) following = next_item == nullptr ? num_items : gridDim.x + atomicAdd(next_item, 1);
         const Rows rows(shape, item);
         auto walker = rows.walker<MASK_ROWS>(shape, mask_gmem, expand_log2);
         const int num_tiles = ceil_div(walker.count(), ATTEND_SLOTS);

@@ -1,0 +1,17 @@
+// The mask of a dense call: sets the bit of every block with a visible pair, clears the others.
+//
+// words [num_rows, num_words]: uint32, bits little-endian along keys; row r is query block r % num_q_blocks.
+// Grid: ceil(num_rows * num_words / 256) CTAs of 256 threads, a word each.
+#include "tile/shape.cuh"
+
+__global__ void __launch_bounds__(256)
+    fill_visible(uint32_t* words_gmem, Shape shape, int block_q, int block_k, int64_t num_rows, int num_words) {
+  const int64_t index = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  if (index >= num_rows * num_words) return;
+  const int q_block = int(index / num_words % ceil_div(shape.seqlen_q, block_q));
+  const int word = int(index % num_words);
+  // The last row of a query block sees most.
+  const int keys = shape.visible_keys(q_block * block_q + block_q - 1);
+  const int blocks = ceil_div(keys, block_k) - 32 * word;
+  words_gmem[index] = blocks <= 0 ? 0u : blocks >= 32 ? 0xffffffffu : (1u << blocks) - 1u;
+}

@@ -1,0 +1,240 @@
+"""AttentionPlan: what calls of one kind share. Arguments are checked when they are new; then launches are replayed."""
+
+from __future__ import annotations
+
+import threading
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from . import arrays, pipeline, programs, workspaces
+from .block_mask import BlockMask
+from .errors import ArgumentError
+from .plans import Plan
+from .thresholds import check_thresholds
+
+MAX_PROGRAMS = 16  # of a plan: kinds of out and thresholds, and which results are wanted
+MAX_PLANS = 64  # kinds of calls that sparse_attention and dense_attention remember; some 50 kB each, workspace apart
+
+
+class AttentionPlan:
+    """Attention calls of one kind: shapes, strides, dtype, GPU and options are fixed. Made by :func:`plan`.
+
+    plan: the shapes and options, a ``Plan``. layout: "bshd" or "bhsd".
+
+    **Workspace.** What a call needs between its stages lies in one piece of memory for each stream, which calls reuse
+    and plans share; :func:`clear_workspaces` frees it. A call allocates only what it returns: with ``out`` given and
+    neither lse nor mask wanted, nothing. ``run(workspace=...)`` takes memory of yours instead.
+
+    **Threads.** Any number of threads may run a plan, on one stream or on several.
+
+    **CUDA graphs.** Run a plan (or ``sparse_attention``) once before, with the same arguments, then again while its
+    stream is captured: nothing synchronises. The graph owns the workspace of that call (an allocation and a release
+    among its nodes), so nothing else can be given that memory and it lasts as long as the graph; CUDA allows one
+    executable instance at a time of a graph with such nodes, and not to put it into another. With ``workspace=`` there
+    are no such nodes, and that memory has to be yours alone while the graph can run. Inputs, and the returned arrays
+    that were not passed as ``out``, have to be kept as long as the graph, as with anything that CuPy captures.
+    Thresholds on the host are part of the graph; those in an array on the GPU are read at each replay.
+    """
+
+    def __init__(self, q: Any, k: Any, v: Any, layout: str, options: dict):
+        views = arrays.as_arrays(q, k, v, layout)
+        self.plan: Plan = arrays.plan_of_views(*views[:2], **options)
+        self.layout = layout
+        self._options = options
+        self._device, *self._kinds = self._kind = _kind_of(q, k, v)
+        self._gpu = None if self._device is None else programs.Gpu()
+        self._programs: workspaces.RecentlyUsed[programs.Program] = workspaces.RecentlyUsed(MAX_PROGRAMS)
+        self._lock = threading.Lock()  # of the images of all programs
+
+    @cached_property
+    def workspace_bytes(self) -> int:
+        """Bytes of workspace that a call needs at most; 0 on the twin. Compiles the kernels."""
+        if self._device is None or self.plan.is_empty:
+            return 0
+        kinds = ("dense",) if self.plan.is_dense else ("dense", "scalar", "host", "device")
+        variants = product((None,), kinds, (False,), (False, True))
+        with arrays.import_cupy().cuda.Device(self._device):
+            return max(self._record(*variant).workspace_bytes for variant in variants)
+
+    def run(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        thresholds: Any = 0.008,
+        return_lse: bool = False,
+        return_mask: bool = False,
+        out: Any = None,
+        stream: Any = None,
+        workspace: Any = None,
+    ) -> Any:
+        """One call, with the arguments, results and errors of :func:`sparse_attention`.
+
+        q, k, v: with the shapes, strides, dtype and GPU that the plan was made for; ArgumentError otherwise.
+        workspace: None, or memory on that GPU to use instead of the stream's: a contiguous array of at least
+            ``workspace_bytes`` bytes, aligned to 256, that nothing else uses before the call has run on the GPU.
+        """
+        with arrays.on_stream(q, stream) as device:
+            if device is None:
+                call = arrays.check_call(q, k, v, layout=self.layout, out=out, thresholds=thresholds, **self._options)
+                self._check_kind(*(arrays.in_layout(x, self.layout) for x in (call.q, call.k, call.v)))
+                return pipeline.run_twin(call, return_lse, return_mask)
+            q, k, v = arrays.on_device(device, q, k, v)
+            self._check_kind(q, k, v)
+            return self._run(q, k, v, thresholds, return_lse, return_mask, out, workspace)
+
+    def _check_kind(self, q: Any, k: Any, v: Any) -> None:
+        kind = _kind_of(q, k, v)
+        if kind == self._kind:
+            return
+        arrays.as_arrays(q, k, v, self.layout)  # says first what is wrong with any plan
+        if kind[0] != self._device:
+            raise ArgumentError(f"q: is on {arrays.place_name(kind[0])}; wants {arrays.place_name(self._device)}")
+        for name, got, want in zip("qkv", kind[1:], self._kinds):
+            if got != want:
+                got, want = ("dtype {}, shape {}, strides {} bytes".format(*x) for x in (got, want))
+                raise ArgumentError(f"{name}: got {got}; this plan is for {want}")
+
+    # --- on the GPU ------------------------------------------------------------------------------------------------
+    def _run(
+        self, q: Any, k: Any, v: Any, thresholds: Any, return_lse: Any, return_mask: Any, out: Any, workspace: Any
+    ) -> Any:
+        """A call with CuPy arrays of this plan's kind; q's GPU and the call's stream are current.
+
+        What the kind does not say is checked here each time: addresses, thresholds and out.
+        """
+        if (q.data.ptr | k.data.ptr | v.data.ptr) % arrays.ALIGNMENT:
+            arrays.as_arrays(q, k, v, self.layout)  # says which it is; arrays without elements may have any address
+        thresholds = check_thresholds(thresholds, self.plan.num_heads, q)
+        view, out_kind = None, None
+        if out is not None:
+            view = arrays.import_array("out", out, self._device)
+            out_kind = (view.dtype, view.shape, view.strides)
+        key = (out_kind, _kind_of_thresholds(thresholds, self.plan), bool(return_lse), bool(return_mask))
+        program = self._programs.get(key)
+        if view is not None and (program is None or view.data.ptr % arrays.ALIGNMENT):
+            arrays.check_out(view, arrays.in_layout(q, self.layout), self.layout)
+        if self.plan.is_empty:
+            result, lse, mask = self._run_empty(q, view)
+        else:
+            program = program or self._program(key)
+            if workspace is not None:
+                workspace = arrays.check_workspace(workspace, self._device, program.workspace_bytes)
+            arguments = (program, key, (q, k, v), thresholds, view, workspace)
+            try:
+                result, lse, mask = self._submit(*arguments)
+            except arrays.import_cupy().cuda.memory.OutOfMemoryError:
+                workspaces.clear_workspaces()
+                result, lse, mask = self._submit(*arguments)
+        return pipeline.pack(result if out is None else out, lse, mask, return_lse, return_mask)
+
+    def _submit(
+        self, program: programs.Program, key: tuple, qkv: tuple, thresholds: Any, out: Any, workspace: Any
+    ) -> tuple[Any, Any, BlockMask | None]:
+        """Allocate what the caller gets and launch; (out, lse, mask)."""
+        cupy, plan, (q, k, v) = arrays.import_cupy(), self.plan, qkv
+        _, kind, return_lse, return_mask = key
+        lse = mask = None
+        if out is None:
+            out = cupy.ndarray(q.shape, q.dtype)
+        addresses = [q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr]
+        if kind == "device":
+            addresses.append(thresholds.data.ptr)
+        if return_lse:
+            lse = cupy.ndarray((plan.batch, plan.num_heads, plan.seqlen_q), np.float32)
+            addresses.append(lse.data.ptr)
+        if return_mask:
+            mask = pipeline.block_mask(cupy.ndarray(plan.words_shape, np.uint32), plan)
+            addresses.append(mask.words.data.ptr)
+        stream = cupy.cuda.get_current_stream().ptr
+        programs.bind_context(self._device)
+
+        is_captured = workspaces.is_capturing(stream)
+
+        def launch(base: int) -> None:
+            with self._lock:
+                program.link(base, *addresses)
+                program.write_values(thresholds)
+                program.submit(self._gpu, stream, is_captured)
+
+        workspaces.use(self._device, stream, is_captured, program.workspace_bytes, workspace, launch)
+        return out, lse, mask
+
+    def _program(self, key: tuple) -> programs.Program:
+        return self._programs.get(key) or self._programs.add(key, self._record(*key))
+
+    def _record(self, out_kind: tuple | None, kind: str, return_lse: bool, return_mask: bool) -> programs.Program:
+        """The launches of calls with such an out, such thresholds and these results."""
+        plan = self.plan
+        with programs.Recorder(self._device) as recorder:
+            ports = [recorder.array(shape, dtype, strides) for dtype, shape, strides in self._kinds]
+            dtype, shape, _ = self._kinds[0]
+            ports.append(recorder.array(shape, dtype, out_kind and out_kind[2]))
+            if kind == "device":
+                thresholds = recorder.array((plan.num_heads,), np.float32)
+                ports.append(thresholds)
+            elif kind == "host":
+                thresholds = pipeline.store_thresholds(plan)
+            else:
+                thresholds = programs.ScalarParameter() if kind == "scalar" else 0.0
+            views = (arrays.in_layout(x, self.layout) for x in ports[:4])
+            lse, mask = pipeline.run_stages(*views, thresholds, plan, return_lse, return_mask)
+        ports += [lse] if return_lse else []
+        ports += [mask.words] if return_mask else []
+        program = programs.Program(recorder, ports)
+        if bool(program.parameters) != (kind in ("scalar", "host")):
+            raise RuntimeError("the launches of this program do not take the thresholds")
+        return program
+
+    def _run_empty(self, q: Any, out: Any) -> tuple[Any, Any, BlockMask]:
+        """A call without a query row or without a key."""
+        if out is None:
+            out = arrays.import_cupy().empty(q.shape, q.dtype)
+        lse = arrays.empty_attention(arrays.in_layout(out, self.layout), self.plan)
+        return out, lse, pipeline.all_visible(q, self.plan)
+
+
+# --- which calls are alike -----------------------------------------------------------------------------------------
+_plans: workspaces.RecentlyUsed[AttentionPlan] = workspaces.RecentlyUsed(MAX_PLANS)
+
+
+def plan_of(q: Any, k: Any, v: Any, layout: str, options: dict) -> AttentionPlan:
+    """The plan of such calls, made at the first of them."""
+    try:
+        key = _key(q, k, v, layout, options)
+        found = _plans.get(key)
+    except TypeError:  # an option is no value that a dictionary takes: wrong, or a list for ``block``
+        key = found = None
+    if found is None:
+        found = AttentionPlan(q, k, v, layout, options)
+        found = _plans.add(key or (found._kind, layout, found.plan), found)
+    return found
+
+
+def _key(q: Any, k: Any, v: Any, layout: str, options: dict) -> tuple:
+    """Equal for two calls only when the same checks pass: types count, because True == 1 == 1.0."""
+    values = (layout, *options.values())
+    block = options.get("block", ())
+    return _kind_of(q, k, v), values, tuple(options), tuple(map(type, values)), tuple(map(type, block))
+
+
+def _kind_of(q: Any, k: Any, v: Any) -> tuple:
+    """(device or None, (dtype, shape, strides) of q, of k, of v)."""
+    return (
+        q.data.device_id if arrays.is_cuda(q) else None,
+        (q.dtype, q.shape, q.strides),
+        (k.dtype, k.shape, k.strides),
+        (v.dtype, v.shape, v.strides),
+    )
+
+
+def _kind_of_thresholds(thresholds: Any, plan: Plan) -> str:
+    if plan.is_dense or pipeline.is_zero(thresholds):
+        return "dense"
+    if isinstance(thresholds, float):
+        return "scalar"
+    return "device" if programs.is_gpu_array(thresholds) else "host"

@@ -1,0 +1,106 @@
+"""The whole of SALE on one screen: the same lines run NumPy arrays on the twin and CuPy arrays on the GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import arrays, programs
+from .anchors import anchor_statistics, row_limits
+from .attend import attend as attend_stage
+from .block_mask import BlockMask
+from .estimate import estimate
+from .jit import KernelSpec, get_kernel
+from .plans import Plan, ceil_div
+from .quantize import quantize
+
+_STORE_COUNT = 256  # values that one launch of store_floats writes
+_VISIBLE_THREADS = 256
+
+
+def run_stages(
+    q: Any, k: Any, v: Any, out: Any, thresholds: Any, plan: Plan, return_lse: bool, return_mask: bool
+) -> tuple[Any, BlockMask | None]:
+    """bshd views in, (lse, mask) out."""
+    mask = None
+    if not (plan.is_dense or is_zero(thresholds)):
+        quantized = quantize(q, k, plan)
+        statistics = anchor_statistics(q, k, quantized.k_mean, plan)
+        limits = row_limits(*statistics, quantized, thresholds, plan)
+        mask = estimate(quantized, limits, plan)
+    lse = attend_stage(q, k, v, mask, plan, out=out, return_lse=return_lse)[1]
+    if return_mask and mask is None:
+        mask = all_visible(q, plan)
+    return lse, mask
+
+
+def is_zero(thresholds: Any) -> bool:
+    return isinstance(thresholds, float) and thresholds == 0  # every block would be selected: nothing to estimate
+
+
+def block_mask(words: Any, plan: Plan) -> BlockMask:
+    return BlockMask(words, plan.block_q, plan.block_k, plan.seqlen_q, plan.seqlen_k, plan.causal)
+
+
+def all_visible(q: Any, plan: Plan) -> BlockMask:
+    """The mask of a dense call, where q is."""
+    shape = plan.words_shape
+    if arrays.is_cuda(q):
+        words = arrays.empty(shape, np.uint32)
+        if words.size:
+            get_kernel(_VISIBLE_SPEC)(
+                (ceil_div(words.size, _VISIBLE_THREADS),),
+                (_VISIBLE_THREADS,),
+                (
+                    words,
+                    plan.shape_record,
+                    np.int32(plan.block_q),
+                    np.int32(plan.block_k),
+                    np.int64(words.size // plan.num_words),
+                    np.int32(plan.num_words),
+                ),
+            )
+    else:
+        counts = np.clip(plan.visible_blocks[:, None] - 32 * np.arange(plan.num_words), 0, 32).astype(np.uint64)
+        row = ((np.uint64(1) << counts) - np.uint64(1)).astype(np.uint32)
+        words = np.ascontiguousarray(np.broadcast_to(row, shape))
+    return block_mask(words, plan)
+
+
+def store_thresholds(plan: Plan) -> Any:
+    """Thresholds that each run of a recorded program gets from the host, in memory."""
+    thresholds = arrays.empty((plan.num_heads,), np.float32)
+    for start in range(0, plan.num_heads, _STORE_COUNT):
+        target = thresholds[start : start + _STORE_COUNT]
+        get_kernel(_STORE_SPEC)(
+            (1,), (_STORE_COUNT,), (target, programs.Parameter(_STORE_COUNT), np.int32(target.size))
+        )
+    return thresholds
+
+
+def kernel_specs(plan: Plan) -> list[KernelSpec]:
+    """The kernels that this module launches itself."""
+    return [_VISIBLE_SPEC, _STORE_SPEC]
+
+
+_VISIBLE_SPEC = KernelSpec("fill_visible")
+_STORE_SPEC = KernelSpec("store_floats", (str(_STORE_COUNT),))
+
+
+def run_twin(call: arrays.Call, return_lse: bool, return_mask: bool) -> Any:
+    """A checked call with NumPy arrays."""
+    plan = call.plan
+    if plan.is_empty:
+        lse = arrays.empty_attention(call.out, plan)
+        mask = all_visible(call.q, plan)
+    else:
+        views = (call.q, call.k, call.v, call.out)
+        lse, mask = run_stages(*views, call.thresholds, plan, return_lse, return_mask)
+    return pack(call.result, lse, mask, return_lse, return_mask)
+
+
+def pack(out: Any, lse: Any, mask: BlockMask | None, return_lse: bool, return_mask: bool) -> Any:
+    """What the caller gets."""
+    extras = (lse,) * bool(return_lse) + (mask,) * bool(return_mask)
+    return (out, *extras) if extras else out
