@@ -18,6 +18,7 @@ PATHS = [  # estimator, kernel, bits of a stored code
     pytest.param(("int8-sp24", "auto", 8), id="sp24-auto"),
     pytest.param(("int4", "mma", 4), id="int4-packed"),
     pytest.param(("int4", "mma", 8), id="int4-bytes"),
+    pytest.param(("int4", "wgmma", 8), id="int4-wgmma"),
 ]
 
 
@@ -214,8 +215,8 @@ def test_all_and_none(path):
                 assert (counts == plan.visible_blocks).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_int4_odd_groups(bits):
+@pytest.mark.parametrize("path", [path for path in PATHS if path.values[0][0] == "int4"])
+def test_int4_odd_groups(path):
     """Groups outside the range of the fast division: NaN and infinite scales, quotients that overflow or vanish."""
     for causal in (True, False):
         for lengths in ((300, 1300), (1000, 1000)):
@@ -229,7 +230,7 @@ def test_int4_odd_groups(bits):
             )
             odd_limits = limits.copy()
             poison_odd_groups(odd, odd_limits)
-            check(plan, ("int4", "mma", bits), inputs=(odd, odd_limits))
+            check(plan, path, inputs=(odd, odd_limits))
             mixed = limits.copy()
             mixed[..., part] = odd_limits[..., part]
-            check(plan, ("int4", "mma", bits), inputs=(quantized, mixed))
+            check(plan, path, inputs=(quantized, mixed))
