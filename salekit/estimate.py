@@ -13,7 +13,8 @@ from .errors import ArgumentError
 from .plans import CODE_TILE_ROWS, KEY_BLOCK, Plan, ceil_div
 
 KERNELS = ("auto", "mma", "wgmma")
-_WGMMA_ROWS = 256  # tested query rows of a CTA of estimate_int8_sm90
+_WGMMA_ROWS = 256  # tested query rows of a CTA of estimate_int8_sm90 and estimate_int4_sm90
+_KEY_BOUNDS_FLOATS = 148  # sizeof(KeyBounds) of tile/group_bounds.cuh, in floats
 _NULL = np.uint64(0)  # a pointer that a kernel does not read
 
 
@@ -23,8 +24,8 @@ def estimate(quantized: Quantized, limits: Any, plan: Plan, *, kernel: str = "au
     quantized: what ``quantize`` returned for this plan. limits: what ``row_limits`` returned: int8 and int8-sp24, int32
         thresholds of the integer scores; int4, float32 thresholds of the scores. NumPy, [batch, num_heads, seqlen_q],
         runs the twin; CuPy, [batch, num_heads, plan.num_positions], the GPU.
-    kernel: "mma" (every architecture; not codes in the order of the sparse tensor cores nor of tested rows alone) or "wgmma" (sm_90a, 8-bit estimators) instead of the plan's choice. Their bits
-        are equal.
+    kernel: "mma" (every architecture; codes of all rows in tiles) or "wgmma" (sm_90a, codes held in bytes) instead of
+        the plan's choice. Their bits are equal.
 
     Returns a BlockMask of ``plan.block_q`` x ``plan.block_k`` blocks on the same backend. Nothing is checked here.
     """
@@ -46,12 +47,17 @@ def estimate(quantized: Quantized, limits: Any, plan: Plan, *, kernel: str = "au
 
 def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
     """The kernels that :func:`estimate` launches for this plan."""
-    main = _wgmma_spec(plan) if _uses_wgmma(plan, "auto") else _mma_spec(plan, plan.code_bits)
-    return [main] if plan.block_k == KEY_BLOCK else [main, _coarsen_spec(plan)]
+    main = [_mma_spec(plan, plan.code_bits)]
+    if _uses_wgmma(plan, "auto"):
+        main = [_bounds_spec(), _int4_wgmma_spec(plan)] if plan.estimator == "int4" else [_wgmma_spec(plan)]
+    return main if plan.block_k == KEY_BLOCK else [*main, _coarsen_spec(plan)]
 
 
 def _launch_estimate(quantized: Quantized, limits: Any, words: Any, plan: Plan, kernel: str) -> None:
     heads = plan.batch * plan.num_heads
+    if _uses_wgmma(plan, kernel) and plan.estimator == "int4":
+        _launch_int4_wgmma(quantized, limits, words, plan)
+        return
     if _uses_wgmma(plan, kernel):
         jit.get_kernel(_wgmma_spec(plan))(
             (ceil_div(plan.num_positions, _WGMMA_ROWS) * heads,), (384,),
@@ -72,9 +78,25 @@ def _launch_estimate(quantized: Quantized, limits: Any, words: Any, plan: Plan, 
     )
 
 
+def _launch_int4_wgmma(quantized: Quantized, limits: Any, words: Any, plan: Plan) -> None:
+    key_tiles = plan.padded_k // CODE_TILE_ROWS
+    scales = (quantized.k_scale, quantized.correction)
+    bounds = arrays.empty((plan.batch, plan.num_heads, key_tiles, _KEY_BOUNDS_FLOATS), np.float32)
+    jit.get_kernel(_bounds_spec())(
+        (key_tiles, plan.num_heads, plan.batch), (CODE_TILE_ROWS,), (*scales, bounds, plan.shape_record)
+    )
+    jit.get_kernel(_int4_wgmma_spec(plan))(
+        (ceil_div(plan.seqlen_q, _WGMMA_ROWS) * plan.batch * plan.num_heads,), (384,),
+        (
+            quantized.q_codes, quantized.k_codes, limits, quantized.q_scale, *scales, bounds, words,
+            plan.shape_record, np.float32(plan.softmax_scale),
+        ),
+    )
+
+
 def _uses_wgmma(plan: Plan, kernel: str) -> bool:
     if kernel == "auto":
-        return plan.arch == "sm_90a" and plan.estimator != "int4"
+        return plan.arch == "sm_90a"
     return kernel == "wgmma"
 
 
@@ -84,6 +106,16 @@ def _wgmma_spec(plan: Plan) -> jit.KernelSpec:
         (str(plan.head_dim), str(plan.block_q), "true" if plan.q_is_sparse else "false"),
         f"EstimateInt8Storage<{plan.head_dim}>",
     )
+
+
+def _int4_wgmma_spec(plan: Plan) -> jit.KernelSpec:
+    return jit.KernelSpec(
+        "estimate_int4_sm90", (str(plan.head_dim), str(plan.block_q)), f"EstimateInt4Storage<{plan.head_dim}>"
+    )
+
+
+def _bounds_spec() -> jit.KernelSpec:
+    return jit.KernelSpec("prepare_int4_bounds")
 
 
 def _mma_spec(plan: Plan, code_bits: int) -> jit.KernelSpec:

@@ -18,7 +18,9 @@ PATHS = [  # estimator, kernel, bits of a stored code
     pytest.param(("int8-sp24", "auto", 8), id="sp24-auto"),
     pytest.param(("int4", "mma", 4), id="int4-packed"),
     pytest.param(("int4", "mma", 8), id="int4-bytes"),
+    pytest.param(("int4", "wgmma", 8), id="int4-wgmma"),
 ]
+INT4_PATHS = [path for path in PATHS if path.values[0][0] == "int4"]
 
 
 def make_plan(estimator, seqlen_q, seqlen_k, *, batch=1, heads=2, kv_heads=1, head_dim=128, **options) -> Plan:
@@ -246,8 +248,8 @@ def test_all_and_none(path):
                 assert (counts == plan.visible_blocks).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_int4_odd_groups(bits):
+@pytest.mark.parametrize("path", INT4_PATHS)
+def test_int4_odd_groups(path):
     """Groups outside the range of the fast division: NaN and infinite scales, quotients that overflow or vanish."""
     for causal in (True, False):
         for lengths in ((300, 1300), (1000, 1000)):
@@ -261,7 +263,74 @@ def test_int4_odd_groups(bits):
             )
             odd_limits = limits.copy()
             poison_odd_groups(odd, odd_limits)
-            check(plan, ("int4", "mma", bits), inputs=(odd, odd_limits))
+            check(plan, path, inputs=(odd, odd_limits))
             mixed = limits.copy()
             mixed[..., part] = odd_limits[..., part]
-            check(plan, ("int4", "mma", bits), inputs=(quantized, mixed))
+            check(plan, path, inputs=(quantized, mixed))
+
+
+def _nudged(x: np.ndarray, rng) -> np.ndarray:
+    """x, or a float32 next to it."""
+    towards = np.array([-np.inf, 0, np.inf], np.float32)[rng.integers(0, 3, x.shape)]
+    return np.where(towards == 0, x, np.nextafter(x, towards)).astype(np.float32)
+
+
+@pytest.mark.parametrize("exact_quotients", [True, False])
+@pytest.mark.parametrize("head_dim, block_q", [(128, 64), (64, 64), (128, 128)])
+@pytest.mark.parametrize("path", INT4_PATHS)
+def test_int4_close_calls(path, head_dim, block_q, exact_quotients):
+    """Corrections on and next to ties, limits on and next to integers, few rows that vote and few different sums."""
+    plan = make_plan("int4", 700, 1500, heads=4, kv_heads=2, head_dim=head_dim, block_q=block_q, full_rows=0)
+    quantized, limits = make_inputs(plan)
+    rng = np.random.default_rng(head_dim + block_q)
+    quantized.q_codes[:] = quantized.q_codes.clip(-1, 1)
+    quantized.k_codes[:] = quantized.k_codes.clip(-1, 1)
+    if exact_quotients:
+        quantized.q_scale[:] = np.exp2(rng.integers(-7, -5, quantized.q_scale.shape))
+        quantized.k_scale[:] = np.exp2(rng.integers(-7, -5, quantized.k_scale.shape))
+    rows, keys = np.arange(plan.seqlen_q), np.arange(plan.seqlen_k)
+    q_scale = quantized.q_scale[..., 8 * (rows // 16) + rows % 8]
+    k_scale = np.repeat(quantized.k_scale[..., 4 * (keys // 32) + keys % 8 // 2], plan.group_size, axis=1)
+    # Halves of a key's scale times some row's, and the floats next to them.
+    unit = q_scale[..., rng.integers(0, plan.seqlen_q, plan.seqlen_k)] * k_scale
+    quantized.correction[:] = _nudged(np.float32(0.5) * rng.integers(-20, 21, unit.shape).astype(np.float32) * unit, rng)
+    unit = np.float32(plan.softmax_scale) * q_scale * k_scale[..., rng.integers(0, plan.seqlen_k, plan.seqlen_q)]
+    low = 45 if exact_quotients else 33  # about the largest sums of a block
+    limits[:] = _nudged(rng.integers(low, low + 30, unit.shape).astype(np.float32) * unit, rng)
+    limits[rng.random(limits.shape) < 0.95] = np.inf
+    check(plan, path, inputs=(quantized, limits))
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e4, 1e6, 1e12])
+@pytest.mark.parametrize("path", INT4_PATHS)
+def test_int4_large_corrections(path, factor):
+    """Corrections and limits near and beyond the reach of bounds, magic number and clamp."""
+    for causal in (True, False):
+        plan = make_plan("int4", 300, 1500, heads=3, causal=causal, full_rows=0)
+        quantized, limits = make_inputs(plan)
+        spread = 10 ** np.random.default_rng(7).uniform(-2, 0, quantized.correction.shape)
+        quantized.correction[:] *= (factor * spread).astype(np.float32)
+        limits[np.isfinite(limits)] *= np.float32(factor * 0.3)
+        check(plan, path, inputs=(quantized, limits))
+
+
+@pytest.mark.parametrize("path", INT4_PATHS)
+def test_int4_zero_and_broken_groups(path):
+    """Zero groups (scale 1, codes 0), a query head and a KV head of NaN scales, NaN limits, beside sound heads."""
+    for causal in (True, False):
+        plan = make_plan("int4", 400, 1100, heads=6, kv_heads=3, causal=causal, full_rows=0)
+        quantized, limits = make_inputs(plan)
+        rows, keys = np.arange(plan.seqlen_q), np.arange(plan.seqlen_k)
+        for scale, codes, group in (
+            (quantized.q_scale, quantized.q_codes, 8 * (rows // 16) + rows % 8),
+            (quantized.k_scale, quantized.k_codes, 4 * (keys // 32) + keys % 8 // 2),
+        ):
+            scale[..., 5::11] = 1
+            codes[:, :, group % 11 == 5] = 0
+        quantized.q_scale[:, 2] = np.nan
+        quantized.q_codes[:, 2] = 0
+        limits[:, 2, 64:] = np.inf
+        quantized.k_scale[:, 2, ::2] = np.nan
+        limits[:, 4:6] = np.where(np.arange(plan.seqlen_q) % 64 == 7, limits[:, 4:6], np.inf)
+        limits[:, 3, 5] = np.nan
+        check(plan, path, inputs=(quantized, limits))
