@@ -33,11 +33,15 @@ def main() -> None:
         gpu = [cupy.asarray(x) for x in (q, k, v)]
         blocks = BLOCKS if (seqlen_q, head_dim) == (127, 128) else ((128, 32), (64, 64))
         for estimator, block, causal in product(ESTIMATORS, blocks, (True, False)):
-            options = dict(estimator=estimator, block=block, causal=causal, dense_below=0)
+            stride = 2 if seqlen_q > 300 else 1
+            options = dict(
+                estimator=estimator, block=block, causal=causal, query_stride=stride, full_rows=64, dense_below=0
+            )
             out, lse, mask = salekit.sparse_attention(*gpu, return_lse=True, return_mask=True, **options)
             plan = salekit.make_plan(*gpu, **options)
             attend._launch_sm80(*gpu, mask, plan, out, lse)
             if estimator != "int4":
+                plan = plan.replace(arch="sm_80")  # all rows' codes in tiles, which is what the mma kernel reads
                 codes = salekit.quantize(*gpu[:2], plan)
                 m, l = salekit.anchor_statistics(*gpu[:2], codes.k_mean, plan)
                 limits = salekit.row_limits(m, l, codes, 0.008, plan)

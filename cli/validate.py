@@ -381,8 +381,9 @@ def _compare_codes(host, twin, q, k, plan) -> list[Check]:
         checks.append(within("quantise", "scales of q with the twin's", host.q_scale, twin.q_scale, slack))
         checks.append(within("quantise", "codes of q with the twin's", host.q_codes, twin.q_codes, 1))
     elif plan.estimator == "int8":
-        checks.append(equal("quantise", "scales of q with the twin's", host.q_scale[..., held], twin.q_scale[..., held]))
-        checks.append(equal("quantise", "codes of q with the twin's", host.q_codes[:, :, held], twin.q_codes[:, :, held]))
+        ours, twins = ((x.q_scale[:, :, held], x.q_codes[:, :, held]) for x in (host, twin))
+        checks.append(equal("quantise", "scales of q with the twin's", ours[0], twins[0]))
+        checks.append(equal("quantise", "codes of q with the twin's", ours[1], twins[1]))
     else:
         # The rms decides which two of four stay; two weights within its rounding may swap, which moves whole codes.
         moved = np.abs(host.q_codes[:, :, held].astype(np.int32) - twin.q_codes[:, :, held]) > 1

@@ -5,7 +5,7 @@ Tiles: uint8 ``[batch, heads, num_tiles, 128 * row_bytes]``, as the kernels read
 zero, 4-bit codes packed with even d in the low nibble, 16-byte chunk c of a row stored at chunk ``c ^ s``, where s is
 taken from address bits 7 and up: the 128-, 64- and 32-byte swizzles of the PTX manual ("Swizzling modes"), so that
 a tile is copied to shared memory as it lies and read by ldmatrix or wgmma without bank conflicts.
-Sparse (q of int8-sp24 on Hopper): uint32 ``[batch, heads, num_tiles * 2, head_dim / 64, 5, 128]``, for each 64-row tile,
+Sparse (q of int8-sp24 on Hopper): uint32 ``[batch, heads, num_tiles * 2, head_dim / 64, 5, 128]``: for a 64-row tile,
 64-dim step and thread of a warpgroup four words of the codes that are kept and one of metadata, as ``wgmma.sp`` takes
 them from registers (cuda_src/ptx/wgmma_sp.cuh): codes go from memory straight to where they are multiplied.
 With ``Plan.holds_tested_rows``, q's rows are those of ``Plan.row_of_position``.
@@ -26,8 +26,8 @@ class Quantized:
     """Codes, scales and corrections of one call (docs/algorithm.md). Arrays are NumPy's or CuPy's.
 
     q_codes, k_codes: rows (twin) or tiles (GPU), see the module's text. A non-finite group has codes 0, scale NaN.
-    q_scale: float32; int8: [batch, num_heads, seqlen_q] (GPU: plan.num_positions); int4: [batch, num_heads, 8 * ceil(seqlen_q / 16)], entry
-        ``8 * (i // 16) + i % 8`` for row i. The GPU pads rows to whole 128-row tiles.
+    q_scale: float32; int8: [batch, num_heads, seqlen_q] (GPU: plan.num_positions); int4: [batch, num_heads,
+        8 * ceil(seqlen_q / 16)], entry ``8 * (i // 16) + i % 8`` for row i. The GPU pads rows to whole 128-row tiles.
     k_scale: float32; int8: [batch, num_kv_heads]; int4: [batch, num_kv_heads, 4 * ceil(seqlen_k / 32)], entry
         ``4 * (j // 32) + (j % 8) // 2`` for key j (GPU: padded likewise).
     k_mean: float32 [batch, num_kv_heads, head_dim].
@@ -88,7 +88,7 @@ def _sparse_places(head_dim: int) -> tuple[np.ndarray, ...]:
 
 
 def rows_to_sparse(rows: np.ndarray) -> np.ndarray:
-    """int8 [batch, heads, seqlen, head_dim] codes, of every four at most two not zero -> sparse (see the module's text).
+    """int8 [batch, heads, seqlen, head_dim] codes, of every four at most two not zero -> sparse (the module's text).
 
     seqlen is padded to whole 128-row tiles. NumPy; raises ValueError for rows that are not pruned.
     """
@@ -138,11 +138,11 @@ def q_codes_to_rows(quantized: Quantized, plan: Plan) -> np.ndarray:
 
 
 def spread_rows(held: np.ndarray, plan: Plan, fill: Any) -> np.ndarray:
-    """[batch, num_heads, num_positions, ...] by position -> [batch, num_heads, seqlen_q, ...] by query row, on the host.
+    """[batch, num_heads, num_positions, ...] by position -> [batch, num_heads, seqlen_q, ...] by query row; NumPy.
 
     Rows that are not held get ``fill``.
     """
     rows = np.full((*held.shape[:2], plan.seqlen_q, *held.shape[3:]), fill, held.dtype)
-    present = plan.row_of_position >= 0
-    rows[:, :, plan.row_of_position[present]] = held[:, :, present]
+    row = plan.row_of_position[: held.shape[2]]  # what follows the last row may have been dropped
+    rows[:, :, row[row >= 0]] = held[:, :, row >= 0]
     return rows

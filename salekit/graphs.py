@@ -1,6 +1,6 @@
 """An executable CUDA graph of a program's operations: one call of the driver launches them all.
 
-A launch costs the host some 2 to 4 us, and as much again for each node whose arguments changed since the last launch. The
+A launch costs the host some 2 to 4 us, and as much again for each node whose arguments changed since the last one. The
 runtime's graphs are the driver's: CuPy launches them.
 """
 

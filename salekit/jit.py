@@ -351,7 +351,7 @@ def multiprocessors() -> int:
 
 
 class Kernel:
-    """A loaded kernel. Call it with grid, block (threads) and arguments; it runs on CuPy's current stream, or is noted by
+    """A loaded kernel. Call it with grid, block (threads) and arguments; it runs on CuPy's current stream or is noted by
     the program that this thread records."""
 
     def __init__(self, compiled: Compiled):

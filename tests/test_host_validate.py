@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from salekit import reference, workloads
 from salekit.block_mask import BlockMask
-from salekit.codes import Quantized, rows_to_tiles, tiles_to_rows
+from salekit.codes import Quantized, rows_to_tiles
 
 validate_module = pytest.importorskip("salekit.cli.validate")
 SETTINGS = dict(input_file=None, backend="numpy", query_stride=1, tau=0.008, block=(128, 32))
@@ -78,7 +78,7 @@ def kernels(monkeypatch):
         return put(spoil("limits", y))
 
     def estimate(codes, limits, plan):
-        host = validate_module._codes_on_host(codes, plan, tiles_to_rows)
+        host = validate_module._codes_on_host(codes, plan)
         mask = reference.estimate(host, np.asarray(limits), plan)
         dense = spoil("mask", mask.to_dense())
         mask = BlockMask.from_dense(dense, mask.block_q, mask.block_k, mask.seqlen_q, mask.seqlen_k, mask.causal)

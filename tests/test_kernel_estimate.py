@@ -293,7 +293,8 @@ def test_int4_close_calls(path, head_dim, block_q, exact_quotients):
     k_scale = np.repeat(quantized.k_scale[..., 4 * (keys // 32) + keys % 8 // 2], plan.group_size, axis=1)
     # Halves of a key's scale times some row's, and the floats next to them.
     unit = q_scale[..., rng.integers(0, plan.seqlen_q, plan.seqlen_k)] * k_scale
-    quantized.correction[:] = _nudged(np.float32(0.5) * rng.integers(-20, 21, unit.shape).astype(np.float32) * unit, rng)
+    halves = np.float32(0.5) * rng.integers(-20, 21, unit.shape).astype(np.float32)
+    quantized.correction[:] = _nudged(halves * unit, rng)
     unit = np.float32(plan.softmax_scale) * q_scale * k_scale[..., rng.integers(0, plan.seqlen_k, plan.seqlen_q)]
     low = 45 if exact_quotients else 33  # about the largest sums of a block
     limits[:] = _nudged(rng.integers(low, low + 30, unit.shape).astype(np.float32) * unit, rng)
