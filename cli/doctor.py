@@ -131,8 +131,8 @@ def _kernels(arch: str | None) -> tuple[str, str]:
     auto = resolve_estimator("auto", arch)
     if arch == "sm_90a":
         return (
-            f"{auto}: estimate_int8_sm90 (wgmma s8); int4 is only emulated here and runs in bytes",
-            "attend_sm90 (wgmma) for masks of 128 query rows and dense calls, attend_sm80 for 64",
+            f"{auto}: estimate_int8_sm90 (wgmma s8, 2:4 sparse for int8-sp24); int4 runs in bytes, estimate_int4_sm90",
+            "attend_sm90 (wgmma)",
         )
     why = "native s4 tensor cores" if auto == "int4" else "s8 tensor cores; s4 is only emulated here"
     return f"{auto}: estimate_sm80 ({why})", "attend_sm80 (mma.sync)"
