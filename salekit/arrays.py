@@ -357,9 +357,9 @@ def plan_of_views(
 ) -> Plan:
     """The Plan of checked bshd views."""
     _check_choice("estimator", estimator, ("auto", *ESTIMATORS))
-    if attend == "int8-fp8":
-        raise ArgumentError("attend: 'int8-fp8' is not built yet; wants 'exact'")
-    _check_choice("attend", attend, ("exact",))
+    _check_choice("attend", attend, ("exact", "int8-fp8"))
+    if attend == "int8-fp8" and is_cuda(q):
+        raise ArgumentError("attend: 'int8-fp8' is not built for GPUs yet; wants 'exact'")
     block_q, block_k = _check_block(block)
     stride = _check_count("query_stride", query_stride)
     _check_choice("query_stride", stride, QUERY_STRIDES)

@@ -7,6 +7,7 @@ results are ``[batch, heads, seqlen]``.
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 
 from .block_mask import BlockMask
@@ -14,6 +15,9 @@ from .codes import Quantized
 from .plans import CLAMP, KEY_BLOCK, SELECT_ALL, SELECT_NONE, TILE_ROWS, Plan, ceil_div
 
 TINY = np.float32(2.0**-100)  # a group whose amax is below this is a zero group
+E4M3 = ml_dtypes.float8_e4m3fn
+E4M3_MAX = 448.0
+LOW_BIT_P_EXPONENT = 7  # p is rounded to e4m3 at 2 ** this times its value: room for a maximum raised a factor of 2 late
 
 
 def _heads_first(x: np.ndarray) -> np.ndarray:
@@ -254,6 +258,47 @@ def _vote_int4(acc, quantized: Quantized, y, rows, b: int, head: int, plan: Plan
 
 
 # --- attend --------------------------------------------------------------------------------------------------------
+class _LowBit:
+    """q, k, v as ``attend="int8-fp8"`` multiplies them (docs/algorithm.md, "Low-bit attention"); heads first."""
+
+    def __init__(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, plan: Plan):
+        batch, heads, rows, dim = q.shape
+        kv_heads, keys = k.shape[1:3]
+        mean = k.mean(axis=2, dtype=np.float64).astype(np.float32)[:, :, None]
+        smooth = k - mean
+        largest_q = _amax(q.reshape(batch, kv_heads, -1, dim), 2)
+        largest_k = _amax(smooth, 2)
+        usable = (largest_q >= TINY) & (largest_k >= TINY) & np.isfinite(largest_q) & np.isfinite(largest_k)
+        balance = np.sqrt(np.where(usable, largest_q, 1) / np.where(usable, largest_k, 1)).astype(np.float32)
+        per_head = np.repeat(balance, plan.group_size, axis=1)
+        balanced_q = q / per_head
+        self.q, self.q_scale = _codes(balanced_q, _amax(balanced_q, -1), 127)
+        blocks = np.zeros((batch, kv_heads, ceil_div(keys, KEY_BLOCK) * KEY_BLOCK, dim), np.float32)
+        blocks[:, :, :keys] = smooth * balance
+        blocks = blocks.reshape(batch, kv_heads, -1, KEY_BLOCK, dim)
+        codes, scale = _codes(blocks, _amax(blocks, (-2, -1)), 127)
+        self.k = codes.reshape(batch, kv_heads, -1, dim)[:, :, :keys]
+        self.k_scale = np.repeat(scale[..., 0, 0], KEY_BLOCK, axis=-1)[:, :, :keys]
+        amax = _amax(v, 2)
+        zero = amax < TINY
+        factor = np.where(np.isfinite(amax) & ~zero, np.float32(E4M3_MAX) / np.where(zero, 1, amax), 0)
+        self.v = np.where(factor == 0, 0, v * factor.astype(np.float32)).astype(E4M3).astype(np.float32)
+        scale = np.where(zero, 1, np.where(np.isfinite(amax), amax / np.float32(E4M3_MAX), np.nan))
+        self.v_scale = scale.astype(np.float32)[:, :, 0]
+        self.row_shift = (q @ np.repeat(mean, plan.group_size, axis=1).swapaxes(-1, -2))[..., 0]  # what smoothing took
+
+    def scores(self, b: int, head: int, kv: int, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+        """q.k of the smoothed keys, without softmax_scale."""
+        products = self.q[b, head, rows].astype(np.float32) @ self.k[b, kv, cols].T.astype(np.float32)
+        return products * (self.q_scale[b, head, rows] * self.k_scale[b, kv, cols][None])
+
+    def weighted_values(self, p: np.ndarray, b: int, kv: int, cols: np.ndarray) -> np.ndarray:
+        """p.v with p rounded to e4m3 at 2 ** LOW_BIT_P_EXPONENT times its value."""
+        unit = np.float32(2.0**LOW_BIT_P_EXPONENT)
+        rounded = (p * unit).astype(E4M3).astype(np.float32)
+        return (rounded @ self.v[b, kv, cols]) * (self.v_scale[b, kv] / unit)
+
+
 def attend(q, k, v, mask: BlockMask | None, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """out like q and lse float32 [batch, heads, seqlen_q] over the selected, visible keys; mask None: all of them."""
     out = np.zeros(q.shape, q.dtype)
@@ -264,6 +309,7 @@ def attend(q, k, v, mask: BlockMask | None, plan: Plan) -> tuple[np.ndarray, np.
     bits = None if mask is None else mask.to_dense()
     scale = np.float32(plan.softmax_scale)
     with np.errstate(all="ignore"):
+        low = _LowBit(queries, keys, values, plan) if plan.attend == "int8-fp8" else None
         for block in range(plan.num_q_blocks):
             rows = np.arange(block * plan.block_q, min((block + 1) * plan.block_q, plan.seqlen_q))
             seen = _row_visible(plan, rows)
@@ -278,13 +324,19 @@ def attend(q, k, v, mask: BlockMask | None, plan: Plan) -> tuple[np.ndarray, np.
                         cols = cols[cols < seen.max()]
                     if cols.size == 0:
                         continue
-                    s = scale * (queries[b, head, rows] @ keys[b, kv, cols].T)
+                    if low:
+                        s = scale * low.scores(b, head, kv, rows, cols)
+                    else:
+                        s = scale * (queries[b, head, rows] @ keys[b, kv, cols].T)
                     s = np.where(cols[None] < seen[:, None], s, np.float32(-np.inf))
                     top = s.max(axis=1, keepdims=True)
                     p = np.exp(s - np.where(np.isneginf(top), np.float32(0), top))
                     total = p.sum(axis=1, keepdims=True)
                     some = ~(total == 0)
-                    o = np.where(some, (p @ values[b, kv, cols]) / np.where(some, total, 1), 0)
+                    weighted = low.weighted_values(p, b, kv, cols) if low else p @ values[b, kv, cols]
+                    o = np.where(some, weighted / np.where(some, total, 1), 0)
+                    if low:
+                        top = top + scale * low.row_shift[b, head, rows][:, None]
                     out[b, rows, head] = o.astype(q.dtype)
                     lse[b, head, rows] = np.where(some, top + np.log(np.where(some, total, 1)), -np.inf)[:, 0]
     return out, lse

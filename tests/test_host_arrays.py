@@ -126,7 +126,7 @@ def test_gpu_strides():
 
 # --- options ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("option, value", [
-    ("estimator", "int5"), ("estimator", 8), ("estimator", None), ("attend", "fp8"), ("attend", "int8-fp8"),
+    ("estimator", "int5"), ("estimator", 8), ("estimator", None), ("attend", "fp8"), ("attend", 8),
     ("block", (32, 32)), ("block", (64, 16)), ("block", 64), ("block", (64,)), ("block", "64x32"),
     ("block", (64.0, 32)),
     ("query_stride", 3), ("query_stride", 0), ("query_stride", 1.0), ("query_stride", True), ("full_rows", -1),
