@@ -351,8 +351,8 @@ def multiprocessors() -> int:
 
 
 class Kernel:
-    """A loaded kernel. Call it with grid, block (threads) and arguments; it runs on CuPy's current stream or is noted by
-    the program that this thread records."""
+    """A loaded kernel. Call it with grid, block (threads) and arguments; it runs on CuPy's current stream or is noted
+    by the program that this thread records."""
 
     def __init__(self, compiled: Compiled):
         import cupy

@@ -1,10 +1,10 @@
 """Programs: the launches of a call, recorded once and replayed with other addresses.
 
 Stage functions allocate with ``arrays.empty`` or ``arrays.zeros`` and launch through ``jit.get_kernel``. While a
-:class:`Recorder` is active in the thread, an allocation is a *symbol*, a CuPy array at an address that no memory has, and
-a launch is noted instead of run. :class:`Program` then does what a linker does: it lays the arguments of all launches out
-in one image, finds the symbols' addresses in it, gives the symbols that live in the workspace an offset there (those
-that are never in use together share memory), and before a run writes the real addresses into the image.
+:class:`Recorder` is active in the thread, an allocation is a *symbol*, a CuPy array at an address that no memory has,
+and a launch is noted instead of run. :class:`Program` then does what a linker does: it lays the arguments of all
+launches out in one image, finds the symbols' addresses in it, gives the symbols that live in the workspace an offset
+there (those that are never in use together share memory), and before a run writes the real addresses into the image.
 
 So in a recorded stage every array on the GPU has to come from the caller or from those two functions (another one as an
 argument is an error, at recording), nothing but those two and kernels may touch memory, and no value on the GPU may
@@ -24,8 +24,8 @@ import numpy as np
 from .errors import GpuError
 from .graphs import LaunchGraph, stream_priority
 
-# Symbol addresses: in no GPU's address space, and NaN when read as a float64 or as the second of two float32, so that no
-# argument that is data looks like one.
+# Symbol addresses: in no GPU's address space, and NaN when read as a float64 or as the second of two float32, so that
+# no argument that is data looks like one.
 _TAG = 0x7FF5
 _TAG_SHIFT, _SYMBOL_SHIFT = 48, 40
 _FIRST_SYMBOL = _TAG << _TAG_SHIFT
@@ -257,8 +257,8 @@ class Gpu:
 class Program:
     """A recorded call. Not for two threads at a time: link, write values, submit under one lock.
 
-    recorder: what was recorded. ports: arrays (symbols) whose addresses each run gets from outside, in this order; every
-    other symbol lies in the workspace.
+    recorder: what was recorded. ports: arrays (symbols) whose addresses each run gets from outside, in this order;
+    every other symbol lies in the workspace.
     workspace_bytes: its size. operations: the launches and fills. versions: for each of them, how often its arguments
     changed. parameters: a float32 view for each :class:`Parameter`, in the order of their launches.
     """

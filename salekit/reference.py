@@ -17,7 +17,7 @@ from .plans import CLAMP, KEY_BLOCK, SELECT_ALL, SELECT_NONE, TILE_ROWS, Plan, c
 TINY = np.float32(2.0**-100)  # a group whose amax is below this is a zero group
 E4M3 = ml_dtypes.float8_e4m3fn
 E4M3_MAX = 448.0
-LOW_BIT_P_EXPONENT = 7  # p is rounded to e4m3 at 2 ** this times its value: room for a maximum raised a factor of 2 late
+LOW_BIT_P_EXPONENT = 7  # p is rounded to e4m3 at 2 ** this times its value: room for a maximum raised late
 
 
 def _heads_first(x: np.ndarray) -> np.ndarray:

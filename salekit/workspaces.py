@@ -1,8 +1,8 @@
 """Workspace: the memory that calls use between their stages, one piece a stream, kept from call to call.
 
-Calls on one stream run one after another, so they share one piece, as large as the largest of them needs. A call that is
-captured into a CUDA graph gets memory that the graph itself owns: an allocation and a release captured with its launches.
-"""
+Calls on one stream run one after another, so they share one piece, as large as the largest of them needs. A call that
+is captured into a CUDA graph gets memory that the graph itself owns: an allocation and a release captured with its
+launches. """
 
 from __future__ import annotations
 

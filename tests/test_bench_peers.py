@@ -250,7 +250,8 @@ def test_a_whole_run(twin, tmp_path):
     assert report["shape"]["heads"] == 2 and report["power"]["limit_w"] == 700 and report["versions"]["torch"] == "none"
     rows = {row["name"]: row for row in report["rows"]}
     assert {"salekit-dense", "salekit-masks-128x32", "salekit-masks-64x32", "torch-fa2", "fa3"} <= set(rows)
-    assert all(ROW_KEYS <= set(row) and row["ms"] > 0 and row["relative_error"] < 0.01 for row in rows.values())
+    assert all(ROW_KEYS <= set(row) and row["ms"] > 0 for row in rows.values())
+    assert all(row["relative_error"] < (0.05 if "int8-fp8" in name else 0.01) for name, row in rows.items())
     assert rows["fa3"]["ratio_to_fa3"] == 1 and "torch-cudnn" not in rows and "flex-128x128" not in rows
     notes = "\n".join(report["notes"])
     assert "torch-cudnn: Refused: wrong result" in notes and "flex-128x128: no mask" in notes
