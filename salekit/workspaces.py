@@ -2,7 +2,8 @@
 
 Calls on one stream run one after another, so they share one piece, as large as the largest of them needs. A call that
 is captured into a CUDA graph gets memory that the graph itself owns: an allocation and a release captured with its
-launches. """
+launches.
+"""
 
 from __future__ import annotations
 
