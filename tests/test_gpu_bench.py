@@ -96,8 +96,8 @@ def test_gpu_bench(tmp_path, estimator):
     for result in report["results"]:
         assert set(result["times"]) == STAGES and result["density"] < 0.9
         parts = sum(result["times"][name]["median_ms"] for name in ("quantize", "anchors", "estimate", "attend"))
-        # The whole call has no L2 flush between stages, but checks its arguments on the host.
-        assert 0.5 * parts <= result["times"]["total"]["median_ms"] <= 2 * parts + 1
+        # The whole call is one launch of all kernels without an L2 flush; the parts wait for the host between theirs.
+        assert 0 < result["times"]["total"]["median_ms"] <= 2 * parts + 1
 
 
 @pytest.mark.gpu
