@@ -23,6 +23,7 @@ from .plans import (
     DENSE_BELOW,
     ESTIMATORS,
     HEAD_DIMS,
+    LOW_BIT_ARCHS,
     QUERY_STRIDES,
     Plan,
     default_softmax_scale,
@@ -358,8 +359,6 @@ def plan_of_views(
     """The Plan of checked bshd views."""
     _check_choice("estimator", estimator, ("auto", *ESTIMATORS))
     _check_choice("attend", attend, ("exact", "int8-fp8"))
-    if attend == "int8-fp8" and is_cuda(q):
-        raise ArgumentError("attend: 'int8-fp8' is not built for GPUs yet; wants 'exact'")
     block_q, block_k = _check_block(block)
     stride = _check_count("query_stride", query_stride)
     _check_choice("query_stride", stride, QUERY_STRIDES)
@@ -368,6 +367,9 @@ def plan_of_views(
         from .jit import device_arch
 
         arch = device_arch()
+        if attend == "int8-fp8" and arch not in LOW_BIT_ARCHS:
+            wanted = ", ".join(LOW_BIT_ARCHS)
+            raise ArgumentError(f"attend: 'int8-fp8' is built for {wanted} alone, this GPU is {arch}; wants 'exact'")
     batch, seqlen_q, num_heads, head_dim = q.shape
     return Plan(
         batch=batch,

@@ -1,4 +1,4 @@
-"""Attend: exact softmax attention over the selected blocks (docs/algorithm.md, step 5)."""
+"""Attend: softmax attention over the selected blocks (docs/algorithm.md, step 5), exact or low-bit."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, jit, reference, tensor_map
+from . import arrays, jit, low_bit, reference, tensor_map
+from .attend_grid import DENSE_BLOCK_Q, NULL, SM90_THREADS, expand_log2, persistent_grid
 from .block_mask import BlockMask
 from .plans import KEY_BLOCK, Plan, ceil_div
 
-DENSE_BLOCK_Q = 128  # query rows of a CTA when there is no mask to say so
-_NULL = np.uint64(0)  # a pointer that a kernel does not read
 _SM90_TILE_K = 128  # keys of a tile of attend_sm90
-_SM90_THREADS = 384  # a producer and two consumer warpgroups
 # Stages of K and V in attend_sm80. On an H100 two gain 1% on dense calls of 128 rows and lose 1% (128 rows) and 30% (64
 # rows: fewer CTAs an SM) on real masks.
 STAGES = 1
@@ -22,7 +20,7 @@ STAGES = 1
 def attend(
     q: Any, k: Any, v: Any, mask: BlockMask | None, plan: Plan, out: Any = None, return_lse: bool = False
 ) -> tuple[Any, Any]:
-    """Softmax attention over the selected blocks, float32 accumulation.
+    """Softmax attention over the selected blocks, float32 accumulation; by ``plan.attend`` from 8-bit products.
 
     q: [batch, seqlen_q, num_heads, head_dim]; k, v: [batch, seqlen_k, num_kv_heads, head_dim]; bshd views, NumPy's (the
         twin runs) or CuPy's (16-byte aligned rows). mask: on the same backend; its own block counts, not the plan's.
@@ -40,7 +38,10 @@ def attend(
     if out is None:
         out = arrays.empty(q.shape, q.dtype)
     lse = arrays.empty((plan.batch, plan.num_heads, plan.seqlen_q), np.float32) if return_lse else None
-    if out.size:
+    if out.size and plan.attend == "int8-fp8":
+        low = low_bit.quantize_low_bit(q, k, v, plan, with_shift=return_lse)
+        low_bit.attend_low_bit(low, mask, plan, out, lse)
+    elif out.size:
         if (plan.arch or jit.device_arch()) == "sm_90a" and all(tensor_map.can_encode(x) for x in (q, k, v)):
             _launch_sm90(q, k, v, mask, plan, out, lse)
         else:
@@ -52,34 +53,29 @@ def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
     """The kernels that :func:`attend` launches for this plan: masked, and dense when that is another one."""
     arch = plan.arch or jit.device_arch()
     block_rows = dict.fromkeys((plan.block_q, DENSE_BLOCK_Q))
+    if plan.attend == "int8-fp8":
+        return low_bit.kernel_specs(plan, list(block_rows))
     hopper = [_sm90_spec(plan, block_q) for block_q in block_rows] if arch == "sm_90a" else []
     return hopper + [_sm80_spec(plan, block_q, STAGES) for block_q in block_rows]
 
 
 def _launch_sm90(q: Any, k: Any, v: Any, mask: BlockMask | None, plan: Plan, out: Any, lse: Any) -> None:
-    num_items = plan.batch * plan.num_heads * ceil_div(plan.seqlen_q, DENSE_BLOCK_Q)
-    num_ctas = min(num_items, jit.multiprocessors())
-    next_item = _NULL if num_items == num_ctas else arrays.zeros((1,), np.uint32)
+    num_ctas, next_item = persistent_grid(plan)
     jit.get_kernel(_sm90_spec(plan, DENSE_BLOCK_Q if mask is None else mask.block_q))(
         (num_ctas,),
-        (_SM90_THREADS,),
+        (SM90_THREADS,),
         (
             tensor_map.tensor_map(q, DENSE_BLOCK_Q),
             *(tensor_map.tensor_map(x, rows) for rows in (KEY_BLOCK, _SM90_TILE_K) for x in (k, v)),
             arrays.tensor_view(out),
-            _NULL if lse is None else lse,
-            _NULL if mask is None else mask.words,
-            np.int32(_expand_log2(mask)),
+            NULL if lse is None else lse,
+            NULL if mask is None else mask.words,
+            np.int32(expand_log2(mask)),
             next_item,
             plan.shape_record,
             np.float32(plan.softmax_scale),
         ),
     )
-
-
-def _expand_log2(mask: BlockMask | None) -> int:
-    """A mask bit stands for 2 ** this many 32-key blocks."""
-    return 0 if mask is None else (mask.block_k // KEY_BLOCK).bit_length() - 1
 
 
 def _launch_sm80(
@@ -92,9 +88,9 @@ def _launch_sm80(
         (block_q,),
         (
             *(_view(x) for x in (q, k, v, out)),
-            _NULL if lse is None else lse,
-            _NULL if mask is None else mask.words,
-            np.int32(_expand_log2(mask)),
+            NULL if lse is None else lse,
+            NULL if mask is None else mask.words,
+            np.int32(expand_log2(mask)),
             plan.shape_record,
             np.float32(plan.softmax_scale),
         ),

@@ -41,7 +41,7 @@ def sparse_attention(
         checked; in an array on the GPU NaN or a negative value means a dense head.
     causal: query i sees keys ``j <= i + seqlen_k - seqlen_q``. softmax_scale: default ``head_dim ** -0.5``.
     estimator: "int4" (the paper's), "int8", "int8-sp24" or "auto", which depends on the GPU alone.
-    attend: "exact", or "int8-fp8": int8 products of q and k, e4m3 products of p and v, on the twin alone so far.
+    attend: "exact", or "int8-fp8": int8 products of q and k, e4m3 products of p and v; on GPUs, Hopper alone.
     block: (query rows, keys) of a mask block, 64 or 128 by 32, 64 or 128.
     query_stride: test every 1st, 2nd or 4th row of a block; the last ``full_rows`` rows are always tested.
     sink, local: keys at the start and before each query tile that are always kept.

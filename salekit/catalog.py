@@ -9,7 +9,7 @@ from .attend import kernel_specs as attend_specs
 from .estimate import kernel_specs as estimate_specs
 from .jit import KernelSpec
 from .pipeline import kernel_specs as pipeline_specs
-from .plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, Plan
+from .plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, LOW_BIT_ARCHS, Plan
 from .quantize import kernel_specs as quantize_specs
 from .workloads import kernel_specs as workload_specs
 
@@ -43,6 +43,9 @@ def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
         for stage, specs in STAGES.items():
             for spec in specs(plan):
                 found.setdefault(spec, stage)
+        if arch in LOW_BIT_ARCHS:
+            for spec in attend_specs(plan.replace(attend="int8-fp8")):
+                found.setdefault(spec, "attend")
         for spec in workload_specs(plan):
             found.setdefault(spec, "workload")
     return [(stage, spec) for spec, stage in found.items()]

@@ -263,6 +263,7 @@ class Plan:
         return replace(self, **changes)
 
 
+LOW_BIT_ARCHS = ("sm_90a",)  # where attend="int8-fp8" has kernels
 NATIVE_INT4_ARCHS = ("sm_80", "sm_86", "sm_89")
 SUPPORTED_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a")
 

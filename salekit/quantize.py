@@ -37,7 +37,7 @@ def quantize(q: Any, k: Any, plan: Plan) -> Quantized:
 
 def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
     """The kernels that :func:`quantize` launches for this plan."""
-    common = [_reduce_spec(plan), _finish_spec(plan)]
+    common = [reduce_spec(plan), _finish_spec(plan)]
     if plan.estimator == "int4":
         return common + [_int4_spec("q", plan), _int4_spec("k", plan)]
     return common + [_int8_spec(_q_side(plan), plan), _int8_spec("k", plan)]
@@ -58,16 +58,23 @@ def _empty_codes(heads: int, padded: int, plan: Plan) -> Any:
     return _empty(shape, np.uint8)
 
 
+def channel_partials(x: Any, plan: Plan) -> tuple[Any, int]:
+    """What reduce_channels knows of each channel: float32 [batch, heads, chunks, 4, head_dim], and chunks."""
+    batch, seqlen, heads, head_dim = x.shape
+    chunks = ceil_div(seqlen, _REDUCE_ROWS)
+    partials = _empty((batch, heads, chunks, 4, head_dim))
+    jit.get_kernel(reduce_spec(plan))(
+        (chunks, heads, batch), (_THREADS,), (arrays.tensor_view(x), partials, np.int32(seqlen))
+    )
+    return partials, chunks
+
+
 def _channel_statistics(
     x: Any, plan: Plan, with_rms: bool = False, with_amax: bool = False
 ) -> tuple[Any, Any, Any, Any]:
     """mean, rms about it ([batch, heads, head_dim]), largest deviation, int8 scale ([batch, heads]); None unasked."""
     batch, seqlen, heads, head_dim = x.shape
-    chunks = ceil_div(seqlen, _REDUCE_ROWS)
-    partials = _empty((batch, heads, chunks, 4, head_dim))
-    jit.get_kernel(_reduce_spec(plan))(
-        (chunks, heads, batch), (_THREADS,), (arrays.tensor_view(x), partials, np.int32(seqlen))
-    )
+    partials, chunks = channel_partials(x, plan)
     mean = _empty((batch, heads, head_dim))
     rms = _empty((batch, heads, head_dim)) if with_rms else None
     amax, scale = (_empty((batch, heads)), _empty((batch, heads))) if with_amax else (None, None)
@@ -141,7 +148,7 @@ def _quantize_int4(q: Any, k: Any, plan: Plan) -> Quantized:
     return Quantized("int4", plan.code_bits, q_codes, k_codes, q_scale, k_scale, k_mean, q_mean, correction)
 
 
-def _reduce_spec(plan: Plan) -> jit.KernelSpec:
+def reduce_spec(plan: Plan) -> jit.KernelSpec:
     return jit.KernelSpec("reduce_channels", (str(plan.head_dim), plan.element))
 
 

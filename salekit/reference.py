@@ -269,9 +269,9 @@ class _LowBit:
         largest_q = _amax(q.reshape(batch, kv_heads, -1, dim), 2)
         largest_k = _amax(smooth, 2)
         usable = (largest_q >= TINY) & (largest_k >= TINY) & np.isfinite(largest_q) & np.isfinite(largest_k)
-        balance = np.sqrt(np.where(usable, largest_q, 1) / np.where(usable, largest_k, 1)).astype(np.float32)
-        per_head = np.repeat(balance, plan.group_size, axis=1)
-        balanced_q = q / per_head
+        largest_q, largest_k = np.where(usable, largest_q, np.float32(1)), np.where(usable, largest_k, np.float32(1))
+        balance = np.sqrt(largest_q / largest_k)  # of k; 1 / balance of q, rounded for itself
+        balanced_q = q * np.repeat(np.sqrt(largest_k / largest_q), plan.group_size, axis=1)
         self.q, self.q_scale = _codes(balanced_q, _amax(balanced_q, -1), 127)
         blocks = np.zeros((batch, kv_heads, ceil_div(keys, KEY_BLOCK) * KEY_BLOCK, dim), np.float32)
         blocks[:, :, :keys] = smooth * balance

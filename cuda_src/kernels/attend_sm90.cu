@@ -2,8 +2,9 @@
 //
 // out[b, i, h, :] = softmax(softmax_scale * q_i . k_j) v_j over the selected, visible keys j; lse is natural log.
 // Warpgroup 0 produces: a warp for K and one for V each walk the mask bits from the last block to the first and gather
-// four 32-key slots into each 128-key tile. Warpgroups 1 and 2 consume, 64 rows each, and take turns to issue their
-// products: q.k of one tile and p.v of the tile before it, so that the softmax of the one runs under both's products.
+// four 32-key slots into each 128-key tile (tile/attend_ring.cuh). Warpgroups 1 and 2 consume, 64 rows each, and take
+// turns to issue their products: q.k of one tile and p.v of the tile before it, so that the softmax of the one runs
+// under both's products.
 // A mask of 64-row blocks gives each warpgroup bits of its own: their union is gathered, and what a warpgroup has not
 // selected scores -inf.
 // Grid: a CTA of 384 threads for each multiprocessor, or fewer; each takes one work item (128 rows of a head) after the
@@ -13,29 +14,14 @@
 #include "ptx/bulk_tensor.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/ex2.cuh"
-#include "ptx/mbarrier.cuh"
 #include "ptx/setmaxnreg.cuh"
 #include "ptx/wgmma.cuh"
 #include "ptx/wgmma_f16.cuh"
-#include "tile/shape.cuh"
-#include "tile/slot_walker.cuh"
-#include "tile/tensor_view.cuh"
+#include "tile/attend_ring.cuh"
 
-constexpr int ATTEND_BLOCK_Q = 128;
-constexpr int ATTEND_TILE_K = 128;
 constexpr int ATTEND_STAGES = 3;
-constexpr int ATTEND_SLOTS = ATTEND_TILE_K / KEY_BLOCK;
-constexpr int ATTEND_RUN = 16;         // neighbouring query blocks of a head before the next head
 constexpr int EARLY_EXPONENTIALS = 16;  // of a lane's 64, taken before p.v of the tile before is waited for
-constexpr int TURN_BARRIER = 2;        // named barriers 2 and 3: the turns of the two consumers
-constexpr int HALF_BYTES = 128;        // a swizzled row: 64 elements
-constexpr int ITEM_SLOTS = 2;          // work items on their way from the warp that fetches K to all others
-constexpr int ITEM_READERS = 9;        // the warp that fetches V and eight consumer warps
-
-struct WorkItem {
-  int index;  // -1: there is no more work
-  int num_tiles;
-};
+constexpr int HALF_BYTES = 128;         // a swizzled row: 64 elements
 
 template <int HEAD_DIM>
 struct AttendSm90Storage {
@@ -43,34 +29,30 @@ struct AttendSm90Storage {
   alignas(1024) uint8_t Q_smem[HALVES][ATTEND_BLOCK_Q * HALF_BYTES];
   alignas(1024) uint8_t K_smem[ATTEND_STAGES][HALVES][ATTEND_TILE_K * HALF_BYTES];
   alignas(1024) uint8_t V_smem[ATTEND_STAGES][HALVES][ATTEND_TILE_K * HALF_BYTES];
-  alignas(16) SlotTile tiles[ATTEND_STAGES];
-  alignas(8) uint64_t k_full[ATTEND_STAGES], k_empty[ATTEND_STAGES], v_full[ATTEND_STAGES], v_empty[ATTEND_STAGES];
-  uint64_t q_full, q_empty, item_full[ITEM_SLOTS], item_empty[ITEM_SLOTS];
-  WorkItem items[ITEM_SLOTS];
+  AttendRing<ATTEND_STAGES> ring;
   uint8_t alignment_slack[1024];  // dynamic shared memory is not promised to start on 1024 bytes
 };
 
 // Fills a tile's four slots; in one box when they are neighbours.
 template <int HEAD_DIM>
 __device__ __forceinline__ void load_tile(uint8_t (*tile)[ATTEND_TILE_K * HALF_BYTES], const TensorMap& map,
-                                          const TensorMap& wide_map, int4 slots, int head, int batch, uint64_t* full) {
+                                          const TensorMap& wide_map, const SlotKeys& keys, const Rows& rows,
+                                          uint64_t* full) {
   constexpr int HALVES = HEAD_DIM / 64;
   const uint32_t barrier = shared_address(full);
   mbarrier_arrive_expect_tx(full, HALVES * ATTEND_TILE_K * HALF_BYTES);
-  if (slots.x >= 0 && slots.w - slots.x == 3 * KEY_BLOCK) {
+  if (keys.are_neighbours) {
 #pragma unroll
     for (int half = 0; half < HALVES; ++half)
-      bulk_tensor_4d(shared_address(tile[half]), &wide_map, half * 64, slots.x, head, batch, barrier);
+      bulk_tensor_4d(shared_address(tile[half]), &wide_map, half * 64, keys.first[0], rows.kv_head, rows.batch,
+                     barrier);
     return;
   }
-  // An absent slot repeats the last one: its scores are masked, and 0 * v must not meet stale NaNs.
-  const int keys[ATTEND_SLOTS] = {slots.x < 0 ? slots.w : slots.x, slots.y < 0 ? slots.w : slots.y,
-                                  slots.z < 0 ? slots.w : slots.z, slots.w};
 #pragma unroll
   for (int i = 0; i < ATTEND_SLOTS; ++i)
     for (int half = 0; half < HALVES; ++half)
-      bulk_tensor_4d(shared_address(tile[half]) + i * KEY_BLOCK * HALF_BYTES, &map, half * 64, keys[i], head, batch,
-                     barrier);
+      bulk_tensor_4d(shared_address(tile[half]) + i * KEY_BLOCK * HALF_BYTES, &map, half * 64, keys.first[i],
+                     rows.kv_head, rows.batch, barrier);
 }
 
 // Shared-memory matrix descriptors, 128-byte swizzle: 8-row groups are 1024 bytes apart (PTX ISA, "matrix descriptor").
@@ -93,18 +75,6 @@ __device__ __forceinline__ void multiply_pv(float (&o)[HEAD_DIM / 2], const uint
 #pragma unroll
   for (int step = 0; step < ATTEND_TILE_K / 16; ++step)
     wgmma_m64k16_rs<Element, HEAD_DIM / 2>(o, p[step], v_desc + uint64_t(step * (16 * HALF_BYTES >> 4)));
-}
-
-// Tells the compiler that the asynchronous products have written these registers.
-template <int N>
-__device__ __forceinline__ void touch(float (&d)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-// Keeps the arithmetic that x >= 0 comes from before the waits that follow: ptxas moves waits up, not over branches.
-__device__ __forceinline__ void computed_before(float x) {
-  if (x < 0.f) __nanosleep(1);
 }
 
 // Largest of row r's scores and of `before`, over the four lanes that share the row; NaNs do not count.
@@ -181,77 +151,6 @@ __device__ __forceinline__ void round_p(uint32_t (&p)[8][4], const float (&s)[64
   for (int i = 0; i < 32; ++i) p[i / 4][i % 4] = Element::pack(s[2 * i], s[2 * i + 1]);
 }
 
-// Scores of slots that are not selected and of keys beyond a row's limit become -inf.
-__device__ __forceinline__ void mask_scores(float (&s)[64], int4 slots, uint32_t selected, int visible_upper,
-                                            int visible_lower) {
-  const int starts[ATTEND_SLOTS] = {slots.x, slots.y, slots.z, slots.w};
-#pragma unroll
-  for (int j = 0; j < 16; ++j) {
-    const bool absent = (selected >> (j / 4) & 1) == 0;
-    const int key = starts[j / 4] + (j % 4) * 8 + (threadIdx.x % 4) * 2;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (absent | (key + i >= visible_upper)) s[4 * j + i] = -INFINITY;
-      if (absent | (key + i >= visible_lower)) s[4 * j + 2 + i] = -INFINITY;
-    }
-  }
-}
-
-// Which rows of which head a work item is.
-struct Rows {
-  int batch, head, kv_head, q_block;
-
-  __device__ Rows(const Shape& shape, int item) {
-    const int num_q_blocks = ceil_div(shape.seqlen_q, ATTEND_BLOCK_Q);
-    const int group = shape.group_size();
-    const int kv_index = item / (group * num_q_blocks);
-    const int within = item % (group * num_q_blocks);
-    const int run = within / (group * ATTEND_RUN);
-    const int in_run = within % (group * ATTEND_RUN);
-    const int run_width = min(ATTEND_RUN, num_q_blocks - run * ATTEND_RUN);
-    q_block = num_q_blocks - 1 - (run * ATTEND_RUN + in_run % run_width);
-    batch = kv_index / shape.num_kv_heads;
-    kv_head = kv_index % shape.num_kv_heads;
-    head = kv_head * group + in_run / run_width;
-  }
-
-  template <int MASK_ROWS>
-  __device__ SlotWalker<MASK_ROWS> walker(const Shape& shape, const uint32_t* mask_gmem, int expand_log2) const {
-    constexpr int NUM_ROWS = SlotWalker<MASK_ROWS>::NUM_ROWS;
-    const uint32_t* mask_rows[NUM_ROWS] = {};
-    if (mask_gmem != nullptr) {
-      const int num_mask_rows = ceil_div(shape.seqlen_q, MASK_ROWS);
-      const int num_words = ceil_div(ceil_div(shape.seqlen_k, KEY_BLOCK << expand_log2), 32);
-#pragma unroll
-      for (int r = 0; r < NUM_ROWS; ++r) {
-        const int row = q_block * NUM_ROWS + r;
-        if (row < num_mask_rows)
-          mask_rows[r] = mask_gmem + (int64_t(batch * shape.num_heads + head) * num_mask_rows + row) * num_words;
-      }
-    }
-    const int num_visible = ceil_div(shape.visible_keys((q_block + 1) * ATTEND_BLOCK_Q - 1), KEY_BLOCK);
-    return SlotWalker<MASK_ROWS>(mask_rows, expand_log2, num_visible);
-  }
-};
-
-// Transposes a 4 x 4 matrix of words among four neighbouring lanes: lane t's word c becomes lane c's word t.
-__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
-  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
-    w[i] = odd ? got : w[i];
-    w[i + 1] = odd ? w[i + 1] : got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(~0u, high ? w[i] : w[i + 2], 2);
-    w[i] = high ? got : w[i];
-    w[i + 2] = high ? w[i + 2] : got;
-  }
-}
-
-// next_item: a counter that is zero before the launch; null when there is a CTA for each work item.
 template <int HEAD_DIM, typename Element, int MASK_ROWS>
 __global__ void __launch_bounds__(384, 1)
     attend_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
@@ -264,101 +163,29 @@ __global__ void __launch_bounds__(384, 1)
   extern __shared__ uint8_t dynamic_smem[];
   Storage& smem = *reinterpret_cast<Storage*>((reinterpret_cast<uint64_t>(dynamic_smem) + 1023) & ~uint64_t(1023));
 
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < ATTEND_STAGES; ++stage) {
-      mbarrier_init(&smem.k_full[stage], 1);
-      mbarrier_init(&smem.v_full[stage], 1);
-      mbarrier_init(&smem.k_empty[stage], 2);
-      mbarrier_init(&smem.v_empty[stage], 2);
-    }
-    mbarrier_init(&smem.q_full, 1);
-    mbarrier_init(&smem.q_empty, 2);
-    for (int slot = 0; slot < ITEM_SLOTS; ++slot) {
-      mbarrier_init(&smem.item_full[slot], 1);
-      mbarrier_init(&smem.item_empty[slot], ITEM_READERS);
-    }
-    mbarrier_init_fence();
-  }
+  if (threadIdx.x == 0) smem.ring.init();
   __syncthreads();
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  const bool elected = threadIdx.x % 32 == 0;
-  int slot = 0;
-  uint32_t slot_phase = 0;
-  // For all but the warp that fetches K: the next work item.
-  auto receive_item = [&] {
-    mbarrier_wait(&smem.item_full[slot], slot_phase);
-    const WorkItem& read = smem.items[slot];
-    // Shuffled, so that the compiler knows them to be uniform.
-    const WorkItem item = {__shfl_sync(~0u, read.index, 0), __shfl_sync(~0u, read.num_tiles, 0)};
-    if (elected) mbarrier_arrive(&smem.item_empty[slot]);
-    if (++slot == ITEM_SLOTS) slot = 0, slot_phase ^= 1;
-    return item;
-  };
-
+  AttendRing<ATTEND_STAGES>& ring = smem.ring;
   if (threadIdx.x < 128) {
     setmaxnreg_dec<40>();
-    // Waits are for whole warps: a diverged warp would spin instead of sleeping.
-    int stage = 0;
-    uint32_t phase = 1;
-    if (warp == 0) {  // hands out work items and fetches their K
-      const int num_items = shape.batch * shape.num_heads * ceil_div(shape.seqlen_q, ATTEND_BLOCK_Q);
-      int item = blockIdx.x;
-      while (true) {
-        mbarrier_wait(&smem.item_empty[slot], slot_phase ^ 1);
-        if (item >= num_items) {
-          if (elected) {
-            smem.items[slot].index = -1;
-            mbarrier_arrive(&smem.item_full[slot]);
-          }
-          break;
-        }
-        int following = 0;  // on its way while this item's tiles are fetched
-        if (elected) following = next_item == nullptr ? num_items : gridDim.x + atomicAdd(next_item, 1);
-        const Rows rows(shape, item);
-        auto walker = rows.walker<MASK_ROWS>(shape, mask_gmem, expand_log2);
-        const int num_tiles = ceil_div(walker.count(), ATTEND_SLOTS);
-        if (elected) {
-          smem.items[slot] = {item, num_tiles};
-          mbarrier_arrive(&smem.item_full[slot]);
-        }
-        if (++slot == ITEM_SLOTS) slot = 0, slot_phase ^= 1;
-        for (int t = 0; t < num_tiles; ++t) {
-          const SlotTile tile = walker.next();
-          mbarrier_wait(&smem.k_empty[stage], phase);
-          if (elected) {
-            smem.tiles[stage] = tile;
-            load_tile<HEAD_DIM>(smem.K_smem[stage], k_map, k_wide_map, tile.first_key, rows.kv_head, rows.batch,
-                                &smem.k_full[stage]);
-          }
-          __syncwarp();
-          if (++stage == ATTEND_STAGES) stage = 0, phase ^= 1;
-        }
-        item = __shfl_sync(~0u, following, 0);
-      }
-    } else if (warp == 1) {  // fetches Q and V
-      uint32_t q_phase = 1;
-      for (WorkItem item = receive_item(); item.index >= 0; item = receive_item()) {
-        const Rows rows(shape, item.index);
-        mbarrier_wait(&smem.q_empty, q_phase);
-        q_phase ^= 1;
-        if (elected) {
-          mbarrier_arrive_expect_tx(&smem.q_full, HALVES * ATTEND_BLOCK_Q * HALF_BYTES);
-          for (int half = 0; half < HALVES; ++half)
-            bulk_tensor_4d(shared_address(smem.Q_smem[half]), &q_map, half * 64, rows.q_block * ATTEND_BLOCK_Q,
-                           rows.head, rows.batch, shared_address(&smem.q_full));
-        }
-        auto walker = rows.walker<MASK_ROWS>(shape, mask_gmem, expand_log2);
-        for (int t = 0; t < item.num_tiles; ++t) {
-          const SlotTile tile = walker.next();
-          mbarrier_wait(&smem.v_empty[stage], phase);
-          if (elected)
-            load_tile<HEAD_DIM>(smem.V_smem[stage], v_map, v_wide_map, tile.first_key, rows.kv_head, rows.batch,
-                                &smem.v_full[stage]);
-          __syncwarp();
-          if (++stage == ATTEND_STAGES) stage = 0, phase ^= 1;
-        }
-      }
+    if (warp == 0) {
+      auto load_k = [&](const Rows& rows, const SlotKeys& keys, int stage) {
+        load_tile<HEAD_DIM>(smem.K_smem[stage], k_map, k_wide_map, keys, rows, &ring.k_full[stage]);
+      };
+      hand_out_items<MASK_ROWS>(ring, shape, mask_gmem, expand_log2, next_item, load_k);
+    } else if (warp == 1) {
+      auto load_q = [&](const Rows& rows) {
+        mbarrier_arrive_expect_tx(&ring.q_full, HALVES * ATTEND_BLOCK_Q * HALF_BYTES);
+        for (int half = 0; half < HALVES; ++half)
+          bulk_tensor_4d(shared_address(smem.Q_smem[half]), &q_map, half * 64, rows.q_block * ATTEND_BLOCK_Q, rows.head,
+                         rows.batch, shared_address(&ring.q_full));
+      };
+      auto load_v = [&](const Rows& rows, const SlotKeys& keys, int stage) {
+        load_tile<HEAD_DIM>(smem.V_smem[stage], v_map, v_wide_map, keys, rows, &ring.v_full[stage]);
+      };
+      fetch_queries_and_values<MASK_ROWS>(ring, shape, mask_gmem, expand_log2, load_q, load_v);
     }
   } else {
     setmaxnreg_inc<232>();
@@ -370,9 +197,10 @@ __global__ void __launch_bounds__(384, 1)
     const uint64_t v_desc = descriptor(shared_address(smem.V_smem[0][0]), ATTEND_TILE_K * HALF_BYTES);
     int stage = 0;
     uint32_t phase = 0, q_phase = 0;
+    ItemCursor cursor;
     if (warpgroup == 1) bar_arrive(TURN_BARRIER, 256);
 
-    for (WorkItem item = receive_item(); item.index >= 0; item = receive_item()) {
+    for (WorkItem item = cursor.receive(ring); item.index >= 0; item = cursor.receive(ring)) {
       const Rows rows(shape, item.index);
       const int first_row = rows.q_block * ATTEND_BLOCK_Q;
       const int row = first_row + warpgroup * 64 + warp % 4 * 16 + threadIdx.x % 32 / 4;
@@ -391,17 +219,17 @@ __global__ void __launch_bounds__(384, 1)
       for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0;
       RowState state;
 
-      mbarrier_wait(&smem.q_full, q_phase);
+      mbarrier_wait(&ring.q_full, q_phase);
       q_phase ^= 1;
       if (item.num_tiles > 0) {
-        mbarrier_wait(&smem.k_full[stage], phase);
-        const SlotTile first_tile = smem.tiles[stage];
+        mbarrier_wait(&ring.k_full[stage], phase);
+        const SlotTile first_tile = ring.tiles[stage];
         wgmma_fence();
         multiply_qk<HEAD_DIM, Element>(s, q_desc, k_desc + uint64_t(stage * (TILE_BYTES >> 4)));
         wgmma_commit();
         wgmma_wait<0>();
         touch(s);
-        if (leader) mbarrier_arrive(&smem.k_empty[stage]);
+        if (leader) mbarrier_arrive(&ring.k_empty[stage]);
         mask_tile(s, first_tile);
         state.raise(s, scale_log2);
         state.exponentiate<0, 64>(s, scale_log2);
@@ -412,19 +240,19 @@ __global__ void __launch_bounds__(384, 1)
           int next = stage + 1;
           uint32_t next_phase = phase;
           if (next == ATTEND_STAGES) next = 0, next_phase ^= 1;
-          mbarrier_wait(&smem.k_full[next], next_phase);
-          const SlotTile tile = smem.tiles[next];
+          mbarrier_wait(&ring.k_full[next], next_phase);
+          const SlotTile tile = ring.tiles[next];
           bar_sync(TURN_BARRIER + warpgroup, 256);
           wgmma_fence();
           multiply_qk<HEAD_DIM, Element>(s, q_desc, k_desc + uint64_t(next * (TILE_BYTES >> 4)));
           wgmma_commit();
-          mbarrier_wait(&smem.v_full[stage], phase);
+          mbarrier_wait(&ring.v_full[stage], phase);
           multiply_pv<HEAD_DIM, Element>(o, p, v_desc + uint64_t(stage * (TILE_BYTES >> 4)));
           wgmma_commit();
           bar_arrive(TURN_BARRIER + 1 - warpgroup, 256);
           wgmma_wait<1>();
           touch(s);
-          if (leader) mbarrier_arrive(&smem.k_empty[next]);
+          if (leader) mbarrier_arrive(&ring.k_empty[next]);
           mask_tile(s, tile);
           const bool raised = state.needs_raise(s, slack);
           if (raised) state.raise(s, scale_log2);
@@ -432,7 +260,7 @@ __global__ void __launch_bounds__(384, 1)
           computed_before(s[EARLY_EXPONENTIALS - 1]);
           wgmma_wait<0>();
           touch(o);
-          if (leader) mbarrier_arrive(&smem.v_empty[stage]);
+          if (leader) mbarrier_arrive(&ring.v_empty[stage]);
           if (raised) {
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] *= state.rescale[i / 2 % 2];
@@ -447,15 +275,15 @@ __global__ void __launch_bounds__(384, 1)
           phase = next_phase;
         }
       }
-      if (leader) mbarrier_arrive(&smem.q_empty);
+      if (leader) mbarrier_arrive(&ring.q_empty);
       if (item.num_tiles > 0) {
-        mbarrier_wait(&smem.v_full[stage], phase);
+        mbarrier_wait(&ring.v_full[stage], phase);
         wgmma_fence();
         multiply_pv<HEAD_DIM, Element>(o, p, v_desc + uint64_t(stage * (TILE_BYTES >> 4)));
         wgmma_commit();
         wgmma_wait<0>();
         touch(o);
-        if (leader) mbarrier_arrive(&smem.v_empty[stage]);
+        if (leader) mbarrier_arrive(&ring.v_empty[stage]);
         if (++stage == ATTEND_STAGES) stage = 0, phase ^= 1;
       }
 
@@ -467,16 +295,7 @@ __global__ void __launch_bounds__(384, 1)
         const float inverse = sum == 0.f ? 0.f : 1.f / sum;
         const int out_row = row + 8 * r;
         const bool present = out_row < shape.seqlen_q;
-        uint16_t* out_gmem = out.row<uint16_t>(rows.batch, present ? out_row : 0, rows.head) + threadIdx.x % 4 * 8;
-#pragma unroll
-        for (int j = 0; j < HEAD_DIM / 8; j += 4) {  // 32 columns at a time: a lane comes to hold 8 neighbours
-          uint32_t words[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            words[i] = Element::pack(o[4 * (j + i) + 2 * r] * inverse, o[4 * (j + i) + 2 * r + 1] * inverse);
-          transpose_quad(words);
-          if (present) *reinterpret_cast<uint4*>(out_gmem + j * 8) = {words[0], words[1], words[2], words[3]};
-        }
+        store_row<Element>(out.row<uint16_t>(rows.batch, present ? out_row : 0, rows.head), present, o, r, inverse);
         if (present && lse_gmem != nullptr && threadIdx.x % 4 == 0)
           lse_gmem[int64_t(rows.batch * shape.num_heads + rows.head) * shape.seqlen_q + out_row] =
               sum == 0.f ? -INFINITY : fmaf(state.top[r], softmax_scale, logf(sum));

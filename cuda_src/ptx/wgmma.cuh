@@ -14,6 +14,18 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// Tells the compiler that the asynchronous products have written these registers.
+template <int N>
+__device__ __forceinline__ void touch(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int N>
+__device__ __forceinline__ void touch(int (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+
 // The descriptor of a K-major operand whose rows are ROW_BYTES long and swizzled by as much (PTX ISA, "matrix
 // descriptor"): bits 0-13 address / 16, 32-45 distance of 8-row groups / 16, 62-63 swizzle (1: 128 bytes, 2: 64 bytes).
 // Eight-row groups start on multiples of 8 * ROW_BYTES. The operand's next 32 bytes along K are 2 further.

@@ -36,8 +36,7 @@ __device__ __forceinline__ int encode(float x, float factor, int limit) {
 }
 
 template <typename Element>
-__device__ __forceinline__ void load_eight(float (&x)[8], const uint16_t* gmem) {
-  const uint4 words = *reinterpret_cast<const uint4*>(gmem);
+__device__ __forceinline__ void unpack_eight(float (&x)[8], const uint4& words) {
   const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -45,6 +44,11 @@ __device__ __forceinline__ void load_eight(float (&x)[8], const uint16_t* gmem) 
     x[2 * i] = pair.x;
     x[2 * i + 1] = pair.y;
   }
+}
+
+template <typename Element>
+__device__ __forceinline__ void load_eight(float (&x)[8], const uint16_t* gmem) {
+  unpack_eight<Element>(x, *reinterpret_cast<const uint4*>(gmem));
 }
 
 // Stores eight codes, dims [8 * chunk, + 8) of row `row`, into the head's tiles (salekit/codes.py).
