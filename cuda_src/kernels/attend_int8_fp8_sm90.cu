@@ -13,14 +13,18 @@
 #include "ptx/bar_sync.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/ex2.cuh"
+#include "ptx/ldmatrix.cuh"
 #include "ptx/setmaxnreg.cuh"
 #include "ptx/wgmma.cuh"
 #include "ptx/wgmma_e4m3.cuh"
+#include "tile/aligned_storage.cuh"
 #include "tile/attend_ring.cuh"
+#include "tile/swizzle.cuh"
 
 constexpr int LOW_BIT_STAGES = 4;
-constexpr int EARLY_EXPONENTIALS = 16;               // of a lane's 64, before p.v of the tile before is waited for
-constexpr int PROMOTE_TILES = 4;
+constexpr int HALF_SLOTS = ATTEND_SLOTS / 2;         // what a warpgroup takes at a time
+constexpr int EARLY_EXPONENTIALS = 16;               // of a lane's 32, before p.v of the half before is waited for
+constexpr int PROMOTE_TILES = 16;
 constexpr float ZERO_SCORE = 12582912.f;             // 1.5 * 2 ** 23: integers within 2 ** 22 of it are exact
 constexpr int ZERO_SCORE_BITS = 0x4B400000;
 constexpr float P_EXPONENT = 7.f;                    // the largest p of a row when its base is raised: 2 ** 7
@@ -34,7 +38,7 @@ struct AttendInt8Fp8Sm90Storage {
   alignas(16) float4 sums[2][HEAD_DIM / 8][128];  // [warpgroup][columns of a lane, in fours][lane]
   alignas(16) float4 k_scales[LOW_BIT_STAGES][ATTEND_SLOTS];
   AttendRing<LOW_BIT_STAGES> ring;
-  uint8_t alignment_slack[1024];  // dynamic shared memory is not promised to start on 1024 bytes
+  uint8_t alignment_slack[1024];
 };
 
 // Fills a tile's four slots from 32-key blocks of BYTES each; in one copy when they are neighbours.
@@ -50,38 +54,23 @@ __device__ __forceinline__ void load_slots(uint32_t smem_address, const uint8_t*
     bulk_copy(smem_address + i * BYTES, blocks_gmem + int64_t(keys.first[i] / KEY_BLOCK) * BYTES, BYTES, barrier);
 }
 
-// s becomes the bits of ZERO_SCORE + q.k.
-template <int HEAD_DIM>
-__device__ __forceinline__ void multiply_qk(int (&s)[64], uint64_t q_desc, uint64_t k_desc) {
-#pragma unroll
-  for (int step = 0; step < HEAD_DIM / 32; ++step) wgmma_m64n128k32_s8(s, q_desc + step * 2, k_desc + step * 2, true);
-}
-
-template <int HEAD_DIM>
-__device__ __forceinline__ void multiply_pv(float (&o)[HEAD_DIM / 2], const uint32_t (&p)[4][4], uint64_t v_desc,
-                                            bool accumulate) {
-#pragma unroll
-  for (int slot = 0; slot < ATTEND_SLOTS; ++slot)
-    wgmma_m64k32_rs_e4m3<HEAD_DIM / 2>(o, p[slot], v_desc + uint64_t(slot * (KEY_BLOCK * HEAD_DIM >> 4)),
-                                       accumulate || slot != 0);
-}
-
 // A v tile's block of 32 keys: 8 channels x 16 keys are 128 bytes, 16 keys further 128, 8 channels further 256.
 __device__ __forceinline__ uint64_t v_descriptor(uint32_t smem_address) {
   return uint64_t((smem_address & 0x3FFFF) >> 4) | uint64_t(128 >> 4) << 16 | uint64_t(256 >> 4) << 32;
 }
 
 // Sums of a lane's two rows, relative to a base that is raised only when p would not fit e4m3. Exponents are base 2.
+// The scores of half a tile are 8 keys of each of two slots, for two rows: x[4 * j + 2 * r + i].
 struct LowBitState {
   float base[2] = {0, 0}, sum[2] = {0, 0};
   bool seen[2] = {false, false};  // whether the row has seen a key, which base then comes from
   float rescale[2];               // what sums and outputs so far are to be multiplied by after a raise
 
-  // x = log2 of p * 2 ** P_EXPONENT, from scores and each row's scale times log2(e) * softmax_scale.
-  __device__ __forceinline__ void exponents(float (&x)[64], const int (&s)[64], const float (&row_scale)[2],
-                                            const float (&k_scale)[ATTEND_SLOTS]) const {
+  // x = log2 of p * 2 ** P_EXPONENT. row_scale: q's, times softmax_scale * log2(e).
+  __device__ __forceinline__ void exponents(float (&x)[32], const int (&s)[32], const float (&row_scale)[2],
+                                            const float (&k_scale)[HALF_SLOTS]) const {
 #pragma unroll
-    for (int slot = 0; slot < ATTEND_SLOTS; ++slot) {
+    for (int slot = 0; slot < HALF_SLOTS; ++slot) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float scale = row_scale[r] * k_scale[slot], offset = fmaf(-ZERO_SCORE, scale, P_EXPONENT - base[r]);
@@ -94,20 +83,20 @@ struct LowBitState {
   }
 
   // Whether any row of this warp needs a raise. As integers, negative exponents are negative and NaN is large.
-  __device__ __forceinline__ bool needs_raise(const float (&x)[64]) const {
+  __device__ __forceinline__ bool needs_raise(const float (&x)[32]) const {
     int top = __float_as_int(x[0]);
 #pragma unroll
-    for (int i = 1; i < 63; i += 2) top = __vimax3_s32(top, __float_as_int(x[i]), __float_as_int(x[i + 1]));
-    top = max(top, __float_as_int(x[63]));
+    for (int i = 1; i < 31; i += 2) top = __vimax3_s32(top, __float_as_int(x[i]), __float_as_int(x[i + 1]));
+    top = max(top, __float_as_int(x[31]));
     return __any_sync(~0u, (top > LARGEST_P_EXPONENT_BITS) | !seen[0] | !seen[1]);
   }
 
-  __device__ __forceinline__ void raise(float (&x)[64]) {
+  __device__ __forceinline__ void raise(float (&x)[32]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float top = x[2 * r];
 #pragma unroll
-      for (int j = 0; j < 16; ++j) top = fmaxf(top, fmaxf(x[4 * j + 2 * r], x[4 * j + 2 * r + 1]));
+      for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(x[4 * j + 2 * r], x[4 * j + 2 * r + 1]));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
       float by = top - P_EXPONENT;
@@ -116,24 +105,18 @@ struct LowBitState {
       rescale[r] = seen[r] ? ex2(-by) : 1.f;
       seen[r] |= top != -INFINITY;
       base[r] += by;
+      sum[r] *= rescale[r];
 #pragma unroll
-      for (int j = 0; j < 16; ++j) x[4 * j + 2 * r] -= by, x[4 * j + 2 * r + 1] -= by;
+      for (int j = 0; j < 8; ++j) x[4 * j + 2 * r] -= by, x[4 * j + 2 * r + 1] -= by;
     }
   }
 
-  // x[BEGIN .. END) becomes p.
-  template <int BEGIN, int END>
-  __device__ __forceinline__ void exponentiate(float (&x)[64]) const {
-#pragma unroll
-    for (int i = BEGIN; i < END; ++i) x[i] = ex2(x[i]);
-  }
-
-  __device__ __forceinline__ void add(const float (&p)[64]) {
+  __device__ __forceinline__ void add(const float (&p)[32]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float part[2] = {0, 0};
 #pragma unroll
-      for (int j = 0; j < 16; ++j) {
+      for (int j = 0; j < 8; ++j) {
         part[0] += p[4 * j + 2 * r];
         part[1] += p[4 * j + 2 * r + 1];
       }
@@ -142,10 +125,17 @@ struct LowBitState {
   }
 };
 
-// The accumulators of a slot are A's registers when v's keys are ordered to match (quantize_e4m3.cu).
-__device__ __forceinline__ void round_p(uint32_t (&rounded)[4][4], const float (&p)[64]) {
+// x[BEGIN .. END) becomes p.
+template <int BEGIN, int END>
+__device__ __forceinline__ void exponentiate(float (&x)[32]) {
 #pragma unroll
-  for (int slot = 0; slot < ATTEND_SLOTS; ++slot)
+  for (int i = BEGIN; i < END; ++i) x[i] = ex2(x[i]);
+}
+
+// The accumulators of a slot are A's registers when v's keys are ordered to match (quantize_e4m3.cu).
+__device__ __forceinline__ void round_p(uint32_t (&rounded)[HALF_SLOTS][4], const float (&p)[32]) {
+#pragma unroll
+  for (int slot = 0; slot < HALF_SLOTS; ++slot)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float* of_row = p + 16 * slot + 8 * (i / 2) + 2 * (i % 2);
@@ -191,6 +181,132 @@ struct LowBitOutput {
   }
 };
 
+// A lane of a consumer warpgroup at one work item. Tiles are taken in halves of two slots: under the softmax of a half run
+// p.v of the half before and q.k of the half after.
+template <int HEAD_DIM>
+struct LowBitConsumer {
+  static constexpr uint32_t TILE_BYTES = ATTEND_TILE_K * HEAD_DIM, SLOT_BYTES = KEY_BLOCK * HEAD_DIM;
+  static constexpr int STEPS = HEAD_DIM / 32;
+  AttendInt8Fp8Sm90Storage<HEAD_DIM>& smem;
+  int warpgroup;
+  uint64_t k_desc, v_desc;  // of the first stage
+  int k_stage = 0, v_stage = 0;
+  uint32_t k_phase = 0, v_phase = 0;
+  // Of the work item.
+  uint32_t q[STEPS][4];              // the warpgroup's 64 rows
+  int visible_upper, visible_lower;  // keys that the lane's rows see
+  int visible_to_all;                // keys that every row of the CTA sees: slots inside need no mask
+  float row_scale[2];                // q's scales times softmax_scale * log2(e)
+  LowBitState state;
+  LowBitOutput<HEAD_DIM> output;
+  uint32_t p[HALF_SLOTS][4];  // of the half before
+  // Of the tile at hand, read before its last product: after that a stage may be filled again.
+  SlotTile tile;
+  float k_scale[ATTEND_SLOTS];
+
+  __device__ __forceinline__ void load_q() {
+    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+    const uint32_t rows = shared_address(smem.Q_smem) + warpgroup * 64 * HEAD_DIM;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step)
+      ldmatrix_x4(q[step], rows + swizzle<HEAD_DIM>(row * HEAD_DIM + step * 32 + lane / 16 * 16));
+  }
+
+  // Starts q.k of half a tile: s becomes the bits of ZERO_SCORE + q.k.
+  template <int HALF>
+  __device__ __forceinline__ void start_scores(int (&s)[32]) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) s[i] = ZERO_SCORE_BITS;
+    if constexpr (HALF == 0) mbarrier_wait(&smem.ring.k_full[k_stage], k_phase);
+    const uint64_t desc = k_desc + uint64_t((k_stage * TILE_BYTES + HALF * HALF_SLOTS * SLOT_BYTES) >> 4);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) wgmma_m64n64k32_rs_s8(s, q[step], desc + step * 2);
+    wgmma_commit();
+  }
+
+  template <int HALF>
+  __device__ __forceinline__ void finish_scores(int (&s)[32]) {
+    wgmma_wait<0>();
+    touch(s);
+    if constexpr (HALF == 1) {
+      if (threadIdx.x % 128 == 0) mbarrier_arrive(&smem.ring.k_empty[k_stage]);
+      if (++k_stage == LOW_BIT_STAGES) k_stage = 0, k_phase ^= 1;
+    }
+  }
+
+  // Starts p.v of half a tile.
+  template <int HALF>
+  __device__ __forceinline__ void start_output() {
+    if constexpr (HALF == 0) mbarrier_wait(&smem.ring.v_full[v_stage], v_phase);
+    const uint64_t desc = v_desc + uint64_t((v_stage * TILE_BYTES + HALF * HALF_SLOTS * SLOT_BYTES) >> 4);
+    wgmma_fence();
+#pragma unroll
+    for (int slot = 0; slot < HALF_SLOTS; ++slot)
+      wgmma_m64k32_rs_e4m3<HEAD_DIM / 2>(output.o, p[slot], desc + uint64_t(slot * (SLOT_BYTES >> 4)),
+                                         HALF != 0 || slot != 0 || output.num_held != 0);
+    wgmma_commit();
+  }
+
+  template <int HALF, int PENDING>
+  __device__ __forceinline__ void finish_output() {
+    wgmma_wait<PENDING>();
+    touch(output.o);
+    if constexpr (HALF == 1) {
+      if (threadIdx.x % 128 == 0) mbarrier_arrive(&smem.ring.v_empty[v_stage]);
+      if (++v_stage == LOW_BIT_STAGES) v_stage = 0, v_phase ^= 1;
+      ++output.num_held;
+    }
+  }
+
+  // The softmax of half a tile with scores s, while those of the next half arrive in s_after.
+  template <int HALF, bool HAS_BEFORE, bool HAS_AFTER>
+  __device__ __forceinline__ void step(int (&s)[32], int (&s_after)[32]) {
+    if constexpr (HALF == 0) {
+      tile = smem.ring.tiles[k_stage];
+#pragma unroll
+      for (int slot = 0; slot < ATTEND_SLOTS; ++slot) k_scale[slot] = smem.k_scales[k_stage][slot].x;
+    }
+    if constexpr (HAS_BEFORE) start_output<1 - HALF>();
+    if constexpr (HAS_AFTER) start_scores<1 - HALF>(s_after);
+    float x[32];
+    const float scale[HALF_SLOTS] = {k_scale[HALF * HALF_SLOTS], k_scale[HALF * HALF_SLOTS + 1]};
+    state.exponents(x, s, row_scale, scale);
+    const uint32_t selected = tile.selected_by(warpgroup);
+    if ((selected != 15) | (tile.first_key.w + KEY_BLOCK > visible_to_all))
+      mask_scores<HALF * HALF_SLOTS>(x, tile.first_key, selected, visible_upper, visible_lower);
+    const bool raised = state.needs_raise(x);
+    if (raised) state.raise(x);
+    if constexpr (HAS_BEFORE) {
+      exponentiate<0, EARLY_EXPONENTIALS>(x);
+      computed_before(x[EARLY_EXPONENTIALS - 1]);
+      finish_output<1 - HALF, HAS_AFTER ? 1 : 0>();
+      if (raised) output.rescale(state.rescale);
+      if (HALF == 0 && output.num_held == PROMOTE_TILES) output.promote();
+    }
+    exponentiate<HAS_BEFORE ? EARLY_EXPONENTIALS : 0, 32>(x);
+    state.add(x);
+    round_p(p, x);
+    if constexpr (HAS_AFTER) finish_scores<1 - HALF>(s_after);
+  }
+
+  // All tiles of a work item; num_tiles > 0.
+  __device__ __forceinline__ void attend(int num_tiles) {
+    int left[32], right[32];  // scores of a tile's first and second half
+    start_scores<0>(left);
+    finish_scores<0>(left);
+    step<0, false, true>(left, right);
+    for (int t = 1; t < num_tiles; ++t) {
+      step<1, true, true>(right, left);
+      step<0, true, true>(left, right);
+    }
+    step<1, true, false>(right, left);
+    start_output<1>();
+    finish_output<1, 0>();
+    if (output.promoted) output.collect();
+  }
+};
+
 template <int HEAD_DIM, typename Element, int MASK_ROWS>
 __global__ void __launch_bounds__(384, 1)
     attend_int8_fp8_sm90(const uint8_t* q_codes_gmem, const uint8_t* k_codes_gmem, const uint8_t* v_codes_gmem,
@@ -200,7 +316,7 @@ __global__ void __launch_bounds__(384, 1)
   constexpr uint32_t TILE_BYTES = ATTEND_TILE_K * HEAD_DIM, SLOT_BYTES = KEY_BLOCK * HEAD_DIM;
   using Storage = AttendInt8Fp8Sm90Storage<HEAD_DIM>;
   extern __shared__ uint8_t dynamic_smem[];
-  Storage& smem = *reinterpret_cast<Storage*>((reinterpret_cast<uint64_t>(dynamic_smem) + 1023) & ~uint64_t(1023));
+  Storage& smem = aligned_storage<Storage>(dynamic_smem);
 
   if (threadIdx.x == 0) smem.ring.init();
   __syncthreads();
@@ -240,119 +356,35 @@ __global__ void __launch_bounds__(384, 1)
     setmaxnreg_inc<232>();
     const int warpgroup = warp / 4 - 1;
     const bool leader = threadIdx.x % 128 == 0;
-    const uint64_t q_desc = wgmma_descriptor<HEAD_DIM>(shared_address(smem.Q_smem) + warpgroup * 64 * HEAD_DIM);
     const uint64_t k_desc = wgmma_descriptor<HEAD_DIM>(shared_address(smem.K_smem[0]));
-    const uint64_t v_desc = v_descriptor(shared_address(smem.V_smem[0]));
-    int stage = 0;
-    uint32_t phase = 0, q_phase = 0;
+    LowBitConsumer<HEAD_DIM> consumer{smem, warpgroup, k_desc, v_descriptor(shared_address(smem.V_smem[0]))};
+    LowBitState& state = consumer.state;
+    LowBitOutput<HEAD_DIM>& output = consumer.output;
+    uint32_t q_phase = 0;
     ItemCursor cursor;
-    if (warpgroup == 1) bar_arrive(TURN_BARRIER, 256);
 
     for (WorkItem item = cursor.receive(ring); item.index >= 0; item = cursor.receive(ring)) {
       const Rows rows(shape, item.index);
       const int first_row = rows.q_block * ATTEND_BLOCK_Q;
       const int row = first_row + warpgroup * 64 + warp % 4 * 16 + threadIdx.x % 32 / 4;
-      const int visible_upper = shape.visible_keys(row), visible_lower = shape.visible_keys(row + 8);
-      // Keys that every row of this CTA sees: slots inside need no mask.
-      const int visible_to_all = shape.visible_keys(first_row);
-      auto mask_tile = [&](float(&x)[64], const SlotTile& tile) {
-        const uint32_t selected = tile.selected_by(warpgroup);
-        if ((selected != 15) | (tile.first_key.w + KEY_BLOCK > visible_to_all))
-          mask_scores(x, tile.first_key, selected, visible_upper, visible_lower);
-      };
       const int64_t code_row = int64_t(rows.batch * shape.num_heads + rows.head) * shape.padded_q() + row;
       const float scale_log2 = softmax_scale * 1.4426950408889634f;
-      const float row_scale[2] = {q_scale_gmem[code_row] * scale_log2, q_scale_gmem[code_row + 8] * scale_log2};
-
-      LowBitState state;
-      LowBitOutput<HEAD_DIM> output;
+      consumer.visible_upper = shape.visible_keys(row);
+      consumer.visible_lower = shape.visible_keys(row + 8);
+      consumer.visible_to_all = shape.visible_keys(first_row);
+      consumer.row_scale[0] = q_scale_gmem[code_row] * scale_log2;
+      consumer.row_scale[1] = q_scale_gmem[code_row + 8] * scale_log2;
+      state = LowBitState();
       output.sums = smem.sums[warpgroup][0] + threadIdx.x % 128;
-      // Read before the products: a warp may release a stage when the products are done, ahead of the other warps.
-      float k_scale[ATTEND_SLOTS];
-      auto read_k_scale = [&](int of_stage) {
-#pragma unroll
-        for (int slot = 0; slot < ATTEND_SLOTS; ++slot) k_scale[slot] = smem.k_scales[of_stage][slot].x;
-      };
-      int s[64];
-      float x[64];
-      uint32_t p[4][4];
+      output.num_held = 0;
+      output.promoted = false;
 
       mbarrier_wait(&ring.q_full, q_phase);
       q_phase ^= 1;
-      if (item.num_tiles > 0) {
-        mbarrier_wait(&ring.k_full[stage], phase);
-        const SlotTile first_tile = ring.tiles[stage];
-        read_k_scale(stage);
-#pragma unroll
-        for (int i = 0; i < 64; ++i) s[i] = ZERO_SCORE_BITS;
-        wgmma_fence();
-        multiply_qk<HEAD_DIM>(s, q_desc, k_desc + uint64_t(stage * (TILE_BYTES >> 4)));
-        wgmma_commit();
-        wgmma_wait<0>();
-        touch(s);
-        if (leader) mbarrier_arrive(&ring.k_empty[stage]);
-        state.exponents(x, s, row_scale, k_scale);
-        mask_tile(x, first_tile);
-        state.raise(x);
-        state.exponentiate<0, 64>(x);
-        state.add(x);
-        round_p(p, x);
-
-        for (int t = 1; t < item.num_tiles; ++t) {
-          int next = stage + 1;
-          uint32_t next_phase = phase;
-          if (next == LOW_BIT_STAGES) next = 0, next_phase ^= 1;
-#pragma unroll
-          for (int i = 0; i < 64; ++i) s[i] = ZERO_SCORE_BITS;
-          mbarrier_wait(&ring.k_full[next], next_phase);
-          const SlotTile tile = ring.tiles[next];
-          read_k_scale(next);
-          bar_sync(TURN_BARRIER + warpgroup, 256);
-          wgmma_fence();
-          multiply_qk<HEAD_DIM>(s, q_desc, k_desc + uint64_t(next * (TILE_BYTES >> 4)));
-          wgmma_commit();
-          mbarrier_wait(&ring.v_full[stage], phase);
-          multiply_pv<HEAD_DIM>(output.o, p, v_desc + uint64_t(stage * (TILE_BYTES >> 4)), output.num_held != 0);
-          wgmma_commit();
-          bar_arrive(TURN_BARRIER + 1 - warpgroup, 256);
-          wgmma_wait<1>();
-          touch(s);
-          if (leader) mbarrier_arrive(&ring.k_empty[next]);
-          state.exponents(x, s, row_scale, k_scale);
-          mask_tile(x, tile);
-          const bool raised = state.needs_raise(x);
-          if (raised) state.raise(x);
-          state.exponentiate<0, EARLY_EXPONENTIALS>(x);
-          computed_before(x[EARLY_EXPONENTIALS - 1]);
-          wgmma_wait<0>();
-          touch(output.o);
-          if (leader) mbarrier_arrive(&ring.v_empty[stage]);
-          if (raised) {
-            output.rescale(state.rescale);
-#pragma unroll
-            for (int r = 0; r < 2; ++r) state.sum[r] *= state.rescale[r];
-          }
-          if (++output.num_held == PROMOTE_TILES) output.promote();
-          // One stretch without branches: ptxas hides the sums and the rounding behind the exponentials.
-          state.exponentiate<EARLY_EXPONENTIALS, 64>(x);
-          state.add(x);
-          round_p(p, x);
-          stage = next;
-          phase = next_phase;
-        }
-      }
+      consumer.load_q();
+      bar_sync(1 + warpgroup, 128);  // all of its warps have read
       if (leader) mbarrier_arrive(&ring.q_empty);
-      if (item.num_tiles > 0) {
-        mbarrier_wait(&ring.v_full[stage], phase);
-        wgmma_fence();
-        multiply_pv<HEAD_DIM>(output.o, p, v_desc + uint64_t(stage * (TILE_BYTES >> 4)), output.num_held != 0);
-        wgmma_commit();
-        wgmma_wait<0>();
-        touch(output.o);
-        if (leader) mbarrier_arrive(&ring.v_empty[stage]);
-        if (output.promoted) output.collect();
-        if (++stage == LOW_BIT_STAGES) stage = 0, phase ^= 1;
-      }
+      if (item.num_tiles > 0) consumer.attend(item.num_tiles);
 
       float inverse[2];
 #pragma unroll
@@ -387,6 +419,5 @@ __global__ void __launch_bounds__(384, 1)
         }
       }
     }
-    if (warpgroup == 0) bar_sync(TURN_BARRIER, 256);  // the turn that warpgroup 1 passed on last
   }
 }

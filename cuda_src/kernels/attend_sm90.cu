@@ -17,6 +17,7 @@
 #include "ptx/setmaxnreg.cuh"
 #include "ptx/wgmma.cuh"
 #include "ptx/wgmma_f16.cuh"
+#include "tile/aligned_storage.cuh"
 #include "tile/attend_ring.cuh"
 
 constexpr int ATTEND_STAGES = 3;
@@ -30,7 +31,7 @@ struct AttendSm90Storage {
   alignas(1024) uint8_t K_smem[ATTEND_STAGES][HALVES][ATTEND_TILE_K * HALF_BYTES];
   alignas(1024) uint8_t V_smem[ATTEND_STAGES][HALVES][ATTEND_TILE_K * HALF_BYTES];
   AttendRing<ATTEND_STAGES> ring;
-  uint8_t alignment_slack[1024];  // dynamic shared memory is not promised to start on 1024 bytes
+  uint8_t alignment_slack[1024];
 };
 
 // Fills a tile's four slots; in one box when they are neighbours.
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(384, 1)
   constexpr int HALVES = Storage::HALVES;
   constexpr uint32_t TILE_BYTES = HALVES * ATTEND_TILE_K * HALF_BYTES;
   extern __shared__ uint8_t dynamic_smem[];
-  Storage& smem = *reinterpret_cast<Storage*>((reinterpret_cast<uint64_t>(dynamic_smem) + 1023) & ~uint64_t(1023));
+  Storage& smem = aligned_storage<Storage>(dynamic_smem);
 
   if (threadIdx.x == 0) smem.ring.init();
   __syncthreads();
