@@ -10,21 +10,17 @@
 // The tensor cores' sums of p.v are too coarse to run long: every PROMOTE_TILES tiles they are added to float32 sums in
 // shared memory, where each lane has its own.
 // Grid and roles as in attend_sm90.
-#include "ptx/bar_sync.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/ex2.cuh"
-#include "ptx/ldmatrix.cuh"
 #include "ptx/setmaxnreg.cuh"
 #include "ptx/wgmma.cuh"
 #include "ptx/wgmma_e4m3.cuh"
 #include "tile/aligned_storage.cuh"
 #include "tile/attend_ring.cuh"
-#include "tile/swizzle.cuh"
 
 constexpr int LOW_BIT_STAGES = 4;
 constexpr int HALF_SLOTS = ATTEND_SLOTS / 2;         // what a warpgroup takes at a time
-constexpr int EARLY_EXPONENTIALS = 16;               // of a lane's 32, before p.v of the half before is waited for
-constexpr int PROMOTE_TILES = 16;
+constexpr int PROMOTE_TILES = 4;
 constexpr float ZERO_SCORE = 12582912.f;             // 1.5 * 2 ** 23: integers within 2 ** 22 of it are exact
 constexpr int ZERO_SCORE_BITS = 0x4B400000;
 constexpr float P_EXPONENT = 7.f;                    // the largest p of a row when its base is raised: 2 ** 7
@@ -84,10 +80,14 @@ struct LowBitState {
 
   // Whether any row of this warp needs a raise. As integers, negative exponents are negative and NaN is large.
   __device__ __forceinline__ bool needs_raise(const float (&x)[32]) const {
-    int top = __float_as_int(x[0]);
+    int tops[4];  // chains that do not wait for each other
 #pragma unroll
-    for (int i = 1; i < 31; i += 2) top = __vimax3_s32(top, __float_as_int(x[i]), __float_as_int(x[i + 1]));
-    top = max(top, __float_as_int(x[31]));
+    for (int c = 0; c < 4; ++c) {
+      tops[c] = max(__float_as_int(x[c]), __float_as_int(x[c + 4]));
+#pragma unroll
+      for (int i = c + 8; i < 32; i += 8) tops[c] = __vimax3_s32(tops[c], __float_as_int(x[i]), __float_as_int(x[i + 4]));
+    }
+    const int top = max(__vimax3_s32(tops[0], tops[1], tops[2]), tops[3]);
     return __any_sync(~0u, (top > LARGEST_P_EXPONENT_BITS) | !seen[0] | !seen[1]);
   }
 
@@ -110,26 +110,22 @@ struct LowBitState {
       for (int j = 0; j < 8; ++j) x[4 * j + 2 * r] -= by, x[4 * j + 2 * r + 1] -= by;
     }
   }
-
-  __device__ __forceinline__ void add(const float (&p)[32]) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float part[2] = {0, 0};
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        part[0] += p[4 * j + 2 * r];
-        part[1] += p[4 * j + 2 * r + 1];
-      }
-      sum[r] += part[0] + part[1];
-    }
-  }
 };
 
-// x[BEGIN .. END) becomes p.
-template <int BEGIN, int END>
-__device__ __forceinline__ void exponentiate(float (&x)[32]) {
+// p = 2 ** x, and each row's sum of it.
+__device__ __forceinline__ void exponentiate(float (&p)[32], float (&sums)[2], const float (&x)[32]) {
 #pragma unroll
-  for (int i = BEGIN; i < END; ++i) x[i] = ex2(x[i]);
+  for (int i = 0; i < 32; ++i) p[i] = ex2(x[i]);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float parts[2] = {0, 0};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      parts[0] += p[4 * j + 2 * r];
+      parts[1] += p[4 * j + 2 * r + 1];
+    }
+    sums[r] = parts[0] + parts[1];
+  }
 }
 
 // The accumulators of a slot are A's registers when v's keys are ordered to match (quantize_e4m3.cu).
@@ -143,41 +139,73 @@ __device__ __forceinline__ void round_p(uint32_t (&rounded)[HALF_SLOTS][4], cons
     }
 }
 
-// A lane's outputs: the recent ones in the tensor cores' registers, those before in shared memory.
+// A lane's outputs: the recent ones in the tensor cores' registers, those before in shared memory. A tile's turn comes to
+// one of PROMOTE_TILES groups of columns, so that the traffic is even.
 template <int HEAD_DIM>
 struct LowBitOutput {
+  static constexpr int GROUP = HEAD_DIM / 8 / PROMOTE_TILES;  // of four columns
   float o[HEAD_DIM / 2];
-  float4* sums;          // this lane's: every 128th
-  float pending[2];      // what the rows' sums are yet to be multiplied by
-  int num_held = 0;      // tiles in o
-  bool promoted = false;
+  float4* sums;                      // this lane's: every 128th
+  float pending[PROMOTE_TILES][2];   // what the sums of each group and row are yet to be multiplied by
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0;
+#pragma unroll
+    for (int j = 0; j < HEAD_DIM / 8; ++j) sums[j * 128] = {0, 0, 0, 0};
+#pragma unroll
+    for (int group = 0; group < PROMOTE_TILES; ++group) pending[group][0] = pending[group][1] = 1;
+  }
 
   __device__ __forceinline__ void rescale(const float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] *= factor[i / 2 % 2];
-    pending[0] *= factor[0];
-    pending[1] *= factor[1];
+#pragma unroll
+    for (int group = 0; group < PROMOTE_TILES; ++group)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) pending[group][r] *= factor[r];
   }
 
-  // o += the sums.
+  // o += the sums of a group.
+  template <int GROUP_INDEX>
   __device__ __forceinline__ void collect() {
+    const float* factor = pending[GROUP_INDEX];
 #pragma unroll
-    for (int j = 0; j < HEAD_DIM / 8; ++j) {
+    for (int j = GROUP_INDEX * GROUP; j < (GROUP_INDEX + 1) * GROUP; ++j) {
       const float4 before = sums[j * 128];
-      o[4 * j] = fmaf(before.x, pending[0], o[4 * j]);
-      o[4 * j + 1] = fmaf(before.y, pending[0], o[4 * j + 1]);
-      o[4 * j + 2] = fmaf(before.z, pending[1], o[4 * j + 2]);
-      o[4 * j + 3] = fmaf(before.w, pending[1], o[4 * j + 3]);
+      o[4 * j] = fmaf(before.x, factor[0], o[4 * j]);
+      o[4 * j + 1] = fmaf(before.y, factor[0], o[4 * j + 1]);
+      o[4 * j + 2] = fmaf(before.z, factor[1], o[4 * j + 2]);
+      o[4 * j + 3] = fmaf(before.w, factor[1], o[4 * j + 3]);
     }
   }
 
+  template <int GROUP_INDEX>
   __device__ __forceinline__ void promote() {
-    if (promoted) collect();
+    collect<GROUP_INDEX>();
 #pragma unroll
-    for (int j = 0; j < HEAD_DIM / 8; ++j) sums[j * 128] = {o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]};
-    pending[0] = pending[1] = 1;
-    promoted = true;
-    num_held = 0;
+    for (int j = GROUP_INDEX * GROUP; j < (GROUP_INDEX + 1) * GROUP; ++j) {
+      sums[j * 128] = {o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]};
+      o[4 * j] = o[4 * j + 1] = o[4 * j + 2] = o[4 * j + 3] = 0;
+    }
+    pending[GROUP_INDEX][0] = pending[GROUP_INDEX][1] = 1;
+  }
+
+  __device__ __forceinline__ void promote_in_turn(int turn) {
+    static_assert(PROMOTE_TILES == 4, "a case for each turn");
+    switch (turn % PROMOTE_TILES) {
+      case 0: promote<0>(); break;
+      case 1: promote<1>(); break;
+      case 2: promote<2>(); break;
+      case 3: promote<3>(); break;
+    }
+  }
+
+  __device__ __forceinline__ void collect_all() {
+    collect<0>();
+    collect<1>();
+    collect<2>();
+    collect<3>();
   }
 };
 
@@ -189,11 +217,10 @@ struct LowBitConsumer {
   static constexpr int STEPS = HEAD_DIM / 32;
   AttendInt8Fp8Sm90Storage<HEAD_DIM>& smem;
   int warpgroup;
-  uint64_t k_desc, v_desc;  // of the first stage
+  uint64_t q_desc, k_desc, v_desc;  // of the first stage
   int k_stage = 0, v_stage = 0;
   uint32_t k_phase = 0, v_phase = 0;
   // Of the work item.
-  uint32_t q[STEPS][4];              // the warpgroup's 64 rows
   int visible_upper, visible_lower;  // keys that the lane's rows see
   int visible_to_all;                // keys that every row of the CTA sees: slots inside need no mask
   float row_scale[2];                // q's scales times softmax_scale * log2(e)
@@ -203,14 +230,7 @@ struct LowBitConsumer {
   // Of the tile at hand, read before its last product: after that a stage may be filled again.
   SlotTile tile;
   float k_scale[ATTEND_SLOTS];
-
-  __device__ __forceinline__ void load_q() {
-    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
-    const uint32_t rows = shared_address(smem.Q_smem) + warpgroup * 64 * HEAD_DIM;
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step)
-      ldmatrix_x4(q[step], rows + swizzle<HEAD_DIM>(row * HEAD_DIM + step * 32 + lane / 16 * 16));
-  }
+  int turn;  // of the columns whose outputs are promoted next
 
   // Starts q.k of half a tile: s becomes the bits of ZERO_SCORE + q.k.
   template <int HALF>
@@ -221,7 +241,7 @@ struct LowBitConsumer {
     const uint64_t desc = k_desc + uint64_t((k_stage * TILE_BYTES + HALF * HALF_SLOTS * SLOT_BYTES) >> 4);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) wgmma_m64n64k32_rs_s8(s, q[step], desc + step * 2);
+    for (int step = 0; step < STEPS; ++step) wgmma_m64n64k32_s8(s, q_desc + step * 2, desc + step * 2);
     wgmma_commit();
   }
 
@@ -244,7 +264,7 @@ struct LowBitConsumer {
 #pragma unroll
     for (int slot = 0; slot < HALF_SLOTS; ++slot)
       wgmma_m64k32_rs_e4m3<HEAD_DIM / 2>(output.o, p[slot], desc + uint64_t(slot * (SLOT_BYTES >> 4)),
-                                         HALF != 0 || slot != 0 || output.num_held != 0);
+                                         true);
     wgmma_commit();
   }
 
@@ -255,7 +275,6 @@ struct LowBitConsumer {
     if constexpr (HALF == 1) {
       if (threadIdx.x % 128 == 0) mbarrier_arrive(&smem.ring.v_empty[v_stage]);
       if (++v_stage == LOW_BIT_STAGES) v_stage = 0, v_phase ^= 1;
-      ++output.num_held;
     }
   }
 
@@ -269,30 +288,36 @@ struct LowBitConsumer {
     }
     if constexpr (HAS_BEFORE) start_output<1 - HALF>();
     if constexpr (HAS_AFTER) start_scores<1 - HALF>(s_after);
-    float x[32];
+    float x[32], exponentials[32], sums[2];
     const float scale[HALF_SLOTS] = {k_scale[HALF * HALF_SLOTS], k_scale[HALF * HALF_SLOTS + 1]};
     state.exponents(x, s, row_scale, scale);
     const uint32_t selected = tile.selected_by(warpgroup);
     if ((selected != 15) | (tile.first_key.w + KEY_BLOCK > visible_to_all))
       mask_scores<HALF * HALF_SLOTS>(x, tile.first_key, selected, visible_upper, visible_lower);
+    // One stretch without branches, so that exponentials, sums and maxima hide each other: a raise, which is rare, takes
+    // the exponentials again. ptxas moves waits up, but not over the branch.
+    exponentiate(exponentials, sums, x);
     const bool raised = state.needs_raise(x);
-    if (raised) state.raise(x);
+    if (raised) {
+      state.raise(x);
+      exponentiate(exponentials, sums, x);
+    }
     if constexpr (HAS_BEFORE) {
-      exponentiate<0, EARLY_EXPONENTIALS>(x);
-      computed_before(x[EARLY_EXPONENTIALS - 1]);
       finish_output<1 - HALF, HAS_AFTER ? 1 : 0>();
       if (raised) output.rescale(state.rescale);
-      if (HALF == 0 && output.num_held == PROMOTE_TILES) output.promote();
+      if constexpr (HALF == 0) output.promote_in_turn(turn++);
     }
-    exponentiate<HAS_BEFORE ? EARLY_EXPONENTIALS : 0, 32>(x);
-    state.add(x);
-    round_p(p, x);
+    state.sum[0] += sums[0];
+    state.sum[1] += sums[1];
+    round_p(p, exponentials);
     if constexpr (HAS_AFTER) finish_scores<1 - HALF>(s_after);
   }
 
   // All tiles of a work item; num_tiles > 0.
   __device__ __forceinline__ void attend(int num_tiles) {
     int left[32], right[32];  // scores of a tile's first and second half
+    output.clear();
+    turn = 0;
     start_scores<0>(left);
     finish_scores<0>(left);
     step<0, false, true>(left, right);
@@ -303,7 +328,7 @@ struct LowBitConsumer {
     step<1, true, false>(right, left);
     start_output<1>();
     finish_output<1, 0>();
-    if (output.promoted) output.collect();
+    output.collect_all();
   }
 };
 
@@ -356,8 +381,9 @@ __global__ void __launch_bounds__(384, 1)
     setmaxnreg_inc<232>();
     const int warpgroup = warp / 4 - 1;
     const bool leader = threadIdx.x % 128 == 0;
+    const uint64_t q_desc = wgmma_descriptor<HEAD_DIM>(shared_address(smem.Q_smem) + warpgroup * 64 * HEAD_DIM);
     const uint64_t k_desc = wgmma_descriptor<HEAD_DIM>(shared_address(smem.K_smem[0]));
-    LowBitConsumer<HEAD_DIM> consumer{smem, warpgroup, k_desc, v_descriptor(shared_address(smem.V_smem[0]))};
+    LowBitConsumer<HEAD_DIM> consumer{smem, warpgroup, q_desc, k_desc, v_descriptor(shared_address(smem.V_smem[0]))};
     LowBitState& state = consumer.state;
     LowBitOutput<HEAD_DIM>& output = consumer.output;
     uint32_t q_phase = 0;
@@ -376,15 +402,11 @@ __global__ void __launch_bounds__(384, 1)
       consumer.row_scale[1] = q_scale_gmem[code_row + 8] * scale_log2;
       state = LowBitState();
       output.sums = smem.sums[warpgroup][0] + threadIdx.x % 128;
-      output.num_held = 0;
-      output.promoted = false;
 
       mbarrier_wait(&ring.q_full, q_phase);
       q_phase ^= 1;
-      consumer.load_q();
-      bar_sync(1 + warpgroup, 128);  // all of its warps have read
-      if (leader) mbarrier_arrive(&ring.q_empty);
       if (item.num_tiles > 0) consumer.attend(item.num_tiles);
+      if (leader) mbarrier_arrive(&ring.q_empty);
 
       float inverse[2];
 #pragma unroll
