@@ -22,7 +22,7 @@ class LowBit:
     """q, k and v of one call in 8 bits; CuPy arrays.
 
     q_codes, k_codes: int8 as tiles (see ``codes``), uint8 [batch, heads, padded, head_dim] in all. v_codes: e4m3, uint8
-        [batch, num_kv_heads, padded_k / 32, head_dim / 8, 2, 8, 16] (quantize_e4m3.cu).
+        [batch, num_kv_heads, padded_k / 32, head_dim / 8 + 1, 2, 8, 16], the last channels ones (quantize_e4m3.cu).
     q_scale: float32 [batch, num_heads, padded_q]; k_scale: [batch, num_kv_heads, padded_k / 32, 4], each four times
         over; v_scale: [batch, num_kv_heads, head_dim]. row_shift: like q_scale, q . mean(k), or None.
     """
@@ -65,7 +65,7 @@ def quantize_low_bit(q: Any, k: Any, v: Any, plan: Plan, with_shift: bool) -> Lo
     k_scale = arrays.empty((*kv_shape, plan.padded_k // KEY_BLOCK, 4))
     q_codes = _quantize_balanced(q, "q", q_scale, row_shift, k_mean, balance, plan)
     k_codes = _quantize_balanced(k, "k", k_scale, None, k_mean, balance, plan)
-    v_codes = arrays.empty((*kv_shape, plan.padded_k // KEY_BLOCK, plan.head_dim // 8, 2, 8, 16), np.uint8)
+    v_codes = arrays.empty((*kv_shape, plan.padded_k // KEY_BLOCK, plan.head_dim // 8 + 1, 2, 8, 16), np.uint8)
     jit.get_kernel(_e4m3_spec(plan))(
         (plan.padded_k // CODE_TILE_ROWS, plan.num_kv_heads, plan.batch),
         (_QUANTIZE_THREADS,),

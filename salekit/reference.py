@@ -17,7 +17,7 @@ from .plans import CLAMP, KEY_BLOCK, SELECT_ALL, SELECT_NONE, TILE_ROWS, Plan, c
 TINY = np.float32(2.0**-100)  # a group whose amax is below this is a zero group
 E4M3 = ml_dtypes.float8_e4m3fn
 E4M3_MAX = 448.0
-LOW_BIT_P_EXPONENT = 7  # p is rounded to e4m3 at 2 ** this times its value: room for a maximum raised late
+LOW_BIT_P_EXPONENT = 6  # p is rounded to e4m3 at 2 ** this times its value: room for a maximum raised late
 
 
 def _heads_first(x: np.ndarray) -> np.ndarray:
@@ -293,10 +293,14 @@ class _LowBit:
         return products * (self.q_scale[b, head, rows] * self.k_scale[b, kv, cols][None])
 
     def weighted_values(self, p: np.ndarray, b: int, kv: int, cols: np.ndarray) -> np.ndarray:
-        """p.v with p rounded to e4m3 at 2 ** LOW_BIT_P_EXPONENT times its value."""
-        unit = np.float32(2.0**LOW_BIT_P_EXPONENT)
-        rounded = (p * unit).astype(E4M3).astype(np.float32)
-        return (rounded @ self.v[b, kv, cols]) * (self.v_scale[b, kv] / unit)
+        """p.v, from p as :func:`_round_p` leaves it."""
+        return (p @ self.v[b, kv, cols]) * self.v_scale[b, kv]
+
+
+def _round_p(p: np.ndarray) -> np.ndarray:
+    """p rounded to e4m3 at 2 ** LOW_BIT_P_EXPONENT times its value."""
+    unit = np.float32(2.0**LOW_BIT_P_EXPONENT)
+    return (p * unit).astype(E4M3).astype(np.float32) / unit
 
 
 def attend(q, k, v, mask: BlockMask | None, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
@@ -331,6 +335,8 @@ def attend(q, k, v, mask: BlockMask | None, plan: Plan) -> tuple[np.ndarray, np.
                     s = np.where(cols[None] < seen[:, None], s, np.float32(-np.inf))
                     top = s.max(axis=1, keepdims=True)
                     p = np.exp(s - np.where(np.isneginf(top), np.float32(0), top))
+                    if low:
+                        p = _round_p(p)
                     total = p.sum(axis=1, keepdims=True)
                     some = ~(total == 0)
                     weighted = low.weighted_values(p, b, kv, cols) if low else p @ values[b, kv, cols]

@@ -296,7 +296,8 @@ __global__ void __launch_bounds__(384, 1)
         const float inverse = sum == 0.f ? 0.f : 1.f / sum;
         const int out_row = row + 8 * r;
         const bool present = out_row < shape.seqlen_q;
-        store_row<Element>(out.row<uint16_t>(rows.batch, present ? out_row : 0, rows.head), present, o, r, inverse);
+        store_row<HEAD_DIM, Element>(out.row<uint16_t>(rows.batch, present ? out_row : 0, rows.head), present, o, r,
+                                     inverse);
         if (present && lse_gmem != nullptr && threadIdx.x % 4 == 0)
           lse_gmem[int64_t(rows.batch * shape.num_heads + rows.head) * shape.seqlen_q + out_row] =
               sum == 0.f ? -INFINITY : fmaf(state.top[r], softmax_scale, logf(sum));

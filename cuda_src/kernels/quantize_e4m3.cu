@@ -1,15 +1,16 @@
 // e4m3 codes of v for low-bit attention, transposed as the tensor cores want them.
 //
 // x [batch, seqlen, heads, HEAD_DIM]; factor float32 [batch, heads, HEAD_DIM] (finish_balance.cu), 0 gives codes 0.
-// codes uint8 [batch, heads, padded / 32, HEAD_DIM / 8, 2, 8, 16]: of 32 keys, per 8 channels and half of the keys, 16
-// bytes a channel; keys past the end zero. Byte 4t + i of a half is key 8 * (i / 2) + 2t + i % 2 of it: so lane t of a
-// quad holds the matching scores of q.k as wgmma leaves them.
+// codes uint8 [batch, heads, padded / 32, HEAD_DIM / 8 + 1, 2, 8, 16]: of 32 keys, per 8 channels and half of the keys,
+// 16 bytes a channel; keys past the end zero; the last 8 channels are ones. Byte 4t + i of a half is key
+// 8 * (i / 2) + 2t + i % 2 of it: so lane t of a quad holds the matching scores of q.k as wgmma leaves them.
 // Grid: (padded / 128, heads, batch) CTAs of 128 threads, a warp for 32 keys; a lane has 8 channels of pairs of keys.
 #include "ptx/wgmma_e4m3.cuh"
 #include "tile/codes.cuh"
 #include "tile/tensor_view.cuh"
 
 constexpr int E4M3_THREADS = 128;
+constexpr uint32_t FOUR_ONES = 0x38383838;
 
 template <int HEAD_DIM, typename Element>
 __global__ void __launch_bounds__(E4M3_THREADS)
@@ -56,9 +57,10 @@ __global__ void __launch_bounds__(E4M3_THREADS)
     }
   }
   __syncwarp();
-  uint8_t* codes = codes_gmem + (head * (padded / 32) + block) * (32 * HEAD_DIM);
+  uint8_t* codes = codes_gmem + (head * (padded / 32) + block) * (32 * (HEAD_DIM + 8));
 #pragma unroll
   for (int byte = lane * 8; byte < 32 * HEAD_DIM; byte += 32 * 8)
     *reinterpret_cast<uint2*>(codes + byte) =
         *reinterpret_cast<const uint2*>(smem[warp] + byte / CHUNK_BYTES * CHUNK_PITCH + byte % CHUNK_BYTES);
+  *reinterpret_cast<uint2*>(codes + 32 * HEAD_DIM + lane * 8) = {FOUR_ONES, FOUR_ONES};
 }

@@ -15,29 +15,19 @@ __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d
   return packed;
 }
 
-// d (64 x N) = or += A (64 x 32, registers) * B (N x 32, shared memory, K-major); N is 2 * NUM_REGS. Lane l of warp w has
-// rows 16w + l/4 and + 8 of d and of A: columns 8j + 2*(l%4) and + 1 in d[4j .. 4j+3], bytes 4*(l%4) .. + 3 of A's row in
-// a[0] (row + 8: a[1]), 16 further in a[2] (a[3]).
-template <int NUM_REGS>
-__device__ __forceinline__ void wgmma_m64k32_rs_e4m3(float (&d)[NUM_REGS], const uint32_t (&a)[4], uint64_t b_desc,
-                                                     bool accumulate);
-
-template <>
-__device__ __forceinline__ void wgmma_m64k32_rs_e4m3<64>(float (&d)[64], const uint32_t (&a)[4], uint64_t b_desc,
-                                                         bool accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" SALEKIT_D64_TEXT
-               "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}"
-               : SALEKIT_D64_OUT
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(int(accumulate)));
+// d (64 x N) += A (64 x 32, registers) * B (N x 32, shared memory, K-major); N is 136 or 72. Lane l of warp w has rows
+// 16w + l/4 and + 8 of d and of A: columns 8j + 2*(l%4) and + 1 in d[4j .. 4j+3], bytes 4*(l%4) .. + 3 of A's row in a[0]
+// (row + 8: a[1]), 16 further in a[2] (a[3]).
+__device__ __forceinline__ void wgmma_m64k32_rs_e4m3(float (&d)[68], const uint32_t (&a)[4], uint64_t b_desc) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n136k32.f32.e4m3.e4m3 {" SALEKIT_D64_TEXT
+               ", %64, %65, %66, %67}, {%68, %69, %70, %71}, %72, 1, 1, 1;"
+               : SALEKIT_D64_OUT, "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc));
 }
 
-template <>
-__device__ __forceinline__ void wgmma_m64k32_rs_e4m3<32>(float (&d)[32], const uint32_t (&a)[4], uint64_t b_desc,
-                                                         bool accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" SALEKIT_D32_TEXT
-               "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n}"
-               : SALEKIT_D32_OUT
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(int(accumulate)));
+__device__ __forceinline__ void wgmma_m64k32_rs_e4m3(float (&d)[36], const uint32_t (&a)[4], uint64_t b_desc) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n72k32.f32.e4m3.e4m3 {" SALEKIT_D32_TEXT
+               ", %32, %33, %34, %35}, {%36, %37, %38, %39}, %40, 1, 1, 1;"
+               : SALEKIT_D32_OUT, "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc));
 }

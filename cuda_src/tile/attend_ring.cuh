@@ -229,12 +229,13 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
   }
 }
 
-// Stores row r (0: upper, 1: lower) of what a lane holds of 64 rows' accumulators, times `factor`, 16 bytes at a time.
-template <typename Element, int N>
+// Stores row r (0: upper, 1: lower) of what a lane holds of 64 rows' accumulators, the first HEAD_DIM columns, times
+// `factor`, 16 bytes at a time.
+template <int HEAD_DIM, typename Element, int N>
 __device__ __forceinline__ void store_row(uint16_t* out_row, bool present, const float (&o)[N], int r, float factor) {
   out_row += threadIdx.x % 4 * 8;
 #pragma unroll
-  for (int j = 0; j < N / 4; j += 4) {  // 32 columns at a time: a lane comes to hold 8 neighbours
+  for (int j = 0; j < HEAD_DIM / 8; j += 4) {  // 32 columns at a time: a lane comes to hold 8 neighbours
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
