@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 
 import salekit
-from salekit.plans import BLOCKS, ESTIMATORS
+from salekit.jit import device_arch
+from salekit.plans import BLOCKS, ESTIMATORS, LOW_BIT_ARCHS
 
 cupy.cuda.set_allocator(None)
 LENGTHS = ((1, 1), (65, 63), (127, 1029), (333, 300))
@@ -23,7 +24,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     attend = importlib.import_module("salekit.attend")
     estimate = importlib.import_module("salekit.estimate")
-    calls = 0
+    calls, arch = 0, device_arch()
     for (seqlen_q, seqlen_k), dtype, head_dim in product(LENGTHS, (np.float16, ml_dtypes.bfloat16), (64, 128)):
 
         def draw(seqlen, heads):
@@ -38,6 +39,10 @@ def main() -> None:
                 estimator=estimator, block=block, causal=causal, query_stride=stride, full_rows=64, dense_below=0
             )
             out, lse, mask = salekit.sparse_attention(*gpu, return_lse=True, return_mask=True, **options)
+            if arch in LOW_BIT_ARCHS:
+                low, _ = salekit.sparse_attention(*gpu, return_lse=True, attend="int8-fp8", **options)
+                low, exact = low.get().astype(np.float32), out.get().astype(np.float32)
+                assert np.linalg.norm(low - exact) <= 0.1 * np.linalg.norm(exact)
             plan = salekit.make_plan(*gpu, **options)
             attend._launch_sm80(*gpu, mask, plan, out, lse)
             if estimator != "int4":

@@ -25,9 +25,18 @@ def anchor_statistics(q: Any, k: Any, k_mean: Any, plan: Plan) -> tuple[Any, Any
         return reference.anchor_statistics(q, k, k_mean, plan)
     m, l = (arrays.empty((plan.batch, plan.num_heads, plan.seqlen_q), np.float32) for _ in range(2))
     jit.get_kernel(_anchor_spec(plan))(
-        (plan.num_q_tiles, plan.num_heads, plan.batch),
+        (plan.num_q_tiles, plan.num_heads // _heads_each(plan), plan.batch),
         (_THREADS,),
-        (arrays.tensor_view(q), arrays.tensor_view(k), k_mean, m, l, plan.shape_record, np.float32(plan.softmax_scale)),
+        (
+            arrays.tensor_view(q),
+            arrays.tensor_view(k),
+            k_mean,
+            m,
+            l,
+            plan.shape_record,
+            np.int32(_heads_each(plan)),
+            np.float32(plan.softmax_scale),
+        ),
     )
     return m, l
 
@@ -75,8 +84,16 @@ def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
     return [_anchor_spec(plan), _limits_spec(plan)]
 
 
+def _heads_each(plan: Plan) -> int:
+    """Heads of one KV head that a CTA takes, at most four: more share the keys, fewer fill the GPU sooner."""
+    return next(heads for heads in (4, 3, 2, 1) if plan.group_size % heads == 0)
+
+
 def _anchor_spec(plan: Plan) -> jit.KernelSpec:
-    return jit.KernelSpec("anchor_statistics", (str(plan.head_dim), plan.element))
+    at_once = str(2 if _heads_each(plan) % 2 == 0 else 1)
+    return jit.KernelSpec(
+        "anchor_statistics", (str(plan.head_dim), plan.element, at_once), f"AnchorStorage<{plan.head_dim}, {at_once}>"
+    )
 
 
 def _limits_spec(plan: Plan) -> jit.KernelSpec:

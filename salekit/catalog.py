@@ -25,13 +25,15 @@ STAGES = {
 def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
     """(stage, spec) of every kernel for this architecture, each once."""
     found: dict[KernelSpec, str] = {}
-    for dtype, head_dim, (block_q, block_k), estimator in product(DTYPES, HEAD_DIMS, BLOCKS, ESTIMATORS):
+    for dtype, head_dim, (block_q, block_k), estimator, kv_heads in product(
+        DTYPES, HEAD_DIMS, BLOCKS, ESTIMATORS, (2, 4)
+    ):
         plan = Plan(
             1,
             4096,
             4096,
             4,
-            2,
+            kv_heads,
             head_dim,
             dtype,
             head_dim**-0.5,

@@ -1,9 +1,12 @@
 // m and l of every query row over its anchor keys, by exact products of the raw q and k.
 //
-// m = max s, l = sum exp(s - m), s = softmax_scale * (q . k - q . mean(k)), over the visible keys of the sink blocks and of
-// the 64-row tile's local range. q [batch, seqlen_q, num_heads, HEAD_DIM], k [batch, seqlen_k, num_kv_heads, HEAD_DIM];
-// k_mean float32 [batch, num_kv_heads, HEAD_DIM]; m, l float32 [batch, num_heads, seqlen_q]; a row that sees no key has
-// m = -inf, l = 0. Grid: (ceil(seqlen_q / 64), num_heads, batch) CTAs of 128 threads, 16 rows a warp.
+// m = max s, l = sum exp(s - m), s = softmax_scale * (q . k - q . mean(k)), over the visible keys of the sink blocks and
+// of the 64-row tile's local range. q [batch, seqlen_q, num_heads, HEAD_DIM], k [batch, seqlen_k, num_kv_heads,
+// HEAD_DIM]; k_mean float32 [batch, num_kv_heads, HEAD_DIM]; m, l float32 [batch, num_heads, seqlen_q]; a row that sees
+// no key has m = -inf, l = 0.
+// A CTA of 128 threads takes a tile's rows, 16 a warp, in num_heads_each heads of one KV head, AT_ONCE at a time: they
+// share the keys, which stay in shared memory when they are no more than ANCHOR_BLOCKS blocks, as the defaults' are.
+// Grid: (ceil(seqlen_q / 64), num_heads / num_heads_each, batch).
 #include "ptx/cp_async.cuh"
 #include "ptx/ex2.cuh"
 #include "ptx/ldmatrix.cuh"
@@ -12,34 +15,69 @@
 #include "tile/tensor_view.cuh"
 
 constexpr int ANCHOR_THREADS = 128;
+constexpr int ANCHOR_BLOCKS = 7;  // of 32 keys, at a time
+constexpr int WARP_ROWS = 16;
+
+template <int HEAD_DIM, int AT_ONCE>
+struct AnchorStorage {
+  alignas(128) uint16_t Q_smem[ANCHOR_THREADS / 32][AT_ONCE][WARP_ROWS * HEAD_DIM];
+  alignas(128) uint16_t K_smem[ANCHOR_BLOCKS][KEY_BLOCK * HEAD_DIM];
+  alignas(16) float mean[HEAD_DIM];
+};
 
 template <int HEAD_DIM>
 __device__ __forceinline__ uint32_t anchor_offset(int row, int chunk) {
   return row * (2 * HEAD_DIM) + ((chunk ^ (row & 7)) << 4);
 }
 
-template <int HEAD_DIM, int NUM_ROWS>
-__device__ __forceinline__ void load_anchor_rows(uint32_t smem_address, const uint16_t* gmem, int64_t stride_row, int present) {
+// Starts copying NUM_ROWS rows by THREADS threads; rows from `present` on are zero.
+template <int HEAD_DIM, int NUM_ROWS, int THREADS>
+__device__ __forceinline__ void load_anchor_rows(uint32_t smem_address, const uint16_t* gmem, int64_t stride_row,
+                                                 int present) {
   constexpr int CHUNKS = HEAD_DIM / 8;
 #pragma unroll
-  for (int i = 0; i < NUM_ROWS * CHUNKS / ANCHOR_THREADS; ++i) {
-    const int index = i * ANCHOR_THREADS + threadIdx.x, row = index / CHUNKS, chunk = index % CHUNKS;
+  for (int i = 0; i < NUM_ROWS * CHUNKS / THREADS; ++i) {
+    const int index = i * THREADS + threadIdx.x % THREADS, row = index / CHUNKS, chunk = index % CHUNKS;
     const bool valid = row < present;
-    cp_async_16(smem_address + anchor_offset<HEAD_DIM>(row, chunk), gmem + (valid ? row * stride_row : 0) + chunk * 8, valid);
+    cp_async_16(smem_address + anchor_offset<HEAD_DIM>(row, chunk), gmem + (valid ? row * stride_row : 0) + chunk * 8,
+                valid);
   }
 }
 
-template <int HEAD_DIM, typename Element>
+// A lane's two rows of one head: its share of the maximum and the sum, which four lanes have together.
+struct RowStatistics {
+  float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+
+  __device__ __forceinline__ void add(const float (&s)[4][4], float scale_log2) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float best = top[r];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) best = fmaxf(best, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+      const float base = best == -INFINITY ? 0.f : best * scale_log2;
+      float parts[2] = {0, 0};
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) parts[c] += ex2(fmaf(s[n][2 * r + c], scale_log2, -base));
+      sum[r] = fmaf(sum[r], ex2(fmaf(top[r], scale_log2, -base)), parts[0] + parts[1]);
+      top[r] = best;
+    }
+  }
+};
+
+template <int HEAD_DIM, typename Element, int AT_ONCE>
 __global__ void __launch_bounds__(ANCHOR_THREADS)
     anchor_statistics(TensorView q, TensorView k, const float* k_mean_gmem, float* m_gmem, float* l_gmem, Shape shape,
-                      float softmax_scale) {
+                      int num_heads_each, float softmax_scale) {
   constexpr int STEPS = HEAD_DIM / 16;
-  __shared__ alignas(1024) uint16_t Q_smem[TILE_ROWS * HEAD_DIM];
-  __shared__ alignas(1024) uint16_t K_smem[2][KEY_BLOCK * HEAD_DIM];
-  const int tile = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
-  const int kv_head = head / shape.group_size();
-  const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
-  const int first_row = tile * TILE_ROWS;
+  using Storage = AnchorStorage<HEAD_DIM, AT_ONCE>;
+  extern __shared__ __align__(128) uint8_t dynamic_smem[];
+  Storage& smem = *reinterpret_cast<Storage*>(dynamic_smem);
+  const int tile = blockIdx.x, first_head = blockIdx.y * num_heads_each, batch = blockIdx.z;
+  const int kv_head = first_head / shape.group_size();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first_row = tile * TILE_ROWS, warp_row = first_row + warp * WARP_ROWS;
 
   // 32-key blocks: those of the sink, then those of the local range that are not the sink's; as far as the tile sees.
   const Range local = shape.local_range(tile);
@@ -47,94 +85,125 @@ __global__ void __launch_bounds__(ANCHOR_THREADS)
   const int num_sink = min(ceil_div(shape.sink_end, KEY_BLOCK), num_seen);
   const int first_local = max(local.begin / KEY_BLOCK, num_sink);
   const int num_blocks = num_sink + max(0, min(ceil_div(local.end, KEY_BLOCK), num_seen) - first_local);
+  const bool resident = num_blocks <= ANCHOR_BLOCKS;
   auto first_key = [&](int i) { return (i < num_sink ? i : i - num_sink + first_local) * KEY_BLOCK; };
   const uint16_t* k_gmem = k.row<const uint16_t>(batch, 0, kv_head);
-  auto load_block = [&](int i) {
-    const int key = first_key(i);
-    load_anchor_rows<HEAD_DIM, KEY_BLOCK>(shared_address(K_smem[i % 2]), k_gmem + key * k.stride_row, k.stride_row,
-                                          shape.seqlen_k - key);
+  auto load_blocks = [&](int begin) {
+    for (int i = begin; i < min(num_blocks, begin + ANCHOR_BLOCKS); ++i) {
+      const int key = first_key(i);
+      load_anchor_rows<HEAD_DIM, KEY_BLOCK, ANCHOR_THREADS>(shared_address(smem.K_smem[i - begin]),
+                                                            k_gmem + key * k.stride_row, k.stride_row,
+                                                            shape.seqlen_k - key);
+    }
+  };
+  auto load_q = [&](int head) {  // a warp its own rows
+#pragma unroll
+    for (int h = 0; h < AT_ONCE; ++h)
+      load_anchor_rows<HEAD_DIM, WARP_ROWS, 32>(shared_address(smem.Q_smem[warp][h]),
+                                                q.row<const uint16_t>(batch, min(warp_row, shape.seqlen_q - 1), head + h),
+                                                q.stride_row, shape.seqlen_q - warp_row);
   };
 
-  load_anchor_rows<HEAD_DIM, TILE_ROWS>(shared_address(Q_smem), q.row<const uint16_t>(batch, first_row, head),
-                                        q.stride_row, shape.seqlen_q - first_row);
-  if (num_blocks > 0) load_block(0);
+  load_q(first_head);
+  if (resident) load_blocks(0);
   cp_async_commit();
+  if (threadIdx.x < HEAD_DIM)
+    smem.mean[threadIdx.x] = k_mean_gmem[(int64_t(batch) * shape.num_kv_heads + kv_head) * HEAD_DIM + threadIdx.x];
   cp_async_wait<0>();
   __syncthreads();
 
   const uint32_t lane_offset = anchor_offset<HEAD_DIM>(lane % 16, lane / 16);
-  uint32_t a[STEPS][4];
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step)
-    ldmatrix_x4(a[step], shared_address(Q_smem) + warp_row * 2 * HEAD_DIM + (lane_offset ^ step * 32));
-
-  const int row = first_row + warp_row + lane / 4;
+  const int row = warp_row + lane / 4;
   const int visible[2] = {shape.visible_keys(row), shape.visible_keys(row + 8)};
+  const int visible_to_all = shape.visible_keys(warp_row);
   const float scale_log2 = softmax_scale * 1.4426950408889634f;
-  float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-  for (int i = 0; i < num_blocks; ++i) {
-    if (i + 1 < num_blocks) load_block(i + 1);
-    cp_async_commit();
-    float s[4][4] = {};
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step)
-#pragma unroll
-      for (int n = 0; n < 4; n += 2) {
-        uint32_t b[4];
-        ldmatrix_x4(b, shared_address(K_smem[i % 2]) + n * 8 * 2 * HEAD_DIM + (lane_offset ^ step * 32));
-        mma_m16n8k16<Element>(s[n], a[step], b[0], b[2]);
-        mma_m16n8k16<Element>(s[n + 1], a[step], b[1], b[3]);
-      }
-    const int key = first_key(i) + lane % 4 * 2;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float best = top[r];
-#pragma unroll
-      for (int n = 0; n < 4; ++n)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& score = s[n][2 * r + c];
-          if (key + n * 8 + c >= visible[r]) score = -INFINITY;
-          best = fmaxf(best, score);
-        }
-      const float base = best == -INFINITY ? 0.f : best * scale_log2;
-      float add = 0;
-#pragma unroll
-      for (int n = 0; n < 4; ++n)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) add += ex2(fmaf(s[n][2 * r + c], scale_log2, -base));
-      sum[r] = fmaf(sum[r], ex2(fmaf(top[r], scale_log2, -base)), add);
-      top[r] = best;
-    }
-    cp_async_wait<0>();
-    __syncthreads();
-  }
 
-  // The four lanes of a row: combine, and take off what the mean of the keys adds to every score.
-  const float* k_mean = k_mean_gmem + (int64_t(batch) * shape.num_kv_heads + kv_head) * HEAD_DIM;
+  for (int head = first_head; head < first_head + num_heads_each; head += AT_ONCE) {
+    uint32_t a[AT_ONCE][STEPS][4];
+    cp_async_wait<0>();
+    __syncwarp();
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float shift = 0;
-    for (int d = lane % 4; d < HEAD_DIM; d += 4) {
-      const int row_in_tile = warp_row + lane / 4 + 8 * r;
-      const uint16_t bits = Q_smem[anchor_offset<HEAD_DIM>(row_in_tile, d / 8) / 2 + d % 8];
-      shift = fmaf(Element::to_float(bits), k_mean[d], shift);
+    for (int h = 0; h < AT_ONCE; ++h)
+#pragma unroll
+      for (int step = 0; step < STEPS; ++step)
+        ldmatrix_x4(a[h][step], shared_address(smem.Q_smem[warp][h]) + (lane_offset ^ step * 32));
+    __syncwarp();
+    if (resident && head + AT_ONCE < first_head + num_heads_each) load_q(head + AT_ONCE);
+    cp_async_commit();
+
+    RowStatistics statistics[AT_ONCE];
+    for (int begin = 0; begin < num_blocks; begin += ANCHOR_BLOCKS) {
+      if (!resident) {
+        __syncthreads();
+        load_blocks(begin);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+      }
+      for (int i = begin; i < min(num_blocks, begin + ANCHOR_BLOCKS); ++i) {
+        float s[AT_ONCE][4][4] = {};
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+          for (int n = 0; n < 4; n += 2) {
+            uint32_t b[4];
+            ldmatrix_x4(b, shared_address(smem.K_smem[i - begin]) + n * 8 * 2 * HEAD_DIM + (lane_offset ^ step * 32));
+#pragma unroll
+            for (int h = 0; h < AT_ONCE; ++h) {
+              mma_m16n8k16<Element>(s[h][n], a[h][step], b[0], b[2]);
+              mma_m16n8k16<Element>(s[h][n + 1], a[h][step], b[1], b[3]);
+            }
+          }
+        const int key = first_key(i);
+        if (key + KEY_BLOCK > visible_to_all) {
+#pragma unroll
+          for (int n = 0; n < 4; ++n)
+#pragma unroll
+            for (int c = 0; c < 4; ++c)
+              if (key + lane % 4 * 2 + n * 8 + c % 2 >= visible[c / 2])
+#pragma unroll
+                for (int h = 0; h < AT_ONCE; ++h) s[h][n][c] = -INFINITY;
+        }
+#pragma unroll
+        for (int h = 0; h < AT_ONCE; ++h) statistics[h].add(s[h], scale_log2);
+      }
     }
-    float best = top[r];
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-      shift += __shfl_xor_sync(~0u, shift, step);
-      best = fmaxf(best, __shfl_xor_sync(~0u, best, step));
+    if (!resident && head + AT_ONCE < first_head + num_heads_each) {
+      load_q(head + AT_ONCE);
+      cp_async_commit();
     }
-    const float base = best == -INFINITY ? 0.f : best * scale_log2;
-    float total = sum[r] * ex2(fmaf(top[r], scale_log2, -base));
+
+    // The four lanes of a row: combine, and take off what the mean of the keys adds to every score.
 #pragma unroll
-    for (int step = 1; step < 4; step *= 2) total += __shfl_xor_sync(~0u, total, step);
-    const int out_row = row + 8 * r;
-    if (lane % 4 == 0 && out_row < shape.seqlen_q) {
-      const int64_t index = (int64_t(batch) * shape.num_heads + head) * shape.seqlen_q + out_row;
-      m_gmem[index] = visible[r] > 0 ? softmax_scale * best - softmax_scale * shift : -INFINITY;
-      l_gmem[index] = visible[r] > 0 ? total : 0.f;
+    for (int h = 0; h < AT_ONCE; ++h) {
+      float shift[2] = {0, 0};
+#pragma unroll
+      for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // rows r and r + 8 of dims 2t, 2t + 1 and 8 further
+          const float2 pair = unpack<Element>(a[h][step][i]);
+          const float2 mean = *reinterpret_cast<const float2*>(&smem.mean[step * 16 + i / 2 * 8 + lane % 4 * 2]);
+          shift[i % 2] = fmaf(pair.x, mean.x, fmaf(pair.y, mean.y, shift[i % 2]));
+        }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float best = statistics[h].top[r];
+#pragma unroll
+        for (int step = 1; step < 4; step *= 2) {
+          shift[r] += __shfl_xor_sync(~0u, shift[r], step);
+          best = fmaxf(best, __shfl_xor_sync(~0u, best, step));
+        }
+        const float base = best == -INFINITY ? 0.f : best * scale_log2;
+        float total = statistics[h].sum[r] * ex2(fmaf(statistics[h].top[r], scale_log2, -base));
+#pragma unroll
+        for (int step = 1; step < 4; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+        const int out_row = row + 8 * r;
+        if (lane % 4 == 0 && out_row < shape.seqlen_q) {
+          const int64_t index = (int64_t(batch) * shape.num_heads + head + h) * shape.seqlen_q + out_row;
+          m_gmem[index] = visible[r] > 0 ? softmax_scale * best - softmax_scale * shift[r] : -INFINITY;
+          l_gmem[index] = visible[r] > 0 ? total : 0.f;
+        }
+      }
     }
   }
 }

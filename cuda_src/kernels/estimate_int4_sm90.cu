@@ -14,6 +14,7 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/setmaxnreg.cuh"
 #include "ptx/wgmma.cuh"
+#include "tile/aligned_storage.cuh"
 #include "tile/group_bounds.cuh"
 #include "tile/mask_bits.cuh"
 
@@ -31,7 +32,7 @@ struct EstimateInt4Storage {
   alignas(16) KeyBounds bounds[ESTIMATE_STAGES];
   uint32_t votes[ESTIMATE_CONSUMERS][2][4][ESTIMATE_VOTE_WORDS];  // [warpgroup][64-row half][warp][word]
   alignas(8) uint64_t full[ESTIMATE_STAGES], empty[ESTIMATE_STAGES], q_full;
-  uint8_t alignment_slack[1024];  // dynamic shared memory is not promised to start on 1024 bytes
+  uint8_t alignment_slack[1024];
 };
 
 // Scores of 64 rows and 128 keys.
@@ -40,12 +41,6 @@ __device__ __forceinline__ void multiply(int (&d)[64], uint64_t q_desc, uint64_t
 #pragma unroll
   for (int step = 0; step < HEAD_DIM / 32; ++step)
     wgmma_m64n128k32_s8(d, q_desc + step * 2, k_desc + step * 2, step != 0);
-}
-
-// Tells the compiler that the asynchronous products have written these registers.
-__device__ __forceinline__ void touch(int (&d)[64]) {
-#pragma unroll
-  for (int i = 0; i < 64; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
 // What the lane's key group needs of a tile's KeyBounds.
@@ -92,7 +87,7 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
   using Storage = EstimateInt4Storage<HEAD_DIM>;
   constexpr uint32_t TILE_BYTES = CODE_TILE_ROWS * HEAD_DIM;
   extern __shared__ uint8_t dynamic_smem[];
-  Storage& smem = *reinterpret_cast<Storage*>((reinterpret_cast<uint64_t>(dynamic_smem) + 1023) & ~uint64_t(1023));
+  Storage& smem = aligned_storage<Storage>(dynamic_smem);
 
   // Which rows of which head.
   const int num_heads_all = shape.batch * shape.num_heads;

@@ -13,6 +13,7 @@
 #include "ptx/setmaxnreg.cuh"
 #include "ptx/wgmma.cuh"
 #include "ptx/wgmma_sp.cuh"
+#include "tile/aligned_storage.cuh"
 #include "tile/mask_bits.cuh"
 #include "tile/row_map.cuh"
 #include "tile/votes.cuh"
@@ -29,7 +30,7 @@ struct EstimateInt8Storage {
   alignas(1024) uint8_t K_smem[ESTIMATE_STAGES][CODE_TILE_ROWS * HEAD_DIM];
   uint32_t votes[ESTIMATE_CONSUMERS][2][4][ESTIMATE_VOTE_WORDS];  // [warpgroup][64-row half][warp][word]
   alignas(8) uint64_t full[ESTIMATE_STAGES], empty[ESTIMATE_STAGES], q_full;
-  uint8_t alignment_slack[1024];  // dynamic shared memory is not promised to start on 1024 bytes
+  uint8_t alignment_slack[1024];
 };
 
 // Scores of 64 rows and 128 keys.
@@ -62,12 +63,6 @@ __device__ __forceinline__ void multiply(int (&d)[64], const SparseRows<HEAD_DIM
 #pragma unroll
   for (int step = 0; step < HEAD_DIM / 64; ++step)
     wgmma_sp_m64n128k64_s8(d, q.codes[step], q.metadata[step], k_desc + step * 4, step != 0);
-}
-
-// Tells the compiler that the asynchronous products have written these registers.
-__device__ __forceinline__ void touch(int (&d)[64]) {
-#pragma unroll
-  for (int i = 0; i < 64; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
 // Bit b: a score of the lane's two rows in the tile's block b passes its threshold.
@@ -167,7 +162,7 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
   using Storage = EstimateInt8Storage<HEAD_DIM>;
   constexpr uint32_t TILE_BYTES = CODE_TILE_ROWS * HEAD_DIM;
   extern __shared__ uint8_t dynamic_smem[];
-  Storage& smem = *reinterpret_cast<Storage*>((reinterpret_cast<uint64_t>(dynamic_smem) + 1023) & ~uint64_t(1023));
+  Storage& smem = aligned_storage<Storage>(dynamic_smem);
 
   // Which rows of which head.
   const int num_heads_all = shape.batch * shape.num_heads;
