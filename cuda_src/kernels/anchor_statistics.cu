@@ -67,7 +67,7 @@ struct RowStatistics {
 };
 
 template <int HEAD_DIM, typename Element, int AT_ONCE>
-__global__ void __launch_bounds__(ANCHOR_THREADS)
+__global__ void __launch_bounds__(ANCHOR_THREADS, 2)
     anchor_statistics(TensorView q, TensorView k, const float* k_mean_gmem, float* m_gmem, float* l_gmem, Shape shape,
                       int num_heads_each, float softmax_scale) {
   constexpr int STEPS = HEAD_DIM / 16;
@@ -140,6 +140,7 @@ __global__ void __launch_bounds__(ANCHOR_THREADS)
         cp_async_wait<0>();
         __syncthreads();
       }
+#pragma unroll 1
       for (int i = begin; i < min(num_blocks, begin + ANCHOR_BLOCKS); ++i) {
         float s[AT_ONCE][4][4] = {};
 #pragma unroll
