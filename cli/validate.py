@@ -274,6 +274,8 @@ def _check_kernels(q, k, v, tau: float, plan_options: dict):
     gm, gl = anchor_statistics(gq, gk, codes.k_mean, plan)
     m, l = (x.get()[..., : plan.seqlen_q] for x in (gm, gl))
     twin_m, twin_l = reference.anchor_statistics(q, k, host.k_mean, plan)
+    not_held = np.setdiff1d(np.arange(plan.seqlen_q), plan.row_of_position)  # undefined there, and not used
+    m[..., not_held], l[..., not_held] = twin_m[..., not_held], twin_l[..., not_held]
     slack = score_bound(q, k, plan)
     norm_q = np.linalg.norm(_f64(q), axis=-1)
     norm_mean = _per_query_head(np.linalg.norm(host.k_mean.astype(np.float64), axis=-1), plan)[..., None]

@@ -19,7 +19,8 @@ def anchor_statistics(q: Any, k: Any, k_mean: Any, plan: Plan) -> tuple[Any, Any
 
     q: [batch, seqlen_q, num_heads, head_dim]; k: [batch, seqlen_k, num_kv_heads, head_dim], bshd views; k_mean: float32
     [batch, num_kv_heads, head_dim]. s is the score of the smoothed key (docs/algorithm.md, step 2). A row without a
-    visible key has m = -inf, l = 0. NumPy arrays run the twin.
+    visible key has m = -inf, l = 0. NumPy arrays run the twin. On GPUs, rows that the plan does not hold
+    (``Plan.holds_tested_rows``) are undefined.
     """
     if not arrays.is_cuda(q):
         return reference.anchor_statistics(q, k, k_mean, plan)
@@ -34,6 +35,7 @@ def anchor_statistics(q: Any, k: Any, k_mean: Any, plan: Plan) -> tuple[Any, Any
             m,
             l,
             plan.shape_record,
+            plan.q_row_map,
             np.int32(_heads_each(plan)),
             np.float32(plan.softmax_scale),
         ),
@@ -90,7 +92,8 @@ def _heads_each(plan: Plan) -> int:
 
 
 def _anchor_spec(plan: Plan) -> jit.KernelSpec:
-    at_once = str(2 if _heads_each(plan) % 2 == 0 else 1)
+    stride = plan.query_stride if plan.holds_tested_rows else 1
+    at_once = str(2 if _heads_each(plan) % (2 * stride) == 0 else 1)
     return jit.KernelSpec(
         "anchor_statistics", (str(plan.head_dim), plan.element, at_once), f"AnchorStorage<{plan.head_dim}, {at_once}>"
     )

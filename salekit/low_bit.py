@@ -12,6 +12,7 @@ from .attend_grid import DENSE_BLOCK_Q, NULL, SM90_THREADS, expand_log2, persist
 from .block_mask import BlockMask
 from .plans import CODE_TILE_ROWS, KEY_BLOCK, Plan
 from .quantize import channel_partials, reduce_spec
+from .reference import LOW_BIT_Q_SAMPLE
 
 _QUANTIZE_THREADS = 128
 _BALANCE_PARTS = 8  # of finish_balance.cu
@@ -42,7 +43,9 @@ def quantize_low_bit(q: Any, k: Any, v: Any, plan: Plan, with_shift: bool) -> Lo
     channels = (*kv_shape, plan.head_dim)
     k_mean, v_factor, v_scale = (arrays.empty(channels) for _ in range(3))
     balance = arrays.empty((*kv_shape, 2, plan.head_dim))
-    (q_partials, q_chunks), (k_partials, k_chunks), (v_partials, _) = (channel_partials(x, plan) for x in (q, k, v))
+    (q_partials, q_chunks), (k_partials, k_chunks), (v_partials, _) = (
+        channel_partials(x, plan) for x in (q[:, ::LOW_BIT_Q_SAMPLE], k, v)
+    )
     jit.get_kernel(_balance_spec(plan))(
         (plan.num_kv_heads, plan.batch),
         (_BALANCE_PARTS * plan.head_dim,),

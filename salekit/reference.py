@@ -17,6 +17,7 @@ from .plans import CLAMP, KEY_BLOCK, SELECT_ALL, SELECT_NONE, TILE_ROWS, Plan, c
 TINY = np.float32(2.0**-100)  # a group whose amax is below this is a zero group
 E4M3 = ml_dtypes.float8_e4m3fn
 E4M3_MAX = 448.0
+LOW_BIT_Q_SAMPLE = 8  # channels of q and k are balanced by every 8th row of q
 LOW_BIT_P_EXPONENT = 6  # p is rounded to e4m3 at 2 ** this times its value: room for a maximum raised late
 
 
@@ -266,7 +267,7 @@ class _LowBit:
         kv_heads, keys = k.shape[1:3]
         mean = k.mean(axis=2, dtype=np.float64).astype(np.float32)[:, :, None]
         smooth = k - mean
-        largest_q = _amax(q.reshape(batch, kv_heads, -1, dim), 2)
+        largest_q = _amax(q[:, :, ::LOW_BIT_Q_SAMPLE].reshape(batch, kv_heads, -1, dim), 2)
         largest_k = _amax(smooth, 2)
         usable = (largest_q >= TINY) & (largest_k >= TINY) & np.isfinite(largest_q) & np.isfinite(largest_k)
         largest_q, largest_k = np.where(usable, largest_q, np.float32(1)), np.where(usable, largest_k, np.float32(1))

@@ -154,20 +154,31 @@ def test_anchor_statistics_with_other_anchors(sink, local):
     check_anchors(*make_case(700, 900, sink=sink, local=local))
 
 
+@pytest.mark.parametrize("heads", ((4, 4), (4, 2), (6, 2), (8, 2), (8, 1), (12, 1)))
+@pytest.mark.parametrize("stride, full_rows", ((1, 0), (2, 0), (4, 100), (4, 1024)))
+@pytest.mark.parametrize("lengths", ((700, 900), (129, 130), (1500, 300)))
+def test_anchor_statistics_of_tested_rows(lengths, stride, full_rows, heads):
+    options = dict(heads=heads[0], kv_heads=heads[1], query_stride=stride, full_rows=full_rows)
+    check_anchors(*make_case(*lengths, **options))
+    if stride == 4:
+        check_anchors(*make_case(*lengths, **options, local=256, causal=False))  # more keys than stay in shared memory
+
+
 def check_anchors(q, k, q_gpu, k_gpu, plan):
     cp = pytest.importorskip("cupy")
     k_mean = reference.channel_means(k)
     m_twin, l_twin = reference.anchor_statistics(q, k, k_mean, plan)
     m, l = (x.get() for x in stage("anchors").anchor_statistics(q_gpu, k_gpu, cp.asarray(k_mean), plan))
-    assert np.array_equal(np.isneginf(m), np.isneginf(m_twin))
-    seen = np.isfinite(m_twin)
+    held = np.isin(np.arange(plan.seqlen_q), plan.row_of_position)
+    assert np.array_equal(np.isneginf(m[..., held]), np.isneginf(m_twin[..., held]))
+    seen = np.isfinite(m_twin) & held
     # A float32 dot of d terms: d + 1 roundings (tensor cores may truncate: twice that) of |q| . |k|, bounded by norms.
     norms = np.linalg.norm(q.astype(np.float64), axis=-1).max() * np.linalg.norm(k.astype(np.float64), axis=-1).max()
     bound = plan.softmax_scale * norms * 4 * (plan.head_dim + 2) * EPS
     assert np.abs(m[seen] - m_twin[seen]).max(initial=0) <= bound
     # l is a sum of exponentials whose arguments are off by twice that; ex2.approx adds 2^-22.
     assert (np.abs(l - l_twin) / np.maximum(l_twin, 1))[seen].max(initial=0) <= 2 * bound + 400 * EPS
-    assert not l[~seen].any()
+    assert not l[..., held][~seen[..., held]].any()
 
 
 @pytest.mark.parametrize("stride, full_rows", ((1, 0), (2, 0), (4, 100), (4, 1024)))

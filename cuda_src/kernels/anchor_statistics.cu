@@ -3,14 +3,15 @@
 // m = max s, l = sum exp(s - m), s = softmax_scale * (q . k - q . mean(k)), over the visible keys of the sink blocks and
 // of the 64-row tile's local range. q [batch, seqlen_q, num_heads, HEAD_DIM], k [batch, seqlen_k, num_kv_heads,
 // HEAD_DIM]; k_mean float32 [batch, num_kv_heads, HEAD_DIM]; m, l float32 [batch, num_heads, seqlen_q]; a row that sees
-// no key has m = -inf, l = 0.
-// A CTA of 128 threads takes a tile's rows, 16 a warp, in num_heads_each heads of one KV head, AT_ONCE at a time: they
-// share the keys, which stay in shared memory when they are no more than ANCHOR_BLOCKS blocks, as the defaults' are.
+// no key has m = -inf, l = 0; rows that `map` does not hold are not written.
+// A CTA of 128 threads takes a tile's rows, 16 a warp, in num_heads_each heads of one KV head, AT_ONCE a warp: they share
+// the keys, which stay in shared memory when they are no more than ANCHOR_BLOCKS blocks, as the defaults' are.
 // Grid: (ceil(seqlen_q / 64), num_heads / num_heads_each, batch).
 #include "ptx/cp_async.cuh"
 #include "ptx/ex2.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/mma.cuh"
+#include "tile/row_map.cuh"
 #include "tile/shape.cuh"
 #include "tile/tensor_view.cuh"
 
@@ -69,7 +70,7 @@ struct RowStatistics {
 template <int HEAD_DIM, typename Element, int AT_ONCE>
 __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
     anchor_statistics(TensorView q, TensorView k, const float* k_mean_gmem, float* m_gmem, float* l_gmem, Shape shape,
-                      int num_heads_each, float softmax_scale) {
+                      RowMap map, int num_heads_each, float softmax_scale) {
   constexpr int STEPS = HEAD_DIM / 16;
   using Storage = AnchorStorage<HEAD_DIM, AT_ONCE>;
   extern __shared__ __align__(128) uint8_t dynamic_smem[];
@@ -77,7 +78,11 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
   const int tile = blockIdx.x, first_head = blockIdx.y * num_heads_each, batch = blockIdx.z;
   const int kv_head = first_head / shape.group_size();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first_row = tile * TILE_ROWS, warp_row = first_row + warp * WARP_ROWS;
+  const int first_row = tile * TILE_ROWS;
+  // Where every other or every fourth row is tested, as many heads take the place of the rows between.
+  const int stride = first_row < map.first_full_row ? map.stride : 1;
+  const int warps_per_head = TILE_ROWS / WARP_ROWS / stride, heads_at_once = stride * AT_ONCE;
+  const int warp_row = first_row + warp % warps_per_head * (WARP_ROWS * stride);
 
   // 32-key blocks: those of the sink, then those of the local range that are not the sink's; as far as the tile sees.
   const Range local = shape.local_range(tile);
@@ -101,10 +106,12 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
     for (int h = 0; h < AT_ONCE; ++h)
       load_anchor_rows<HEAD_DIM, WARP_ROWS, 32>(shared_address(smem.Q_smem[warp][h]),
                                                 q.row<const uint16_t>(batch, min(warp_row, shape.seqlen_q - 1), head + h),
-                                                q.stride_row, shape.seqlen_q - warp_row);
+                                                stride * q.stride_row, ceil_div(shape.seqlen_q - warp_row, stride));
   };
+  const int heads_end = first_head + num_heads_each;
+  int head = first_head + warp / warps_per_head * AT_ONCE;
 
-  load_q(first_head);
+  if (head < heads_end) load_q(head);
   if (resident) load_blocks(0);
   cp_async_commit();
   if (threadIdx.x < HEAD_DIM)
@@ -113,12 +120,13 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
   __syncthreads();
 
   const uint32_t lane_offset = anchor_offset<HEAD_DIM>(lane % 16, lane / 16);
-  const int row = warp_row + lane / 4;
-  const int visible[2] = {shape.visible_keys(row), shape.visible_keys(row + 8)};
+  const int row = warp_row + lane / 4 * stride;
+  const int visible[2] = {shape.visible_keys(row), shape.visible_keys(row + 8 * stride)};
   const int visible_to_all = shape.visible_keys(warp_row);
   const float scale_log2 = softmax_scale * 1.4426950408889634f;
 
-  for (int head = first_head; head < first_head + num_heads_each; head += AT_ONCE) {
+  for (int first = first_head; first < heads_end; first += heads_at_once, head += heads_at_once) {
+    const bool has_next = head + heads_at_once < heads_end;
     uint32_t a[AT_ONCE][STEPS][4];
     cp_async_wait<0>();
     __syncwarp();
@@ -128,7 +136,7 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
       for (int step = 0; step < STEPS; ++step)
         ldmatrix_x4(a[h][step], shared_address(smem.Q_smem[warp][h]) + (lane_offset ^ step * 32));
     __syncwarp();
-    if (resident && head + AT_ONCE < first_head + num_heads_each) load_q(head + AT_ONCE);
+    if (resident && has_next) load_q(head + heads_at_once);
     cp_async_commit();
 
     RowStatistics statistics[AT_ONCE];
@@ -141,7 +149,7 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
         __syncthreads();
       }
 #pragma unroll 1
-      for (int i = begin; i < min(num_blocks, begin + ANCHOR_BLOCKS); ++i) {
+      for (int i = begin; i < min(num_blocks, begin + ANCHOR_BLOCKS) && head < heads_end; ++i) {
         float s[AT_ONCE][4][4] = {};
 #pragma unroll
         for (int step = 0; step < STEPS; ++step)
@@ -169,8 +177,8 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
         for (int h = 0; h < AT_ONCE; ++h) statistics[h].add(s[h], scale_log2);
       }
     }
-    if (!resident && head + AT_ONCE < first_head + num_heads_each) {
-      load_q(head + AT_ONCE);
+    if (!resident && has_next) {
+      load_q(head + heads_at_once);
       cp_async_commit();
     }
 
@@ -198,8 +206,8 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
         float total = statistics[h].sum[r] * ex2(fmaf(statistics[h].top[r], scale_log2, -base));
 #pragma unroll
         for (int step = 1; step < 4; step *= 2) total += __shfl_xor_sync(~0u, total, step);
-        const int out_row = row + 8 * r;
-        if (lane % 4 == 0 && out_row < shape.seqlen_q) {
+        const int out_row = row + 8 * r * stride;
+        if (lane % 4 == 0 && out_row < shape.seqlen_q && head < heads_end) {
           const int64_t index = (int64_t(batch) * shape.num_heads + head + h) * shape.seqlen_q + out_row;
           m_gmem[index] = visible[r] > 0 ? softmax_scale * best - softmax_scale * shift[r] : -INFINITY;
           l_gmem[index] = visible[r] > 0 ? total : 0.f;
