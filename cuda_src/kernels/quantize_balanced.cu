@@ -69,10 +69,8 @@ __global__ void __launch_bounds__(BALANCED_THREADS)
       amax = max_over_lanes<CHUNKS>(amax);
     }
     const GroupScale group(amax, 127.f);
-    int code[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) code[i] = row < seqlen ? encode(value[i], group.factor, 127) : 0;
-    store_eight<HEAD_DIM, 8>(codes_gmem + head * padded * HEAD_DIM, row, chunk, code);
+    const uint2 codes = encode_eight(value, row < seqlen ? group.factor : 0.f);
+    store_eight<HEAD_DIM>(codes_gmem + head * padded * HEAD_DIM, row, chunk, codes);
     if constexpr (!IS_K) {
       if (chunk == 0) scale_gmem[head * padded + row] = group.scale;
       if (shift_gmem != nullptr) {

@@ -17,20 +17,6 @@ constexpr float FLOAT_MAX = 3.402823466e38f;
 
 enum Side { SIDE_K, SIDE_Q, SIDE_Q_PRUNED, SIDE_Q_SPARSE };
 
-// Which two of four are kept: a dim stays when fewer than two of the others are larger, or equal and lower.
-__device__ __forceinline__ uint32_t best_two_of_four(const float* weight) {
-  uint32_t keep = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    int ahead = 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      if (j != i) ahead += j < i ? weight[j] >= weight[i] : weight[j] > weight[i];
-    if (ahead < 2) keep |= 1u << i;
-  }
-  return keep;
-}
-
 template <int HEAD_DIM, typename Element, int SIDE>
 __global__ void __launch_bounds__(QUANTIZE_THREADS)
     quantize_int8(TensorView x, uint8_t* codes_gmem, float* scale_gmem, const float* statistics_gmem, RowMap map,
@@ -63,45 +49,41 @@ __global__ void __launch_bounds__(QUANTIZE_THREADS)
   for (int step = 0; step < QUANTIZE_STEPS; ++step) {
     const int position = first_position + step * STEP_ROWS;
     const bool present = map.row(position) >= 0;
-    uint32_t amax, keep = 0xFF;
+    uint32_t amax;
+    KeptPair kept[2];
     if constexpr (SIDE == SIDE_K) {
       amax = __float_as_uint(scale_gmem[head]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) value[step][i] = __fsub_rn(value[step][i], statistics[i]);
     } else {
       amax = 0;
 #pragma unroll
       for (int i = 0; i < 8; ++i) amax = max(amax, magnitude_bits(value[step][i]));
-      amax = max_over_lanes<CHUNKS>(amax);
       if constexpr (PRUNED) {
         float weight[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) weight[i] = __fmul_rn(fabsf(value[step][i]), statistics[i]);
-        keep = best_two_of_four(weight) | best_two_of_four(weight + 4) << 4;
-        uint32_t kept = 0;
+        kept[0] = KeptPair::largest(weight);
+        kept[1] = KeptPair::largest(weight + 4);
+        const bool finite = amax < INFINITE_BITS;
+        if (finite) amax = 0;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          if (!(keep >> i & 1)) value[step][i] = 0;
-          kept = max(kept, magnitude_bits(value[step][i]));
+          if (!kept[i / 4].has(i % 4)) value[step][i] = 0;
+          if (finite) amax = max(amax, magnitude_bits(value[step][i]));
         }
-        kept = max_over_lanes<CHUNKS>(kept);
-        if (amax < INFINITE_BITS)
-          amax = kept;
-        else
-          keep = 0x33;  // a row that is not finite has codes 0, whatever is kept
       }
+      amax = max_over_lanes<CHUNKS>(amax);  // in a row that is not finite, that of what is not
+      if (PRUNED && amax >= INFINITE_BITS) kept[0] = kept[1] = {0, 1};  // its codes are 0, whatever is kept
     }
     const GroupScale group(amax, 127.f);
-    int code[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float centred = SIDE == SIDE_K ? __fsub_rn(value[step][i], statistics[i]) : value[step][i];
-      code[i] = present ? encode(centred, group.factor, 127) : 0;
-    }
+    const uint2 codes = encode_eight(value[step], present ? group.factor : 0.f);
     if constexpr (SIDE == SIDE_Q_SPARSE) {
       constexpr int WORDS_A_ROW = HEAD_DIM / 64 * 10;
       uint32_t* words = reinterpret_cast<uint32_t*>(codes_gmem) + head * padded * WORDS_A_ROW;
-      store_eight_sparse<HEAD_DIM>(words, position, chunk, code, keep);
+      store_eight_sparse<HEAD_DIM>(words, position, chunk, codes, kept);
     } else {
-      store_eight<HEAD_DIM, 8>(codes_gmem + head * padded * HEAD_DIM, position, chunk, code);
+      store_eight<HEAD_DIM>(codes_gmem + head * padded * HEAD_DIM, position, chunk, codes);
     }
     if (SIDE != SIDE_K && chunk == 0) scale_gmem[head * padded + position] = present ? group.scale : 1.f;
   }
