@@ -1,11 +1,11 @@
 // m and l of every query row over its anchor keys, by exact products of the raw q and k.
 //
-// m = max s, l = sum exp(s - m), s = softmax_scale * (q . k - q . mean(k)), over the visible keys of the sink blocks and
-// of the 64-row tile's local range. q [batch, seqlen_q, num_heads, HEAD_DIM], k [batch, seqlen_k, num_kv_heads,
+// m = max s, l = sum exp(s - m), s = softmax_scale * (q . k - q . mean(k)), over the visible keys of the sink blocks
+// and of the 64-row tile's local range. q [batch, seqlen_q, num_heads, HEAD_DIM], k [batch, seqlen_k, num_kv_heads,
 // HEAD_DIM]; k_mean float32 [batch, num_kv_heads, HEAD_DIM]; m, l float32 [batch, num_heads, seqlen_q]; a row that sees
 // no key has m = -inf, l = 0; rows that `map` does not hold are not written.
-// A CTA of 128 threads takes a tile's rows, 16 a warp, in num_heads_each heads of one KV head, AT_ONCE a warp: they share
-// the keys, which stay in shared memory when they are no more than ANCHOR_BLOCKS blocks, as the defaults' are.
+// A CTA of 128 threads takes a tile's rows, 16 a warp, in num_heads_each heads of one KV head, AT_ONCE a warp: they
+// share the keys, which stay in shared memory when they are no more than ANCHOR_BLOCKS blocks, as the defaults' are.
 // Grid: (ceil(seqlen_q / 64), num_heads / num_heads_each, batch).
 #include "ptx/cp_async.cuh"
 #include "ptx/ex2.cuh"
@@ -101,11 +101,12 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
                                                             shape.seqlen_k - key);
     }
   };
+  const int first_loaded = min(warp_row, shape.seqlen_q - 1);
   auto load_q = [&](int head) {  // a warp its own rows
 #pragma unroll
     for (int h = 0; h < AT_ONCE; ++h)
       load_anchor_rows<HEAD_DIM, WARP_ROWS, 32>(shared_address(smem.Q_smem[warp][h]),
-                                                q.row<const uint16_t>(batch, min(warp_row, shape.seqlen_q - 1), head + h),
+                                                q.row<const uint16_t>(batch, first_loaded, head + h),
                                                 stride * q.stride_row, ceil_div(shape.seqlen_q - warp_row, stride));
   };
   const int heads_end = first_head + num_heads_each;

@@ -10,7 +10,8 @@
 // score's exponent is one multiply-add away. p is rounded to e4m3 at 2 ** 6 times its value, at most 448.
 // The tensor cores add e4m3 products with 13 bits or so, which is too coarse for long: each tile, one of PROMOTE_TILES
 // groups of columns is added to float32 sums in shared memory, where each lane has its own.
-// Grid and roles as in attend_sm90; the warpgroups do not take turns, for here the softmax takes longer than the products.
+// Grid and roles as in attend_sm90; the warpgroups do not take turns, for here the softmax takes longer than the
+// products.
 #include "ptx/bulk_copy.cuh"
 #include "ptx/ex2.cuh"
 #include "ptx/setmaxnreg.cuh"
@@ -70,7 +71,8 @@ __device__ __forceinline__ uint64_t v_descriptor(uint32_t smem_address) {
   return uint64_t((smem_address & 0x3FFFF) >> 4) | uint64_t(128 >> 4) << 16 | uint64_t(256 >> 4) << 32;
 }
 
-// What a lane's two rows' p are relative to: a base that is raised only when p would not fit e4m3. Exponents are base 2.
+// What the p of a lane's two rows are relative to: a base that is raised only when p would not fit e4m3. Exponents are
+// base 2.
 struct LowBitState {
   float base[2] = {0, 0};
   bool seen[2] = {false, false};  // whether the row has seen a key, which base then comes from
@@ -99,7 +101,8 @@ struct LowBitState {
     for (int c = 0; c < 8; ++c) {
       tops[c] = max(__float_as_int(x[c]), __float_as_int(x[c + 8]));
 #pragma unroll
-      for (int i = c + 16; i < 64; i += 16) tops[c] = __vimax3_s32(tops[c], __float_as_int(x[i]), __float_as_int(x[i + 8]));
+      for (int i = c + 16; i < 64; i += 16)
+        tops[c] = __vimax3_s32(tops[c], __float_as_int(x[i]), __float_as_int(x[i + 8]));
     }
     const int first = __vimax3_s32(tops[0], tops[1], tops[2]), second = __vimax3_s32(tops[3], tops[4], tops[5]);
     const int top = max(__vimax3_s32(first, second, tops[6]), tops[7]);
@@ -144,8 +147,8 @@ __device__ __forceinline__ void round_p(uint32_t (&rounded)[4][4], const float (
     }
 }
 
-// A lane's outputs and, in the last four, the sums of p: the recent ones in the tensor cores' registers, those before in
-// shared memory. Each tile it is one group's turn to go there, so that the traffic is even.
+// A lane's outputs and, in the last four, the sums of p: the recent ones in the tensor cores' registers, those before
+// in shared memory. Each tile it is one group's turn to go there, so that the traffic is even.
 template <int HEAD_DIM>
 struct LowBitOutput {
   static constexpr int FOURS = HEAD_DIM / 8 + 1;

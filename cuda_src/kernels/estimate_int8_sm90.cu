@@ -1,9 +1,9 @@
 // Which key blocks matter, on Hopper: int8 scores of the tested rows, one bit a block, with wgmma.
 //
 // bit(row block, key block) = any score > its row's threshold, or anchor; words, of 32-key blocks,
-// [batch, num_heads, num_q_blocks, num_words]. k_codes: 128-row tiles in shared-memory order (salekit/codes.py), q_codes
-// too; or SPARSE: q pruned 2:4, in the order of registers, for the sparse tensor cores. limits: int32 [batch, num_heads,
-// positions]. What is tested where: tile/row_map.cuh.
+// [batch, num_heads, num_q_blocks, num_words]. k_codes: 128-row tiles in shared-memory order (salekit/codes.py),
+// q_codes too; or SPARSE: q pruned 2:4, in the order of registers, for the sparse tensor cores. limits: int32 [batch,
+// num_heads, positions]. What is tested where: tile/row_map.cuh.
 // Two consumer warpgroups have 128 positions each, as two products of 64 rows that cover for each other's decisions; a
 // thread of a third warpgroup copies key tiles through a ring of six stages.
 // Grid: ceil(positions / 256) * batch * num_heads CTAs of 384 threads, the rows that see most first.

@@ -1,10 +1,11 @@
 // What low-bit attention needs to know of q, k and v before it quantises them, from the partials of reduce_channels.
 //
 // Per KV head and channel: the mean of k; balance, the two factors that share the sizes of q and k - mean between them:
-// k's f = sqrt(max|q| / max|k - mean|), q's 1 / f (1 where a maximum is below 2^-100 or not finite); and v's e4m3 factor
-// and scale, which take the largest |v| to 448. partials float32 [batch, heads, num_chunks, 4, HEAD_DIM] of each;
-// k_mean, v_factor, v_scale float32 [batch, num_kv_heads, HEAD_DIM]; balance [batch, num_kv_heads, 2, HEAD_DIM]: of k,
-// of q. per_key: 1 / seqlen_k. Grid: (num_kv_heads, batch) CTAs of 8 * HEAD_DIM threads, an eighth of the chunks each.
+// k's f = sqrt(max|q| / max|k - mean|), q's 1 / f (1 where a maximum is below 2^-100 or not finite); and v's e4m3
+// factor and scale, which take the largest |v| to 448. partials float32 [batch, heads, num_chunks, 4, HEAD_DIM] of
+// each; k_mean, v_factor, v_scale float32 [batch, num_kv_heads, HEAD_DIM]; balance [batch, num_kv_heads, 2, HEAD_DIM]:
+// of k, of q. per_key: 1 / seqlen_k. Grid: (num_kv_heads, batch) CTAs of 8 * HEAD_DIM threads, an eighth of the chunks
+// each.
 #include "tile/codes.cuh"
 
 constexpr int BALANCE_PARTS = 8;

@@ -1,16 +1,18 @@
-// Combines the partials of reduce_channels: means, root mean squares about the mean, and the largest deviation of a head.
+// Combines the partials of reduce_channels: means, root mean squares about the mean, and the largest deviation of a
+// head.
 //
-// partials float32 [batch, heads, num_chunks, 4, HEAD_DIM]; mean, rms float32 [batch, heads, HEAD_DIM]; amax, scale float32
-// [batch, heads]: the largest |x - mean| as float32 subtraction gives it, and the int8 scale amax / 127 (rms, amax and
-// scale may be null). Sums in float64; per_row = 1 / seqlen, per_chunk_row and per_last_row likewise come from the host,
-// as a float64 division here would be a function call. Grid: (heads, batch) CTAs of 4 * HEAD_DIM threads, a quarter of the
-// chunks each.
+// partials float32 [batch, heads, num_chunks, 4, HEAD_DIM]; mean, rms float32 [batch, heads, HEAD_DIM]; amax, scale
+// float32 [batch, heads]: the largest |x - mean| as float32 subtraction gives it, and the int8 scale amax / 127 (rms,
+// amax and scale may be null). Sums in float64; per_row = 1 / seqlen, per_chunk_row and per_last_row likewise come from
+// the host, as a float64 division here would be a function call. Grid: (heads, batch) CTAs of 4 * HEAD_DIM threads, a
+// quarter of the chunks each.
 #include "tile/codes.cuh"
 
 template <int HEAD_DIM>
 __global__ void __launch_bounds__(4 * HEAD_DIM)
     finish_channels(const float* partials_gmem, float* mean_gmem, float* rms_gmem, float* amax_gmem, float* scale_gmem,
-                    int num_chunks, int chunk_rows, int seqlen, double per_row, double per_chunk_row, double per_last_row) {
+                    int num_chunks, int chunk_rows, int seqlen, double per_row, double per_chunk_row,
+                    double per_last_row) {
   __shared__ double sums_smem[4][HEAD_DIM];
   __shared__ float extremes_smem[2][4][HEAD_DIM];
   __shared__ uint32_t amax_smem[4 * HEAD_DIM / 32];

@@ -1,7 +1,7 @@
 // The key side of int4's bounds (tile/group_bounds.cuh), per query head and 128 keys, in the order the lanes read it.
 //
-// correction float32 [batch, num_heads, padded_k]; k_scale [batch, num_kv_heads, padded_k / 8]; bounds [batch, num_heads,
-// padded_k / 128]. Grid: (padded_k / 128, num_heads, batch) CTAs of 128 threads, one a key.
+// correction float32 [batch, num_heads, padded_k]; k_scale [batch, num_kv_heads, padded_k / 8]; bounds [batch,
+// num_heads, padded_k / 128]. Grid: (padded_k / 128, num_heads, batch) CTAs of 128 threads, one a key.
 #include "tile/group_bounds.cuh"
 
 __global__ void __launch_bounds__(CODE_TILE_ROWS)

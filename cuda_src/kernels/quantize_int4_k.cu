@@ -1,8 +1,9 @@
-// int4 codes of k - mean, a scale for the keys of a 32-key block with equal (j % 8) / 2, and the corrections mean(q) . k'.
+// int4 codes of k - mean, a scale for the keys of a 32-key block with equal (j % 8) / 2, and the corrections mean(q) .
+// k'.
 //
-// k [batch, seqlen, kv_heads, HEAD_DIM]; k_mean float32 [batch, kv_heads, HEAD_DIM], q_mean [batch, num_heads, HEAD_DIM];
-// codes in tiles (salekit/codes.py); scale float32 [batch, kv_heads, padded / 8], entry 4 * (j / 32) + j % 8 / 2;
-// correction float32 [batch, num_heads, padded]. Keys past the end have codes and corrections 0.
+// k [batch, seqlen, kv_heads, HEAD_DIM]; k_mean float32 [batch, kv_heads, HEAD_DIM], q_mean [batch, num_heads,
+// HEAD_DIM]; codes in tiles (salekit/codes.py); scale float32 [batch, kv_heads, padded / 8], entry 4 * (j / 32) + j % 8
+// / 2; correction float32 [batch, num_heads, padded]. Keys past the end have codes and corrections 0.
 // Grid: (padded / 128, kv_heads, batch) CTAs of 4 * 4 * HEAD_DIM / 8 threads; a thread has 8 dims of a group's 8 keys.
 #include "tile/codes.cuh"
 #include "tile/tensor_view.cuh"

@@ -2,11 +2,12 @@
 //
 // SIDE 0: k; 1: q; 2: q pruned 2:4, of every four dims the two with the largest |q_d| * rms_d (ties keep the lower d);
 // 3: the same, with the pruned dims left out (store_eight_sparse).
-// x [batch, seqlen, heads, HEAD_DIM]; codes uint8 [batch, heads, num_tiles, 128 * HEAD_DIM], positions without a row zero;
-// SIDE 3: uint32 [batch, heads, num_tiles * 2, HEAD_DIM / 64, 5, 128].
+// x [batch, seqlen, heads, HEAD_DIM]; codes uint8 [batch, heads, num_tiles, 128 * HEAD_DIM], positions without a row
+// zero; SIDE 3: uint32 [batch, heads, num_tiles * 2, HEAD_DIM / 64, 5, 128].
 // q: scale float32 [batch, heads, positions] is written, 1 where there is no row; statistics is rms [batch, kv heads,
 // HEAD_DIM]. k: statistics is the mean, scale the heads' amax [batch, heads], read.
-// Grid: (positions / ROWS, heads, batch) CTAs of 256 threads; a thread has 8 dims of 4 rows, loaded before the first use.
+// Grid: (positions / ROWS, heads, batch) CTAs of 256 threads; a thread has 8 dims of 4 rows, loaded before the first
+// use.
 #include "tile/codes.cuh"
 #include "tile/row_map.cuh"
 #include "tile/tensor_view.cuh"

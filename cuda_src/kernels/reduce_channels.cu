@@ -1,7 +1,7 @@
 // Per-channel sum, minimum, maximum and squared deviation of q or k over chunks of 512 rows, in one pass.
 //
-// x [batch, seqlen, heads, HEAD_DIM]; partials float32 [batch, heads, num_chunks, 4, HEAD_DIM]: sum, min, max and the sum
-// of (x - chunk mean)^2. finish_channels combines them. Float32 throughout, in a fixed order, without atomics.
+// x [batch, seqlen, heads, HEAD_DIM]; partials float32 [batch, heads, num_chunks, 4, HEAD_DIM]: sum, min, max and the
+// sum of (x - chunk mean)^2. finish_channels combines them. Float32 throughout, in a fixed order, without atomics.
 // Grid: (num_chunks, heads, batch) CTAs of 256 threads; a thread has 8 neighbouring channels of every 16th or 32nd row.
 #include "tile/codes.cuh"
 #include "tile/tensor_view.cuh"

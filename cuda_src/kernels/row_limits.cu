@@ -1,9 +1,10 @@
 // What a row's scores have to exceed: y = m + ln(tau * l), as a float (int4) or as an integer threshold (int8).
 //
-// m, l float32 [batch, num_heads, seqlen_q]; q_scale float32 [batch, num_heads, positions], k_scale [batch, num_kv_heads];
-// tau: thresholds[head] when not null, else `threshold`. limits [batch, num_heads, positions]: float y, or int32
-// T = floor(y / (softmax_scale * q_scale * k_scale)) clamped to +-2^30; -inf or SELECT_ALL selects every visible block,
-// +inf or SELECT_NONE never votes. Grid: (positions / 128, num_heads, batch) CTAs of 128 threads, one a row.
+// m, l float32 [batch, num_heads, seqlen_q]; q_scale float32 [batch, num_heads, positions], k_scale [batch,
+// num_kv_heads]; tau: thresholds[head] when not null, else `threshold`. limits [batch, num_heads, positions]: float y,
+// or int32 T = floor(y / (softmax_scale * q_scale * k_scale)) clamped to +-2^30; -inf or SELECT_ALL selects every
+// visible block, +inf or SELECT_NONE never votes. Grid: (positions / 128, num_heads, batch) CTAs of 128 threads, one a
+// row.
 #include "tile/row_map.cuh"
 #include "tile/shape.cuh"
 

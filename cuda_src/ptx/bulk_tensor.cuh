@@ -8,10 +8,11 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-__device__ __forceinline__ void bulk_tensor_4d(uint32_t smem_address, const TensorMap* map, int c0, int c1, int c2, int c3,
-                                               uint32_t barrier) {
+__device__ __forceinline__ void bulk_tensor_4d(uint32_t smem_address, const TensorMap* map, int c0, int c1, int c2,
+                                               int c3, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];"
       ::"r"(smem_address), "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier)
       : "memory");
 }

@@ -1,5 +1,6 @@
 // Warpgroup products of e4m3 elements with float32 accumulation, A from registers (PTX ISA, "wgmma.mma_async"), and the
-// conversion to e4m3 (PTX ISA, "cvt"). The tensor cores add with some 13 bits: long sums belong elsewhere, now and then.
+// conversion to e4m3 (PTX ISA, "cvt"). The tensor cores add with some 13 bits: long sums belong elsewhere, now and
+// then.
 // Asynchronous like those of wgmma.cuh.
 #pragma once
 #include "ptx/wgmma_f16.cuh"
@@ -16,8 +17,8 @@ __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d
 }
 
 // d (64 x N) += A (64 x 32, registers) * B (N x 32, shared memory, K-major); N is 136 or 72. Lane l of warp w has rows
-// 16w + l/4 and + 8 of d and of A: columns 8j + 2*(l%4) and + 1 in d[4j .. 4j+3], bytes 4*(l%4) .. + 3 of A's row in a[0]
-// (row + 8: a[1]), 16 further in a[2] (a[3]).
+// 16w + l/4 and + 8 of d and of A: columns 8j + 2*(l%4) and + 1 in d[4j .. 4j+3], bytes 4*(l%4) .. + 3 of A's row in
+// a[0] (row + 8: a[1]), 16 further in a[2] (a[3]).
 __device__ __forceinline__ void wgmma_m64k32_rs_e4m3(float (&d)[68], const uint32_t (&a)[4], uint64_t b_desc) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n136k32.f32.e4m3.e4m3 {" SALEKIT_D64_TEXT
                ", %64, %65, %66, %67}, {%68, %69, %70, %71}, %72, 1, 1, 1;"

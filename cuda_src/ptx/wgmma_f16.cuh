@@ -1,5 +1,6 @@
 // Warpgroup products of 16-bit elements with float32 accumulation (PTX ISA, "wgmma.mma_async").
-// A warpgroup holds 64 rows: lane l of warp w has rows 16w + l/4 and + 8, columns 8j + 2*(l%4) and + 1 in d[4j .. 4j+3].
+// A warpgroup holds 64 rows: lane l of warp w has rows 16w + l/4 and + 8, columns 8j + 2*(l%4) and + 1 in d[4j ..
+// 4j+3].
 // All are asynchronous: wgmma_fence before the first, wgmma_commit after the last, wgmma_wait before d is read.
 #pragma once
 #include "tile/element.cuh"

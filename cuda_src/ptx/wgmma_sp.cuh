@@ -3,10 +3,11 @@
 #pragma once
 #include "tile/types.cuh"
 
-// d (64 x 128) = or += A (64 x 64) * B (128 x 64, shared memory, K-major). Of every four neighbours along K, A holds two.
-// Lane l of warp w: a[0], a[1] are bytes [4 * (l % 4), + 4) of the 32 kept of rows 16w + l/4 and + 8, a[2], a[3] the bytes
-// 16 further. metadata belongs to row 16w + l/4 + 8 * (l % 2), columns [32 * (l % 4 / 2), + 32): four bits for each four
-// columns, the two positions that are kept, the lower first.
+// d (64 x 128) = or += A (64 x 64) * B (128 x 64, shared memory, K-major). Of every four neighbours along K, A holds
+// two.
+// Lane l of warp w: a[0], a[1] are bytes [4 * (l % 4), + 4) of the 32 kept of rows 16w + l/4 and + 8, a[2], a[3] the
+// bytes 16 further. metadata belongs to row 16w + l/4 + 8 * (l % 2), columns [32 * (l % 4 / 2), + 32): four bits for
+// each four columns, the two positions that are kept, the lower first.
 __device__ __forceinline__ void wgmma_sp_m64n128k64_s8(int (&d)[64], const uint32_t (&a)[4], uint32_t metadata,
                                                        uint64_t b_desc, bool accumulate) {
   asm volatile(

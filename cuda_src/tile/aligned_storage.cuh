@@ -1,5 +1,5 @@
-// Dynamic shared memory as a struct. It is not promised to start on 1024 bytes, as swizzled tiles must: a Storage has as
-// many to spare. The offset is added to the array, so that the compiler still knows the address space.
+// Dynamic shared memory as a struct. It is not promised to start on 1024 bytes, as swizzled tiles must: a Storage has
+// as many to spare. The offset is added to the array, so that the compiler still knows the address space.
 #pragma once
 #include "ptx/cp_async.cuh"
 

@@ -188,8 +188,8 @@ __device__ __forceinline__ void fetch_queries_and_values(AttendRing<STAGES>& rin
   }
 }
 
-// Scores of slots that are not selected and of keys beyond a row's limit become -inf. s: of the lane's two rows and as many
-// slots as it has sixteens, the tile's FIRST_SLOT and on.
+// Scores of slots that are not selected and of keys beyond a row's limit become -inf. s: of the lane's two rows and as
+// many slots as it has sixteens, the tile's FIRST_SLOT and on.
 template <int FIRST_SLOT = 0, int N>
 __device__ __forceinline__ void mask_scores(float (&s)[N], int4 slots, uint32_t selected, int visible_upper,
                                             int visible_lower) {

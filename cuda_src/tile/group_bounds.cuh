@@ -2,9 +2,10 @@
 //
 // A pair of row and key votes when acc + C > T, C = rint(c / (sq * sk)) and T = floor(y / (softmax_scale * sq * sk)).
 // Both quotients are nearly products of a factor of the row pair and one of the key: (1 / sq) * (c / sk) and
-// (y / (softmax_scale * sq)) * (1 / sk). Those products differ from the rounded quotients by less than 5 units of 2^-24,
-// relatively; factors moved by 2^-21 (8 units, less one for the move's own rounding) bound them, and rint and floor,
-// being monotone, keep the bounds. While quotients stay below 2^19 a bound is off by one at most, and hardly ever.
+// (y / (softmax_scale * sq)) * (1 / sk). Those products differ from the rounded quotients by less than 5 units of
+// 2^-24, relatively; factors moved by 2^-21 (8 units, less one for the move's own rounding) bound them, and rint and
+// floor, being monotone, keep the bounds. While quotients stay below 2^19 a bound is off by one at most, and hardly
+// ever.
 // Integers are made by adding 1.5 * 2^23: the sum's bits are BOUND_BITS + rint(x), or + floor(x) when it rounds down.
 #pragma once
 #include "tile/divide.cuh"

@@ -1,7 +1,8 @@
 // Which query rows are tested, and where their codes, scales and limits are held. Mirrors salekit/plans.py (ROW_MAP).
 //
 // Rows before first_full_row are held one in `stride`, the others all; both parts start on a code tile. A position is
-// that of codes, scales and limits; first_full_row is a multiple of the mask's block. Identity: {1, 0, 0, rows, padded}.
+// that of codes, scales and limits; first_full_row is a multiple of the mask's block. Identity: {1, 0, 0, rows,
+// padded}.
 #pragma once
 #include "tile/shape.cuh"
 

@@ -1,4 +1,5 @@
-// Walks the selected, visible 32-key blocks of a mask from the last to the first, four at a time: a 128-key tile's slots.
+// Walks the selected, visible 32-key blocks of a mask from the last to the first, four at a time: a 128-key tile's
+// slots.
 #pragma once
 #include "tile/shape.cuh"
 
