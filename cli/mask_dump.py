@@ -1,10 +1,9 @@
-"""salekit mask-dump: look at a block mask, or save it."""
+"""salekit mask-dump: look at a block mask, compare two, or save one in the form that something else reads."""
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
+from typing import Any, Callable
 
 import click
 import numpy as np
@@ -13,7 +12,9 @@ from salekit.errors import GpuError
 
 from . import options, render
 
-MAX_PNG = 4096  # pixels a side; larger masks are drawn coarser
+PICTURES = ("term", "png", "svg", "html")
+LISTS = ("csr", "flex", "flashinfer", "fa4")
+TAU_STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of --tau, for --overlay tau
 
 
 @click.command("mask-dump")
@@ -22,98 +23,146 @@ MAX_PNG = 4096  # pixels a side; larger masks are drawn coarser
 @click.option(
     "--head", "heads", type=click.IntRange(min=0), multiple=True, help="Head to draw, repeatable. Default: all."
 )
-@click.option("--format", "form", type=click.Choice(["term", "png", "npz"]), default="term", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice([*PICTURES, "npz", *LISTS]),
+    default="term",
+    show_default=True,
+    help="Pictures, the packed mask, or index lists: CSR, FlexAttention, FlashInfer, FlashAttention-4 (all npz).",
+)
+@click.option(
+    "--overlay",
+    type=click.Choice(["none", "anchors", "diagonal", "tau"]),
+    default="none",
+    show_default=True,
+    help="Colour anchors, partial blocks, or what stays selected at tau / 4 to 4 tau.",
+)
+@click.option(
+    "--diff", "other_file", type=click.Path(exists=True, dir_okay=False), help="Compare with this mask (npz)."
+)
+@click.option(
+    "--diff-estimator",
+    type=click.Choice(["int4", "int8", "int8-sp24"]),
+    help="Compare with the mask of another estimator.",
+)
 @click.option("--width", type=click.IntRange(8, 1000), default=None, help="Columns of the terminal picture.")
 @options.tau
 @options.block
 @options.estimator
 @options.query_stride
 @options.backend
+@click.option("--force", is_flag=True, help="Overwrite an output that exists.")
 @options.as_json
 @options.output
-def mask_dump(file, sample, heads, form, width, tau, block, estimator, query_stride, backend, as_json, output) -> None:
+def mask_dump(
+    file, sample, heads, form, overlay, other_file, diff_estimator, width, tau, block, estimator, query_stride, backend,
+    force, as_json, output,
+) -> None:
     """Draw or save the block mask of q, k, v (FILE: .safetensors or .npz) or a mask file (.npz).
 
-    A cell that stands for several blocks shows their density, and is never blank when one of them is set.
+    A cell that stands for several blocks shows their density, and is never blank when one of them is set. Several heads
+    make a contact sheet (png, svg) or a list to choose from (html, one file that needs no network).
     """
     if sample == (file is not None):
         raise click.UsageError("give either FILE or --sample")
     if form != "term" and not output:
         raise click.UsageError(f"--format {form} needs -o FILE")
-    mask, source = _load_or_compute(file, tau, block, estimator, query_stride, backend)
+    if output and not force and Path(output).exists():
+        raise click.UsageError(f"{output} exists; --force overwrites it")
+    if sum((overlay != "none", other_file is not None, diff_estimator is not None)) > 1:
+        raise click.UsageError("--overlay, --diff and --diff-estimator exclude each other")
+    if (overlay != "none" or other_file or diff_estimator) and form not in PICTURES:
+        raise click.UsageError(f"--format {form} holds one mask; overlays and differences are for pictures")
+    source = _Source(file, block, query_stride, backend)
+    if source.is_mask and (overlay == "tau" or diff_estimator):
+        raise click.UsageError(f"{file} is a mask: --overlay tau and --diff-estimator need q, k and v")
+
+    mask, *masks = source.masks(estimator, [tau, *([tau * x for x in TAU_STEPS] if overlay == "tau" else [])])
+    other = None
+    if other_file:
+        other = _load_mask(other_file)
+    elif diff_estimator:
+        (other,) = source.masks(diff_estimator, [tau])
+    if other is not None and _shape(other) != _shape(mask):
+        raise click.UsageError(f"the masks differ in shape: {_shape(mask)} and {_shape(other)} (heads, tokens, blocks)")
     num_heads = mask.words.shape[0] * mask.words.shape[1]
     for head in heads:
         if head >= num_heads:
             raise click.UsageError(f"--head {head}: there are heads 0 to {num_heads - 1}")
     chosen = list(heads) or list(range(num_heads))
-    density = mask.density().ravel()
-    metadata = {"source": source, "tau": tau, "estimator": estimator, "query_stride": query_stride}
-    if form == "npz":
-        mask.save_npz(output, metadata)
-    elif form == "png":
-        dense = mask.to_dense().reshape(num_heads, mask.num_q_blocks, mask.num_k_blocks)
-        pictures = [_cells(dense[h], mask.visible(), MAX_PNG, MAX_PNG) for h in chosen]
-        gap = np.full((4, pictures[0].shape[1]), np.nan)
-        stacked = np.concatenate([part for picture in pictures for part in (picture, gap)][:-1])
-        Path(output).write_bytes(encode_png(render.ramp(stacked)))
+    metadata = {"source": source.name, "tau": tau, "estimator": estimator, "query_stride": query_stride}
+
+    drawing = _drawing(mask, source.labels(num_heads), overlay, masks, tau, other)
+    title = f"{source.name}: {mask.seqlen_q} x {mask.seqlen_k} tokens, blocks {mask.block_q}x{mask.block_k}"
     if output:
+        _save(Path(output), form, mask, drawing, chosen, title, metadata)
         render.note(f"wrote {output}")
     if as_json:
-        render.print_json(
-            {
-                "schema": 1,
-                "kind": "salekit-mask",
-                **metadata,
-                "tau": tau if np.isfinite(tau) else "inf",
-                "block": [mask.block_q, mask.block_k],
-                "seqlen_q": mask.seqlen_q,
-                "seqlen_k": mask.seqlen_k,
-                "causal": mask.causal,
-                "heads": chosen,
-                "density": [float(density[h]) for h in chosen],
-            }
-        )
+        render.print_json(_summary(mask, drawing, chosen, metadata))
     elif form == "term":
-        _draw(mask, chosen, num_heads, density, width or max(8, min(96, render.terminal_width())))
+        _draw(mask, drawing, chosen, width or max(8, min(96, render.terminal_width())))
 
 
-def _load_or_compute(file, tau, block, estimator, query_stride, backend):
-    """(mask on the host, where it is from)."""
-    from salekit.attention import sparse_attention
-    from salekit.block_mask import BlockMask
-    from salekit.data_files import load_qkv, load_sample
+class _Source:
+    """Where masks come from: a mask file, or q, k and v."""
 
-    if file is not None and file.endswith(".npz") and not _holds_qkv(file):
-        return BlockMask.load_npz(file), Path(file).name
-    if file is None:
-        sample = load_sample()
-        q, k, v, source = sample["q"], sample["k"], sample["v"], "built-in sample"
-    else:
-        (q, k, v, _), source = load_qkv(file), Path(file).name
-    if backend != "numpy":
+    def __init__(self, file: str | None, block: tuple[int, int], query_stride: int, backend: str):
+        self.file, self.block, self.query_stride, self.backend = file, block, query_stride, backend
+        self.name = "built-in sample" if file is None else Path(file).name
+        self.is_mask = file is not None and file.endswith(".npz") and not _holds_qkv(file)
+
+    def labels(self, num_heads: int) -> list[str]:
+        """A mask file's own names, where it has one for each head."""
+        if self.is_mask:
+            with np.load(self.file, allow_pickle=False) as archive:
+                names = [name for name in archive.files if name != "__meta__"]
+            if len(names) == num_heads and not all(name == f"h{i}" for i, name in enumerate(names)):
+                return names
+        return [f"head {head}" for head in range(num_heads)]
+
+    def masks(self, estimator: str, taus: list[float]) -> list[Any]:
+        """A mask on the host for each tau; a mask file is what it is."""
+        if self.is_mask:
+            return [_load_mask(self.file)]
+        import salekit
+        from salekit.data_files import load_qkv, load_sample
+
+        q, k, v = load_sample().values() if self.file is None else load_qkv(self.file)[:3]
+        q, k, v = self._placed(q, k, v)
+        plan = salekit.make_plan(
+            q, k, v, block=self.block, estimator=estimator, query_stride=self.query_stride, dense_below=0
+        )
+        codes = salekit.quantize(q, k, plan)
+        statistics = salekit.anchor_statistics(q, k, codes.k_mean, plan)
+        masks = []
+        for tau in taus:
+            limits = salekit.row_limits(*statistics, codes, float(tau), plan)
+            masks.append(salekit.estimate(codes, limits, plan).to_numpy())
+        return masks
+
+    def _placed(self, *arrays: np.ndarray) -> tuple[Any, ...]:
+        """On the GPU, where there is one to use."""
+        if self.backend == "numpy":
+            return arrays
         try:
             from salekit.jit import device_arch
 
             device_arch()
             import cupy
 
-            q, k, v = (cupy.asarray(x) for x in (q, k, v))
+            return tuple(cupy.asarray(x) for x in arrays)
         except GpuError:
-            if backend == "cuda":
+            if self.backend == "cuda":
                 raise
             render.note("no usable GPU: the NumPy twin computes the mask")
-    mask = sparse_attention(
-        q,
-        k,
-        v,
-        thresholds=tau,
-        block=block,
-        estimator=estimator,
-        query_stride=query_stride,
-        dense_below=0,
-        return_mask=True,
-    )[1]
-    return mask.to_numpy(), source
+            return arrays
+
+
+def _load_mask(file: str):
+    from salekit.block_mask import BlockMask
+
+    return BlockMask.load_npz(file)
 
 
 def _holds_qkv(file: str) -> bool:
@@ -124,45 +173,137 @@ def _holds_qkv(file: str) -> bool:
         return False  # the mask reader says what is wrong with it
 
 
-def _cells(bits: np.ndarray, visible: np.ndarray, max_rows: int, max_columns: int) -> np.ndarray:
-    """Density of the visible blocks of each cell, NaN where none is; a cell with a set block is at least 0.15."""
-    rows, columns = min(bits.shape[0], max_rows), min(bits.shape[1], max_columns)
-
-    def pool(values: np.ndarray) -> np.ndarray:
-        row_edges = np.arange(rows) * bits.shape[0] // rows
-        column_edges = np.arange(columns) * bits.shape[1] // columns
-        return np.add.reduceat(np.add.reduceat(values.astype(np.int64), row_edges, 0), column_edges, 1)
-
-    set_blocks, seen = pool(bits), pool(visible)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        density = np.where(seen > 0, set_blocks / seen, np.nan)
-    return np.where(set_blocks > 0, np.maximum(density, 0.15), density)
+def _shape(mask) -> tuple[int, ...]:
+    return (*mask.words.shape[:2], mask.seqlen_q, mask.seqlen_k, mask.block_q, mask.block_k)
 
 
-def _draw(mask, chosen, num_heads, density, width) -> None:
-    dense = mask.to_dense().reshape(num_heads, mask.num_q_blocks, mask.num_k_blocks)
-    visible = mask.visible()
+# --- what is drawn -------------------------------------------------------------------------------------------------
+def _drawing(mask, labels: list[str], overlay: str, tau_masks: list[Any], tau: float, other):
+    from salekit import mask_lists
+
+    from . import mask_pictures as pictures
+
+    density = mask.density().ravel()
+    labels = [f"{label}, density {density[i]:.4f}" for i, label in enumerate(labels)]
+    layers, kinds = pictures.SELECTED, lambda bits, head: bits.astype(np.uint8)
+    if other is not None:
+        layers, kinds = pictures.DIFFERENCE, _differences(other)
+    elif overlay == "anchors":
+        anchors = _anchors(mask)
+        layers, kinds = pictures.ANCHORS, lambda bits, head: bits * np.where(anchors, 2, 1).astype(np.uint8)
+    elif overlay == "diagonal":
+        full = mask_lists.full_blocks(mask)
+        layers, kinds = pictures.DIAGONAL, lambda bits, head: bits * np.where(full, 1, 2).astype(np.uint8)
+    elif overlay == "tau":
+        layers = pictures.tau_layers([tau * step for step in TAU_STEPS])
+        kinds = lambda bits, head: sum(_head(m, head).astype(np.uint8) for m in tau_masks)  # noqa: E731
+    return pictures.Drawing(
+        layers, lambda head: kinds(_head(mask, head), head), labels, mask.visible(), mask.block_q, mask.block_k,
+        mask.seqlen_q, mask.seqlen_k,
+    )
+
+
+def _head(mask, head: int) -> np.ndarray:
+    """bool [num_q_blocks, num_k_blocks] of one head, counted through the batches."""
+    from salekit.block_mask import BlockMask
+
+    batch, index = divmod(head, mask.words.shape[1])
+    words = mask.words[batch : batch + 1, index : index + 1]
+    one = BlockMask(words, mask.block_q, mask.block_k, mask.seqlen_q, mask.seqlen_k, mask.causal)
+    return one.to_dense()[0, 0]
+
+
+def _differences(other) -> Callable[[np.ndarray, int], np.ndarray]:
+    def kinds(bits: np.ndarray, head: int) -> np.ndarray:
+        second = _head(other, head)
+        return np.where(bits & second, 1, np.where(bits, 2, np.where(second, 3, 0))).astype(np.uint8)
+
+    return kinds
+
+
+def _anchors(mask) -> np.ndarray:
+    """bool [num_q_blocks, num_k_blocks]: blocks that hold an anchor by the default sink and local range."""
+    from salekit import reference
+    from salekit.plans import Plan
+
+    plan = Plan(
+        1, mask.seqlen_q, mask.seqlen_k, 1, 1, 128, "bfloat16", 1.0, block_q=mask.block_q, block_k=mask.block_k,
+        causal=mask.causal,
+    )
+    return reference.fold_blocks(reference.anchor_blocks(plan)[None, None], plan)[0, 0]
+
+
+# --- results -------------------------------------------------------------------------------------------------------
+def _save(path: Path, form: str, mask, drawing, chosen: list[int], title: str, metadata: dict[str, Any]) -> None:
+    from salekit import mask_lists
+
+    from . import mask_pictures as pictures
+
+    if form == "npz":
+        mask.save_npz(path, metadata)
+    elif form == "png" or form == "term":
+        path.write_bytes(pictures.encode_png(pictures.sheet(drawing, chosen)))
+    elif form == "svg":
+        path.write_text(pictures.encode_svg(drawing, chosen, title), encoding="utf-8")
+    elif form == "html":
+        path.write_text(pictures.encode_html(drawing, chosen, title), encoding="utf-8")
+    else:
+        lists = {
+            "csr": mask_lists.to_csr,
+            "flex": mask_lists.to_flex_attention,
+            "fa4": mask_lists.to_flash_attention_4,
+            "flashinfer": _flashinfer_arrays,
+        }[form](mask)
+        with open(path, "wb") as file:  # a name without .npz stays what it is
+            np.savez_compressed(file, block=np.array([mask.block_q, mask.block_k]), **lists)
+
+
+def _flashinfer_arrays(mask) -> dict[str, np.ndarray]:
+    """A BSR matrix a head: h0_indptr, h0_indices, h1_indptr, ..."""
+    from salekit import mask_lists
+
+    return {
+        f"h{head}_{name}": array
+        for head, lists in enumerate(mask_lists.to_flashinfer(mask))
+        for name, array in lists.items()
+    }
+
+
+def _summary(mask, drawing, chosen: list[int], metadata: dict[str, Any]) -> dict[str, Any]:
+    density, tau = mask.density().ravel(), metadata["tau"]
+    summary = {
+        "schema": 1,
+        "kind": "salekit-mask",
+        **metadata,
+        "tau": tau if np.isfinite(tau) else "inf",
+        "block": [mask.block_q, mask.block_k],
+        "seqlen_q": mask.seqlen_q,
+        "seqlen_k": mask.seqlen_k,
+        "causal": mask.causal,
+        "heads": chosen,
+        "density": [float(density[h]) for h in chosen],
+    }
+    if len(drawing.layers) > 1:
+        counts = [np.bincount(drawing.kinds(h).ravel(), minlength=len(drawing.layers) + 1)[1:] for h in chosen]
+        summary["blocks"] = {
+            layer.name: [int(count[i]) for count in counts] for i, layer in enumerate(drawing.layers)
+        }
+    return summary
+
+
+def _draw(mask, drawing, chosen: list[int], width: int) -> None:
+    from . import mask_pictures as pictures
+
     for head in chosen:
         render.text(
-            f"head {head}: {mask.seqlen_q} x {mask.seqlen_k} tokens, blocks {mask.block_q}x{mask.block_k}, "
-            f"density {density[head]:.4f}"
+            f"{drawing.labels[head].split(',')[0]}: {mask.seqlen_q} x {mask.seqlen_k} tokens, "
+            f"blocks {mask.block_q}x{mask.block_k},{drawing.labels[head].split(',', 1)[1]}"
         )
-        render.heat_map(_cells(dense[head], visible, max(4, width // 2), width))
-
-
-def encode_png(rgb: np.ndarray) -> bytes:
-    """A PNG of uint8 [height, width, 3] (PNG specification, third edition: 8-bit truecolour, filter 0)."""
-    height, width, _ = rgb.shape
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    lines = np.zeros((height, 1 + 3 * width), np.uint8)
-    lines[:, 1:] = rgb.reshape(height, -1)
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(lines.tobytes(), 6))
-        + chunk(b"IEND", b"")
-    )
+        rows = max(4, width // 2)
+        if len(drawing.layers) == 1:
+            render.heat_map(pictures.cells(drawing.kinds(head), drawing.visible, rows, width))
+            continue
+        counts = np.bincount(drawing.kinds(head).ravel(), minlength=len(drawing.layers) + 1)[1:]
+        for layer, count in zip(drawing.layers, counts):
+            render.text(f"  {layer.name}: {count} blocks")
+        render.picture(pictures.head_picture(drawing, head, rows, width))

@@ -79,12 +79,21 @@ def heat_map(values: np.ndarray) -> None:
             ]
             console.print(Text("".join(shades)))
         return
-    colours = ramp(values)
-    for top in range(0, len(values), 2):
+    picture(ramp(values))
+
+
+def picture(colours: np.ndarray) -> None:
+    """Draw uint8 RGB [rows, columns, 3], two rows a line; without colour, a shade a cell by its brightness."""
+    console = _console()
+    if console.color_system is None or console.no_color:
+        for row in colours.max(axis=2) / 255:
+            console.print(Text("".join(SHADES[round(x * (len(SHADES) - 1))] for x in row)))
+        return
+    for top in range(0, len(colours), 2):
         line = Text()
-        for column in range(values.shape[1]):
+        for column in range(colours.shape[1]):
             upper = "rgb({},{},{})".format(*colours[top, column])
-            lower = "rgb({},{},{})".format(*colours[top + 1, column]) if top + 1 < len(values) else "black"
+            lower = "rgb({},{},{})".format(*colours[top + 1, column]) if top + 1 < len(colours) else "black"
             line.append("▀", style=f"{upper} on {lower}")
         console.print(line)
 

@@ -1,7 +1,7 @@
 """Block masks as the lists of indices that other libraries take, and back. NumPy; one head is unpacked at a time.
 
-A set block is *full* when all its pairs are inside the matrix and visible, else *partial*: on the causal diagonal or at a
-ragged end. Who takes the partial ones has to mask inside them.
+A set block is *full* when all its pairs are inside the matrix and visible, else *partial*: on the causal diagonal or at
+a ragged end. Who takes the partial ones has to mask inside them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def full_blocks(mask: BlockMask) -> np.ndarray:
 def to_csr(mask: BlockMask) -> dict[str, np.ndarray]:
     """indptr int64 [batch, num_heads, num_q_blocks + 1] and indices int32 [set blocks]: compressed sparse rows.
 
-    Row i of a head has the key blocks ``indices[indptr[b, h, i] : indptr[b, h, i + 1]]``, rising; heads follow each other.
+    Row i of a head has the key blocks ``indices[indptr[b, h, i] : indptr[b, h, i + 1]]``, rising; heads follow one
+    another.
     """
     batch, num_heads = mask.words.shape[:2]
     indptr = np.zeros((batch * num_heads, mask.num_q_blocks + 1), np.int64)
@@ -60,8 +61,9 @@ def from_csr(lists: dict[str, np.ndarray], block_q: int, block_k: int, seqlen_q:
 def to_flashinfer(mask: BlockMask) -> list[dict[str, np.ndarray]]:
     """Of each head, batch by batch: indptr int32 [num_q_blocks + 1] and indices int32 [set blocks], a BSR matrix.
 
-    What ``flashinfer.BlockSparseAttentionWrapper.plan(indptr, indices, M=seqlen_q, N=seqlen_k, R=block_q, C=block_k, ...)``
-    takes; it attends all its heads by one matrix, so a call is made for each of ours. Partial blocks are among them.
+    What ``flashinfer.BlockSparseAttentionWrapper.plan(indptr, indices, M, N, R, C, ...)`` takes, with M = seqlen_q,
+    N = seqlen_k, R = block_q, C = block_k; it attends all its heads by one matrix, so a call is made for each of ours.
+    Partial blocks are among them.
     """
     lists = []
     for bits in heads(mask):
@@ -81,9 +83,9 @@ def from_flashinfer(lists: list[dict[str, np.ndarray]], batch: int, *blocks):
 def to_flex_attention(mask: BlockMask) -> dict[str, np.ndarray]:
     """What ``torch.nn.attention.flex_attention.BlockMask.from_kv_blocks`` takes, int32.
 
-    kv_num_blocks [batch, num_heads, num_q_blocks] and kv_indices [..., num_k_blocks] of the partial blocks, for which the
-    caller's mask_mod is called, full_kv_num_blocks and full_kv_indices of the full ones. Indices rise; the rest are 0.
-    BLOCK_SIZE is (block_q, block_k); the compiled kernels take multiples of 128.
+    kv_num_blocks [batch, num_heads, num_q_blocks] and kv_indices [..., num_k_blocks] of the partial blocks, for which
+    the caller's mask_mod is called, full_kv_num_blocks and full_kv_indices of the full ones. Indices rise; the rest are
+    0. BLOCK_SIZE is (block_q, block_k); the compiled kernels take multiples of 128.
     """
     counts, indices = _counted_lists(mask, mask.num_k_blocks)
     return {
@@ -97,8 +99,9 @@ def to_flex_attention(mask: BlockMask) -> dict[str, np.ndarray]:
 def to_flash_attention_4(mask: BlockMask) -> dict[str, np.ndarray]:
     """The tensors of FlashAttention-4's ``BlockSparseTensorsTorch``, int32.
 
-    mask_block_cnt [batch, num_heads, num_q_blocks] and mask_block_idx [..., most blocks of a row] of the partial blocks,
-    full_block_cnt and full_block_idx of the full ones. Indices rise; the rest are 0. block_size is (block_q, block_k).
+    mask_block_cnt [batch, num_heads, num_q_blocks] and mask_block_idx [..., most blocks of a row] of the partial
+    blocks, full_block_cnt and full_block_idx of the full ones. Indices rise; the rest are 0. block_size is (block_q,
+    block_k).
     """
     counts, indices = _counted_lists(mask, None)
     return {

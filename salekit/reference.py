@@ -203,7 +203,7 @@ def visible_blocks(plan: Plan) -> np.ndarray:
     return starts[None] < ends[:, None]
 
 
-def _fold(fine: np.ndarray, plan: Plan) -> np.ndarray:
+def fold_blocks(fine: np.ndarray, plan: Plan) -> np.ndarray:
     """OR bits of 64-row tiles and 32-key blocks up to the plan's blocks."""
     rows, cols = plan.block_q // TILE_ROWS, plan.block_k // KEY_BLOCK
     padded = np.zeros((*fine.shape[:2], plan.num_q_blocks * rows, plan.num_k_blocks * cols), bool)
@@ -240,7 +240,7 @@ def estimate(quantized: Quantized, limits: np.ndarray, plan: Plan) -> BlockMask:
                     votes[b, head, tile] = vote[first : first + TILE_ROWS].any(axis=0)
     bits = (votes | anchor_blocks(plan)) & visible_blocks(plan)
     return BlockMask.from_dense(
-        _fold(bits, plan), plan.block_q, plan.block_k, plan.seqlen_q, plan.seqlen_k, plan.causal
+        fold_blocks(bits, plan), plan.block_q, plan.block_k, plan.seqlen_q, plan.seqlen_k, plan.causal
     )
 
 

@@ -157,7 +157,7 @@ def test_mask_dump_png(small, tmp_path):
 
 
 def test_isolated_blocks_stay_visible():
-    from salekit.cli.mask_dump import _cells
+    from salekit.cli.mask_pictures import cells as _cells
 
     bits = np.zeros((512, 2048), bool)
     bits[300, 700] = True

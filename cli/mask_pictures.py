@@ -1,0 +1,193 @@
+"""Pictures of block masks: cells, colours, contact sheets, SVG and a page that a browser opens."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+import zlib
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Callable
+from xml.sax.saxutils import escape
+
+import numpy as np
+
+from . import render
+
+MAX_PIXELS = 4096  # a side of a PNG; larger masks are drawn coarser
+MAX_CELLS = (4096, 8192)  # rows and columns of a head in a page
+FAINTEST = 0.15  # what a cell with one set block of many is drawn as
+GAP = 4  # pixels between the heads of a sheet
+_PANEL = 480  # units of a head's width in an SVG, and most of its cells: a viewer that scales down would drop some
+_GREY, _ORANGE, _BLUE, _GREEN, _RED = (150, 150, 158), (249, 142, 9), (70, 140, 255), (80, 200, 120), (235, 70, 90)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Blocks of one kind. name: for the legend; colour: RGB."""
+
+    name: str
+    colour: tuple[int, int, int]
+
+
+SELECTED = (Layer("selected", _ORANGE),)
+ANCHORS = (Layer("selected by a score", _ORANGE), Layer("anchor", _BLUE))
+DIAGONAL = (Layer("full", _ORANGE), Layer("on the diagonal or a ragged end", _BLUE))
+DIFFERENCE = (Layer("in both", _GREY), Layer("in the first alone", _ORANGE), Layer("in the second alone", _BLUE))
+
+
+def tau_layers(taus: list[float]) -> tuple[Layer, ...]:
+    """A colour for each tau, rising: what stays selected up to the largest is brightest."""
+    colours = render.ramp(np.linspace(0.3, 1, len(taus)))
+    return tuple(Layer(f"tau {tau:g}", tuple(int(c) for c in colour)) for tau, colour in zip(taus, colours))
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn: kinds(head) is uint8 [num_q_blocks, num_k_blocks], 0 where nothing is, else 1 + the layer's index.
+
+    labels: a text a head. Where a cell stands for several blocks the last layer that is in it gives the colour.
+    """
+
+    layers: tuple[Layer, ...]
+    kinds: Callable[[int], np.ndarray]
+    labels: list[str]
+    visible: np.ndarray
+    block_q: int
+    block_k: int
+    seqlen_q: int
+    seqlen_k: int
+
+
+def pooled(values: np.ndarray, rows: int, columns: int, reduce: Any = np.add) -> np.ndarray:
+    """values pooled into that many rows and columns of nearly equal size."""
+    row_edges = np.arange(rows) * values.shape[0] // rows
+    column_edges = np.arange(columns) * values.shape[1] // columns
+    return reduce.reduceat(reduce.reduceat(values, row_edges, 0), column_edges, 1)
+
+
+def cells(bits: np.ndarray, visible: np.ndarray, max_rows: int, max_columns: int) -> np.ndarray:
+    """Density of the visible blocks of each cell, NaN where none is; a cell with a set block is at least FAINTEST."""
+    shape = min(bits.shape[0], max_rows), min(bits.shape[1], max_columns)
+    set_blocks, seen = (pooled(values.astype(np.int64), *shape) for values in (bits, visible))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        density = np.where(seen > 0, set_blocks / seen, np.nan)
+    return np.where(set_blocks > 0, np.maximum(density, FAINTEST), density)
+
+
+def head_picture(drawing: Drawing, head: int, max_rows: int, max_columns: int) -> np.ndarray:
+    """uint8 RGB [rows, columns, 3] of a head."""
+    kinds = drawing.kinds(head)
+    density = cells(kinds > 0, drawing.visible, max_rows, max_columns)
+    if len(drawing.layers) == 1:
+        return render.ramp(density)
+    top = pooled(kinds, *density.shape, np.maximum)
+    palette = np.array([(0, 0, 0)] + [layer.colour for layer in drawing.layers], float)
+    # A kind that stands out may be one block of many: it is never fainter than half.
+    strength = np.where(top > 1, 0.5 + 0.5 * np.nan_to_num(density), np.nan_to_num(density))
+    picture = palette[top] * strength[..., None]
+    empty = render.ramp(np.zeros((1, 1)))[0, 0]
+    picture = np.where((top == 0)[..., None], empty, picture)
+    return np.where(np.isnan(density)[..., None], 0, picture).astype(np.uint8)
+
+
+def sheet(drawing: Drawing, heads: list[int]) -> np.ndarray:
+    """uint8 RGB of several heads in rows, about as many rows as columns."""
+    columns = int(np.ceil(np.sqrt(len(heads))))
+    size = MAX_PIXELS // columns - GAP if len(heads) > 1 else MAX_PIXELS
+    pictures = [head_picture(drawing, head, size, size) for head in heads]
+    height, width = pictures[0].shape[:2]
+    rows = -(-len(heads) // columns)
+    whole = np.zeros((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * (height + GAP), i % columns * (width + GAP)
+        whole[top : top + height, left : left + width] = picture
+    return whole
+
+
+def encode_png(rgb: np.ndarray) -> bytes:
+    """A PNG of uint8 [height, width, 3] (PNG specification, third edition: 8-bit truecolour, filter 0)."""
+    height, width, _ = rgb.shape
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    lines = np.zeros((height, 1 + 3 * width), np.uint8)
+    lines[:, 1:] = rgb.reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(lines.tobytes(), 6))
+        + chunk(b"IEND", b"")
+    )
+
+
+def encode_svg(drawing: Drawing, heads: list[int], title: str) -> str:
+    """Panels with axes in tokens and a legend; the cells are PNGs inside."""
+    columns = int(np.ceil(np.sqrt(len(heads))))
+    height = max(40, round(_PANEL * drawing.visible.shape[0] * drawing.block_q / max(1, drawing.seqlen_k)))
+    height = min(height, 2 * _PANEL)
+    step_x, step_y = _PANEL + 70, height + 70
+    width, total = columns * step_x + 20, 60 + -(-len(heads) // columns) * step_y + 20
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total}" width="{width}" height="{total}" '
+        'font-family="sans-serif" font-size="13">',
+        f"<title>{escape(title)}</title>",
+        f'<rect width="{width}" height="{total}" fill="white"/>',
+        f'<text x="20" y="22" font-size="15">{escape(title)}</text>',
+    ]
+    x = 20
+    for layer in drawing.layers:
+        parts.append(f'<rect x="{x}" y="32" width="12" height="12" fill="rgb{layer.colour}"/>')
+        parts.append(f'<text x="{x + 17}" y="43">{escape(layer.name)}</text>')
+        x += 40 + 8 * len(layer.name)
+    for i, head in enumerate(heads):
+        left, top = 60 + i % columns * step_x, 80 + i // columns * step_y
+        png = base64.b64encode(encode_png(head_picture(drawing, head, _PANEL, _PANEL))).decode()
+        parts.append(f'<text x="{left}" y="{top - 8}">{escape(drawing.labels[head])}</text>')
+        parts.append(
+            f'<image x="{left}" y="{top}" width="{_PANEL}" height="{height}" preserveAspectRatio="none" '
+            f'style="image-rendering:pixelated" href="data:image/png;base64,{png}"/>'
+        )
+        for text, at_x, at_y, anchor in (
+            ("0", left, top + height + 15, "start"),
+            (f"key {drawing.seqlen_k}", left + _PANEL, top + height + 15, "end"),
+            ("0", left - 5, top + 10, "end"),
+            (str(drawing.seqlen_q), left - 5, top + height, "end"),
+        ):
+            parts.append(f'<text x="{at_x}" y="{at_y}" font-size="11" text-anchor="{anchor}">{text}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def encode_html(drawing: Drawing, heads: list[int], title: str) -> str:
+    """One page that needs nothing else: choose a head, zoom, drag, and read what is under the pointer."""
+    shape = tuple(min(size, most) for size, most in zip(drawing.visible.shape, MAX_CELLS))
+    data = {
+        "title": title,
+        "rows": shape[0],
+        "columns": shape[1],
+        "num_q_blocks": drawing.visible.shape[0],
+        "num_k_blocks": drawing.visible.shape[1],
+        "block_q": drawing.block_q,
+        "block_k": drawing.block_k,
+        "seqlen_q": drawing.seqlen_q,
+        "seqlen_k": drawing.seqlen_k,
+        "visible": [int(count) for count in drawing.visible.sum(axis=1)],
+        "layers": [{"name": layer.name, "colour": layer.colour} for layer in drawing.layers],
+        "heads": [],
+    }
+    for head in heads:
+        kinds = drawing.kinds(head)
+        packed = zlib.compress(np.ascontiguousarray(pooled(kinds, *shape, np.maximum)).tobytes(), 6)
+        data["heads"].append(
+            {
+                "label": drawing.labels[head],
+                "set": [int(count) for count in (kinds > 0).sum(axis=1)],
+                "cells": base64.b64encode(packed).decode(),
+            }
+        )
+    page = resources.files("salekit.cli").joinpath("mask_view.html").read_text(encoding="utf-8")
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # nothing in it may end the script
+    return page.replace("{{title}}", escape(title)).replace("{{data}}", text)

@@ -1,0 +1,199 @@
+"""salekit mask-dump: overlays, differences, sheets, pages and lists."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+import zlib
+
+import numpy as np
+import pytest
+from test_cli import decode_png, salekit
+from test_host_mask_lists import random_mask
+
+from salekit import mask_lists
+from salekit.block_mask import BlockMask
+
+BLOCKS = (128, 32, 1000, 1300, True)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two masks of the same shape, and q, k and v."""
+    folder = tmp_path_factory.mktemp("masks")
+    one = random_mask(BLOCKS)
+    bits = one.to_dense()
+    bits[1, 2, 5, 7] ^= True
+    bits[0, 1, 3] = False
+    two = BlockMask.from_dense(bits & one.visible(), *BLOCKS)
+    one.save_npz(folder / "one.npz")
+    two.save_npz(folder / "two.npz")
+    rng = np.random.default_rng(0)
+    shapes = {name: (1, 700, heads, 64) for name, heads in zip("qkv", (2, 1, 1))}
+    tensors = {name: rng.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()}
+    np.savez(folder / "qkv.npz", **tensors)
+    return folder, one, two
+
+
+def dump(*args, ok=True):
+    result = salekit("mask-dump", *args, "--backend", "numpy", NO_COLOR="1")
+    assert (result.returncode == 0) == ok and "Traceback" not in result.stderr, result.stderr
+    return result
+
+
+def test_lists_round_trip(files, tmp_path):
+    folder, one, _ = files
+    for form, back in (
+        ("csr", mask_lists.from_csr),
+        ("flex", mask_lists.from_counted_lists),
+        ("fa4", mask_lists.from_counted_lists),
+    ):
+        dump(folder / "one.npz", "--format", form, "-o", tmp_path / form)
+        with np.load(tmp_path / form) as archive:
+            lists = {name: archive[name] for name in archive.files if name != "block"}
+            assert archive["block"].tolist() == [128, 32]
+        assert np.array_equal(back(lists, *BLOCKS).words, one.words)
+    dump(folder / "one.npz", "--format", "flashinfer", "-o", tmp_path / "bsr")
+    with np.load(tmp_path / "bsr") as archive:
+        lists = [{name: archive[f"h{head}_{name}"] for name in ("indptr", "indices")} for head in range(6)]
+    assert np.array_equal(mask_lists.from_flashinfer(lists, 2, *BLOCKS).words, one.words)
+
+
+def test_difference(files):
+    folder, one, two = files
+    data = json.loads(dump(folder / "one.npz", "--diff", folder / "two.npz", "--json").stdout)
+    a, b = (mask.to_dense().reshape(6, -1) for mask in (one, two))
+    assert data["blocks"] == {
+        "in both": (a & b).sum(axis=1).tolist(),
+        "in the first alone": (a & ~b).sum(axis=1).tolist(),
+        "in the second alone": (b & ~a).sum(axis=1).tolist(),
+    }
+    assert sum(data["blocks"]["in the first alone"]) + sum(data["blocks"]["in the second alone"]) > 0
+    drawn = dump(folder / "one.npz", "--diff", folder / "two.npz", "--head", 5, "--width", 20).stdout
+    assert "in the second alone: " in drawn
+
+
+def test_overlays(files):
+    folder, one, _ = files
+    data = json.loads(dump(folder / "one.npz", "--overlay", "diagonal", "--json").stdout)
+    full = mask_lists.full_blocks(one)
+    assert data["blocks"]["full"] == (one.to_dense() & full).sum(axis=(2, 3)).ravel().tolist()
+    data = json.loads(dump(folder / "qkv.npz", "--overlay", "anchors", "--json").stdout)
+    assert all(count > 0 for count in data["blocks"]["anchor"])
+    rising = json.loads(dump(folder / "qkv.npz", "--overlay", "tau", "--tau", "0.01", "--json").stdout)["blocks"]
+    assert list(rising) == ["tau 0.0025", "tau 0.005", "tau 0.01", "tau 0.02", "tau 0.04"]
+    # What stays at the last tau was selected at all: with what falls out at each they are the mask of the first.
+    whole = json.loads(dump(folder / "qkv.npz", "--tau", "0.0025", "--json").stdout)
+    visible = BlockMask.from_dense(np.zeros((1, 1, 6, 22), bool), 128, 32, 700, 700, True).visible().sum()
+    assert np.sum(list(rising.values()), axis=0) == pytest.approx(np.array(whole["density"]) * visible)
+
+
+def test_difference_of_estimators(files):
+    folder = files[0]
+    data = json.loads(dump(folder / "qkv.npz", "--estimator", "int8", "--diff-estimator", "int8-sp24", "--json").stdout)
+    assert set(data["blocks"]) == {"in both", "in the first alone", "in the second alone"}
+
+
+def test_contact_sheet(files, tmp_path):
+    folder, one, _ = files
+    dump(folder / "one.npz", "--format", "png", "-o", tmp_path / "sheet.png")
+    rows, columns = one.num_q_blocks, one.num_k_blocks
+    assert decode_png((tmp_path / "sheet.png").read_bytes()).shape == (2 * rows + 4, 3 * columns + 8, 3)
+
+
+def test_svg(files, tmp_path):
+    dump(files[0] / "one.npz", "--format", "svg", "-o", tmp_path / "m.svg", "--overlay", "diagonal")
+    root = ElementTree.parse(tmp_path / "m.svg").getroot()
+    images = root.findall(".//{http://www.w3.org/2000/svg}image")
+    assert len(images) == 6
+    picture = decode_png(base64.b64decode(images[5].get("href").partition("base64,")[2]))
+    assert picture.shape == (8, 41, 3)
+    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert any("density" in text for text in texts) and "on the diagonal or a ragged end" in texts
+
+
+def page_data(path) -> dict:
+    return json.loads(re.search(r"const mask = (\{.*\});", path.read_text()).group(1).replace("\\u003c", "<"))
+
+
+def test_page(files, tmp_path):
+    folder, one, _ = files
+    dump(folder / "one.npz", "--format", "html", "-o", tmp_path / "m.html", "--head", 4, "--head", 1)
+    text = (tmp_path / "m.html").read_text()
+    assert "http" not in text.replace("http://www.w3.org", "")  # nothing is fetched
+    data = page_data(tmp_path / "m.html")
+    dense = one.to_dense().reshape(6, one.num_q_blocks, one.num_k_blocks)
+    for entry, head in zip(data["heads"], (4, 1)):
+        cells = np.frombuffer(zlib.decompress(base64.b64decode(entry["cells"])), np.uint8)
+        assert np.array_equal(cells.reshape(dense.shape[1:]), dense[head])
+        assert entry["set"] == dense[head].sum(axis=1).tolist()
+
+
+@pytest.mark.skipif(not (shutil.which("chromium") or shutil.which("chromium-browser")), reason="needs Chromium")
+def test_page_opens_in_a_browser(files, tmp_path):
+    folder, one, _ = files
+    dump(folder / "one.npz", "--format", "html", "-o", tmp_path / "m.html", "--head", 5)
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom")
+    page = subprocess.run(
+        [browser, *options, f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "m.html").as_uri()],
+        capture_output=True, text=True, timeout=120,
+    ).stdout
+    count = int(one.to_dense().reshape(6, -1)[5].sum())
+    assert 'data-ready="0"' in page and f": {count} of {one.visible().sum()} visible blocks set<" in page
+
+
+def test_large_masks_keep_isolated_blocks(tmp_path):
+    """A million tokens: 8,192 x 32,768 blocks."""
+    from salekit.cli import mask_pictures
+
+    bits = np.zeros((8192, 32768), bool)
+    bits[5000, 1234] = True
+    visible = BlockMask(np.zeros((1, 1, 8192, 1024), np.uint32), 128, 32, 2**20, 2**20, True).visible()
+    drawing = mask_pictures.Drawing(
+        mask_pictures.SELECTED, lambda head: bits.astype(np.uint8), ["head 0"], visible, 128, 32, 2**20, 2**20
+    )
+    picture = mask_pictures.head_picture(drawing, 0, 480, 480)
+    empty, dark = picture[-1, 0], picture[0, -1]
+    stands_out = (picture != empty).any(axis=2) & (picture != dark).any(axis=2)
+    row, column = (np.searchsorted(np.arange(480) * n // 480, at, "right") - 1 for n, at in ((8192, 5000), (32768, 1234)))
+    assert stands_out.sum() == 1 and stands_out[row, column]
+    page = mask_pictures.encode_html(drawing, [0], "big")
+    data = json.loads(re.search(r"const mask = (\{.*\});", page).group(1))
+    cells = np.frombuffer(zlib.decompress(base64.b64decode(data["heads"][0]["cells"])), np.uint8).reshape(4096, 8192)
+    assert cells.sum() == 1 and cells[2500, 308] == 1
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (("--format", "csr"), "needs -o"),
+        (("--format", "npz", "-o", "{taken}"), "exists; --force"),
+        (("--overlay", "anchors", "--diff", "{two}"), "exclude each other"),
+        (("--overlay", "tau"), "is a mask"),
+        (("--diff-estimator", "int8"), "is a mask"),
+        (("--format", "csr", "-o", "{free}", "--overlay", "anchors"), "holds one mask"),
+        (("--diff", "{other}"), "differ in shape"),
+        (("--head", "6"), "there are heads 0 to 5"),
+    ],
+)
+def test_usage(files, tmp_path, args, said):
+    folder = files[0]
+    random_mask((128, 32, 500, 500, True)).save_npz(tmp_path / "other.npz")
+    places = {
+        "{taken}": folder / "two.npz", "{two}": folder / "two.npz", "{free}": tmp_path / "free",
+        "{other}": tmp_path / "other.npz",
+    }
+    result = dump(folder / "one.npz", *(places.get(arg, arg) for arg in args), ok=False)
+    assert result.returncode == 2 and said in " ".join(result.stderr.split()) and not (tmp_path / "free").exists()
+
+
+def test_force_overwrites(files, tmp_path):
+    target = tmp_path / "mask.npz"
+    target.write_text("something")
+    dump(files[0] / "one.npz", "--format", "npz", "-o", target, "--force")
+    assert np.array_equal(BlockMask.load_npz(target).words, files[1].words)
