@@ -160,7 +160,8 @@ def test_large_masks_keep_isolated_blocks(tmp_path):
     picture = mask_pictures.head_picture(drawing, 0, 480, 480)
     empty, dark = picture[-1, 0], picture[0, -1]
     stands_out = (picture != empty).any(axis=2) & (picture != dark).any(axis=2)
-    row, column = (np.searchsorted(np.arange(480) * n // 480, at, "right") - 1 for n, at in ((8192, 5000), (32768, 1234)))
+    edges = [np.arange(480) * size // 480 for size in bits.shape]
+    row, column = (np.searchsorted(edge, at, "right") - 1 for edge, at in zip(edges, (5000, 1234)))
     assert stands_out.sum() == 1 and stands_out[row, column]
     page = mask_pictures.encode_html(drawing, [0], "big")
     data = json.loads(re.search(r"const mask = (\{.*\});", page).group(1))

@@ -18,7 +18,8 @@ def test_every_data_file_is_packaged():
     for package, patterns in settings["package-data"].items():
         folder = ROOT / settings["package-dir"][package]
         packaged = {path for pattern in patterns for path in folder.glob(pattern)}
-        files = {path for path in folder.rglob("*") if path.suffix in (".cu", ".cuh", ".html", ".safetensors", ".typed")}
+        kinds = (".cu", ".cuh", ".html", ".safetensors", ".typed")
+        files = {path for path in folder.rglob("*") if path.suffix in kinds}
         assert files and files == packaged
     assert set(settings["packages"]) == set(settings["package-dir"])
 
