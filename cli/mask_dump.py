@@ -8,9 +8,7 @@ from typing import Any, Callable
 import click
 import numpy as np
 
-from salekit.errors import GpuError
-
-from . import options, render
+from . import backends, options, render
 
 PICTURES = ("term", "png", "svg", "html")
 LISTS = ("csr", "flex", "flashinfer", "fa4")
@@ -129,7 +127,8 @@ class _Source:
         from salekit.data_files import load_qkv, load_sample
 
         q, k, v = load_sample().values() if self.file is None else load_qkv(self.file)[:3]
-        q, k, v = self._placed(q, k, v)
+        if backends.use_gpu(self.backend, "the NumPy twin computes the mask"):
+            q, k, v = backends.on_gpu(q, k, v)
         plan = salekit.make_plan(
             q, k, v, block=self.block, estimator=estimator, query_stride=self.query_stride, dense_below=0
         )
@@ -140,23 +139,6 @@ class _Source:
             limits = salekit.row_limits(*statistics, codes, float(tau), plan)
             masks.append(salekit.estimate(codes, limits, plan).to_numpy())
         return masks
-
-    def _placed(self, *arrays: np.ndarray) -> tuple[Any, ...]:
-        """On the GPU, where there is one to use."""
-        if self.backend == "numpy":
-            return arrays
-        try:
-            from salekit.jit import device_arch
-
-            device_arch()
-            import cupy
-
-            return tuple(cupy.asarray(x) for x in arrays)
-        except GpuError:
-            if self.backend == "cuda":
-                raise
-            render.note("no usable GPU: the NumPy twin computes the mask")
-            return arrays
 
 
 def _load_mask(file: str):

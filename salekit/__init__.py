@@ -32,12 +32,12 @@ from .errors import (  # noqa: E402
 from .estimate import estimate  # noqa: E402
 from .plans import Plan  # noqa: E402
 from .quantize import quantize  # noqa: E402
-from .thresholds import load_thresholds  # noqa: E402
+from .thresholds import load_thresholds, save_thresholds  # noqa: E402
 from .workspaces import clear_workspaces  # noqa: E402
 
 __all__ = [
     "ArgumentError", "AttentionPlan", "BlockMask", "CompileError", "DtypeError", "FileFormatError", "GpuError", "Plan",
     "SalekitError", "__version__", "anchor_statistics", "attend", "clear_workspaces", "dense_attention", "errors",
     "estimate", "load_qkv", "load_sample", "load_thresholds", "make_plan", "plan", "quantize", "row_limits",
-    "sparse_attention",
+    "save_thresholds", "sparse_attention",
 ]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 from safetensors import SafetensorError, deserialize
@@ -48,36 +49,82 @@ def load_qkv(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict
     raise FileFormatError(f"{path}: got the suffix {path.suffix!r}; wants .safetensors or .npz")
 
 
+def load_layers(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, str]]]:
+    """Every layer of a file, by name, each as :func:`load_qkv` gives it.
+
+    ``layers.12.q`` (any prefix before the dot) belongs to layer "12", a plain ``q`` to layer "0". FileFormatError.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            entries, metadata = _safetensors_entries(path.read_bytes(), str(path))
+            wanted = {key: entry for key, entry in entries.items() if _layer_of(key)}
+            tensors = {key: _safetensors_array(str(path), key, entry) for key, entry in wanted.items()}
+        elif path.suffix == ".npz":
+            tensors, metadata = _npz_entries(path, lambda key: _layer_of(key) is not None)
+        else:
+            raise FileFormatError(f"{path}: got the suffix {path.suffix!r}; wants .safetensors or .npz")
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    for key, x in tensors.items():
+        layer, tensor = _layer_of(key)
+        if tensor in layers.setdefault(layer, {}):
+            raise FileFormatError(f"{path}: holds {tensor} of layer {layer} twice")
+        layers[layer][tensor] = x
+    if not layers:
+        raise FileFormatError(f"{path}: has no tensors named q, k and v, or layers.N.q and so on")
+    order = sorted(layers, key=int)
+    return {layer: _check(layers[layer], metadata, list(layers[layer]), f"{path}, layer {layer}") for layer in order}
+
+
+def _layer_of(key: str) -> tuple[str, str] | None:
+    """(layer, tensor) of an entry's name, or None for what is neither."""
+    match = re.fullmatch(r"(?:(?:.*\.)?(\d{1,6})\.)?([qkv])", key)
+    return (str(int(match[1] or 0)), match[2]) if match else None
+
+
 def _parse_safetensors(data: bytes, name: str):
+    entries, metadata = _safetensors_entries(data, name)
+    tensors = {key: _safetensors_array(name, key, entries[key]) for key in NAMES if key in entries}
+    return _check(tensors, metadata, list(entries), name)
+
+
+def _safetensors_entries(data: bytes, name: str) -> tuple[dict[str, Any], Any]:
     try:
         entries = dict(deserialize(data))
         # deserialize() has checked the header; it does not return the metadata.
         header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError) as error:
         raise FileFormatError(f"{name}: is not a whole safetensors file: {error}") from error
-    tensors = {}
-    for key in NAMES:
-        if key not in entries:
-            continue
-        entry = entries[key]
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise FileFormatError(f"{name}: {key}: got dtype {entry['dtype']}; wants {' or '.join(_DTYPES)}")
-        if math.prod(entry["shape"]):
-            tensors[key] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
-        else:
-            tensors[key] = np.empty(entry["shape"], dtype)
-    return _check(tensors, header.get("__metadata__") or {}, list(entries), name)
+    return entries, header.get("__metadata__") or {}
+
+
+def _safetensors_array(name: str, key: str, entry: dict[str, Any]) -> np.ndarray:
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise FileFormatError(f"{name}: {key}: got dtype {entry['dtype']}; wants {' or '.join(_DTYPES)}")
+    if math.prod(entry["shape"]):
+        return np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+    return np.empty(entry["shape"], dtype)
 
 
 def _load_npz(path: Path):
+    found: list[str] = []
+    tensors, metadata = _npz_entries(path, lambda key: key in NAMES, found)
+    return _check(tensors, metadata, found, str(path))
+
+
+def _npz_entries(path: Path, wanted: Callable[[str], bool], found: list[str] | None = None):
+    """(arrays of the wanted names, metadata); ``found`` gets all names."""
+    found = [] if found is None else found
     try:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise FileFormatError(f"{path}: is not an npz archive")
         with archive:
-            found = archive.files
-            tensors = {key: archive[key] for key in NAMES if key in found}
+            found += archive.files
+            tensors = {key: archive[key] for key in found if wanted(key)}
             metadata = json.loads(str(archive["__meta__"][()])) if "__meta__" in found else {}
     except FileFormatError:
         raise
@@ -90,7 +137,7 @@ def _load_npz(path: Path):
             raise FileFormatError(f"{path}: {key}: is not an array")
         if x.dtype.kind == "V" and x.dtype.itemsize == 2:
             tensors[key] = x.view(BFLOAT16)
-    return _check(tensors, metadata, found, str(path))
+    return tensors, metadata
 
 
 def _check(tensors: dict, metadata: Any, found: list, name: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from .errors import ArgumentError, DtypeError, FileFormatError
 
 SCHEMA = 1
+SCHEMA_LAYERS = 2  # what :func:`save_thresholds` writes
 
 
 def as_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
@@ -89,11 +91,46 @@ def _check_values(values: Any) -> Any:
     return values
 
 
-def load_thresholds(path: str | Path) -> np.ndarray:
+def save_thresholds(path: str | Path, layers: dict[str, dict[int, Any]], about: dict[str, Any]) -> None:
+    """Write thresholds that ``salekit calibrate`` found; the file appears whole or not at all.
+
+    layers: by layer and seqlen, thresholds [num_heads]. about: at least estimator, block and query_stride, which they
+    were found with; all of it goes into the file.
+    """
+    path = Path(path)
+    content = {
+        "schema": SCHEMA_LAYERS,
+        "kind": "salekit-thresholds",
+        **about,
+        "layers": {
+            layer: {str(seqlen): [float(x) for x in values] for seqlen, values in sorted(by_length.items())}
+            for layer, by_length in layers.items()
+        },
+    }
+    partial = path.with_name(path.name + f".{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_thresholds(
+    path: str | Path,
+    *,
+    layer: int | str | None = None,
+    seqlen: int | None = None,
+    estimator: str | None = None,
+    block: tuple[int, int] | None = None,
+) -> np.ndarray:
     """Per-head thresholds of a JSON file, float32 [num_heads].
 
-    The file holds ``{"schema": 1, "thresholds": [0.008, ...]}`` or the list alone; ``Infinity`` is a value.
-    Raises FileFormatError, with the path, when it is missing, malformed or holds anything else.
+    The file is what ``salekit calibrate`` writes, or ``{"schema": 1, "thresholds": [0.008, ...]}``, or the list alone;
+    ``Infinity`` is a value. Of a calibrated file: layer is needed when it holds several; seqlen chooses among its
+    lengths: between two, log tau is interpolated over log seqlen, beyond them the nearest counts (default: the
+    longest). estimator, block: where given, they have to be those that the thresholds were found with.
+    Raises FileFormatError, with the path, when it is missing, malformed or holds anything else; ArgumentError when
+    layer, estimator or block are not the file's.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -101,11 +138,53 @@ def load_thresholds(path: str | Path) -> np.ndarray:
         raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: is not JSON: {error}") from error
+    if isinstance(content, dict) and content.get("schema") == SCHEMA_LAYERS:
+        return _of_layer(path, content, layer, seqlen, estimator, block)
     values = content
     if isinstance(content, dict):
         if content.get("schema") != SCHEMA:
-            raise FileFormatError(f"{path}: got schema {content.get('schema')!r}; wants {SCHEMA}")
+            raise FileFormatError(f"{path}: got schema {content.get('schema')!r}; wants {SCHEMA} or {SCHEMA_LAYERS}")
         values = content.get("thresholds")
+    return _numbers(path, values)
+
+
+def _of_layer(path, content: dict, layer, seqlen, estimator, block) -> np.ndarray:
+    layers = content.get("layers")
+    if not isinstance(layers, dict) or not layers:
+        raise FileFormatError(f"{path}: holds no layers")
+    for name, want, got in (("estimator", estimator, content.get("estimator")), ("block", block, content.get("block"))):
+        if want is not None and got != (list(want) if name == "block" else want):
+            raise ArgumentError(f"{name}: {path} was calibrated with {got!r}, not with {want!r}")
+    if layer is None and len(layers) > 1:
+        raise ArgumentError(f"layer: {path} holds layers {', '.join(layers)}; wants one of them")
+    name = next(iter(layers)) if layer is None else str(layer)
+    if name not in layers:
+        raise ArgumentError(f"layer: got {layer!r}; {path} holds {', '.join(layers)}")
+    if not isinstance(layers[name], dict) or not layers[name]:
+        raise FileFormatError(f"{path}: layer {name} holds no lengths")
+    try:
+        lengths = sorted(int(length) for length in layers[name])
+    except ValueError as error:
+        raise FileFormatError(f"{path}: layer {name}: {error}") from error
+    if not _alike(layers[name]) or lengths[0] < 1:
+        raise FileFormatError(f"{path}: layer {name}: lengths differ in their heads, or are not lengths")
+    found = np.stack([_numbers(path, layers[name][str(length)]) for length in lengths])
+    if seqlen is None or len(lengths) == 1:
+        return found[-1]
+    with np.errstate(divide="ignore"):
+        logs = np.log(found.astype(np.float64))  # -inf for 0, which stays 0 next to it
+    at = np.clip(np.log(max(1, seqlen)), np.log(lengths[0]), np.log(lengths[-1]))
+    upper = min(len(lengths) - 1, max(1, int(np.searchsorted(np.log(lengths), at))))
+    share = (at - np.log(lengths[upper - 1])) / (np.log(lengths[upper]) - np.log(lengths[upper - 1]))
+    ends = [(1 - share, logs[upper - 1]), (share, logs[upper])]
+    return np.exp(sum(weight * log for weight, log in ends if weight > 0)).astype(np.float32)
+
+
+def _alike(by_length: dict) -> bool:
+    return len({len(values) for values in by_length.values() if isinstance(values, list)}) == 1
+
+
+def _numbers(path, values: Any) -> np.ndarray:
     if not isinstance(values, list) or not values:
         raise FileFormatError(f'{path}: wants a list of numbers, one a head, alone or under "thresholds"')
     for head, value in enumerate(values):

@@ -1,0 +1,117 @@
+"""salekit calibrate: per-head thresholds from dumps of q, k and v."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from . import backends, options, render
+
+TWIN = "the NumPy twin calibrates, which takes long beyond a few thousand tokens"
+
+
+@click.command()
+@click.argument("files", type=click.Path(exists=True, dir_okay=False), nargs=-1, required=True)
+@click.option("--max-relative-error", type=click.FloatRange(min=0), help="Of each head's output.  [default: 0.1]")
+@click.option("--max-error", type=click.FloatRange(min=0), help="Sum of |out - dense| over seqlen (the paper's theta).")
+@click.option("--min-recall", type=click.FloatRange(0, 1), help="Attention mass kept, mean over rows.")
+@click.option("--density", type=click.FloatRange(0, 1), help="A budget: the mean over each layer's heads.")
+@options.block
+@options.estimator
+@options.query_stride
+@options.backend
+@click.option("--force", is_flag=True, help="Overwrite an output that exists.")
+@options.as_json
+@click.option("-o", "--output", type=click.Path(dir_okay=False, writable=True), required=True, help="Write this JSON.")
+def calibrate(
+    files, max_relative_error, max_error, min_recall, density, block, estimator, query_stride, backend, force, as_json,
+    output,
+) -> None:
+    """Find each head's largest threshold that meets a target, on FILES (.safetensors or .npz).
+
+    A file may hold many layers (layers.12.q, layers.12.k, ...); a plain q, k, v is layer 0. Files of one layer at
+    several lengths make thresholds that follow the length. Load the result with salekit.load_thresholds(path,
+    layer=..., seqlen=...).
+    """
+    targets = {"relative_error": max_relative_error, "error": max_error, "recall": min_recall, "density": density}
+    given = {name: value for name, value in targets.items() if value is not None} or {"relative_error": 0.1}
+    if len(given) > 1:
+        raise click.UsageError("give one of --max-relative-error, --max-error, --min-recall and --density")
+    if Path(output).exists() and not force:
+        raise click.UsageError(f"{output} exists; --force overwrites it")
+    ((target, value),) = given.items()
+
+    from salekit import __version__, thresholds
+
+    use_gpu = backends.use_gpu(backend, TWIN)
+    found: dict[str, dict[int, np.ndarray]] = {}
+    rows, inputs, used = [], [], {}
+    for file in files:
+        inputs.append({"name": Path(file).name, "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()})
+        for layer, plan, tau, measured in _layers(file, target, value, block, estimator, query_stride, use_gpu):
+            if plan.seqlen_k in found.setdefault(layer, {}):
+                raise click.UsageError(f"{file}: layer {layer} at {plan.seqlen_k} tokens was in a file before")
+            if any(len(other) != len(tau) for other in found[layer].values()):
+                raise click.UsageError(f"{file}: layer {layer} has {len(tau)} heads here and others in a file before")
+            found[layer][plan.seqlen_k] = tau
+            used = {"estimator": plan.estimator, "softmax_scale": plan.softmax_scale}
+            rows += [_row(layer, plan.seqlen_k, head, tau, measured) for head in range(len(tau))]
+    about = {
+        "salekit": __version__,
+        "target": {target: value},
+        **used,
+        "block": list(block),
+        "query_stride": query_stride,
+        "inputs": inputs,
+        "measured": rows,
+    }
+    thresholds.save_thresholds(output, found, about)
+    render.note(f"wrote {output}")
+    if as_json:
+        render.print_json({"schema": 1, "kind": "salekit-calibration", **about})
+    else:
+        _print(rows, target, value)
+
+
+def _layers(file: str, target: str, value: float, block, estimator: str, query_stride: int, use_gpu: bool):
+    """(layer, plan, thresholds, what they give) of each layer of a file, one at a time."""
+    from salekit import calibration, make_plan
+    from salekit.data_files import load_layers
+
+    for layer, (q, k, v, _) in load_layers(file).items():
+        if use_gpu:
+            q, k, v = backends.on_gpu(q, k, v)
+        plan = make_plan(q, k, v, block=block, estimator=estimator, query_stride=query_stride, dense_below=0)
+        steps = calibration.GRID if target == "density" else calibration.STEPS
+        with render.progress(f"{Path(file).name}, layer {layer}", steps) as tick:
+            prepared = calibration.Layer(q, k, v, plan)
+            if target == "density":
+                tau, measured = calibration.calibrate_density(prepared, value, tick)
+            else:
+                tau, measured = calibration.calibrate(prepared, target, value, tick)
+        yield layer, plan, tau, measured
+
+
+def _row(layer: str, seqlen: int, head: int, tau: np.ndarray, measured: Any) -> dict[str, Any]:
+    values = {name: float(getattr(measured, name)[head]) for name in ("density", "relative_error", "error", "recall")}
+    return {"layer": layer, "seqlen": seqlen, "head": head, "tau": float(tau[head])} | {
+        name: value if np.isfinite(value) else None for name, value in values.items()
+    }
+
+
+def _print(rows: list[dict[str, Any]], target: str, value: float) -> None:
+    shown = ("tau", "density", "relative_error", "error", "recall")
+    render.table(
+        f"{target.replace('_', ' ')} {value:g}",
+        ["layer", "seqlen", "head", *(name.replace("_", " ") for name in shown)],
+        [
+            [row["layer"], row["seqlen"], row["head"], *("-" if row[x] is None else f"{row[x]:.4g}" for x in shown)]
+            for row in rows
+        ],
+    )
+    mean = sum(row["density"] for row in rows) / len(rows)
+    render.text(f"mean density {mean:.4f}")

@@ -1,0 +1,138 @@
+"""salekit calibrate: files in, a versioned file out, and what load_thresholds makes of it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from test_cli import salekit as run
+
+import salekit
+from salekit.data_files import load_layers
+from salekit.errors import ArgumentError, FileFormatError
+
+
+def tensors(seqlen, seed=0, prefix=""):
+    rng = np.random.default_rng(seed)
+    return {
+        prefix + name: (scale * rng.standard_normal((1, seqlen, heads, 64))).astype(np.float16)
+        for name, heads, scale in (("q", 2, 0.5), ("k", 1, 1), ("v", 1, 1))
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dumps")
+    np.savez(folder / "one.npz", **tensors(320))
+    np.savez(folder / "longer.npz", **tensors(640))
+    save_file(tensors(256, 1, "model.layers.3.") | tensors(256, 2, "model.layers.12."), folder / "many.safetensors")
+    return folder
+
+
+def calibrate(*args, ok=True):
+    result = run("calibrate", *args, "--backend", "numpy", "--estimator", "int8", NO_COLOR="1")
+    assert (result.returncode == 0) == ok and "Traceback" not in result.stderr, result.stderr
+    return result
+
+
+def test_one_file(folder, tmp_path):
+    target = tmp_path / "t.json"
+    printed = json.loads(calibrate(folder / "one.npz", "--min-recall", 0.9, "-o", target, "--json").stdout)
+    content = json.loads(target.read_text())
+    assert content["schema"] == 2 and content["block"] == [128, 32] and content["target"] == {"recall": 0.9}
+    assert content["inputs"][0]["name"] == "one.npz" and len(content["inputs"][0]["sha256"]) == 64
+    assert content["measured"] == printed["measured"] and all(row["recall"] >= 0.9 for row in content["measured"])
+    tau = salekit.load_thresholds(target)
+    assert tau.dtype == np.float32 and tau.tolist() == content["layers"]["0"]["320"]
+    data = np.load(folder / "one.npz")
+    mask = salekit.sparse_attention(
+        data["q"], data["k"], data["v"], thresholds=tau, estimator="int8", dense_below=0, return_mask=True
+    )[1]
+    np.testing.assert_allclose(mask.density()[0], [row["density"] for row in content["measured"]])
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_many_layers_and_the_table(folder, tmp_path):
+    result = calibrate(folder / "many.safetensors", "--density", 0.9, "-o", tmp_path / "t.json")
+    assert "mean density" in result.stdout and "recall" in result.stdout
+    content = json.loads((tmp_path / "t.json").read_text())
+    assert list(content["layers"]) == ["3", "12"]
+    a, b = (salekit.load_thresholds(tmp_path / "t.json", layer=layer) for layer in (3, "12"))
+    assert a.shape == b.shape == (2,)
+    with pytest.raises(ArgumentError, match="layer: .* holds layers 3, 12"):
+        salekit.load_thresholds(tmp_path / "t.json")
+    with pytest.raises(ArgumentError, match="layer: got 7"):
+        salekit.load_thresholds(tmp_path / "t.json", layer=7)
+
+
+def test_lengths(folder, tmp_path):
+    target = tmp_path / "t.json"
+    calibrate(folder / "one.npz", folder / "longer.npz", "--max-error", 5, "-o", target)
+    short, long = (np.array(json.loads(target.read_text())["layers"]["0"][n]) for n in ("320", "640"))
+    load = salekit.load_thresholds
+    np.testing.assert_allclose(load(target, seqlen=320), short, rtol=1e-6)
+    np.testing.assert_allclose(load(target, seqlen=10), short, rtol=1e-6)
+    np.testing.assert_allclose(load(target), long, rtol=1e-6)
+    np.testing.assert_allclose(load(target, seqlen=99999), long, rtol=1e-6)
+    np.testing.assert_allclose(load(target, seqlen=round((320 * 640) ** 0.5)), np.sqrt(short * long), rtol=1e-2)
+
+
+def test_thresholds_are_for_what_they_were_found_with(tmp_path):
+    path = tmp_path / "t.json"
+    about = {"estimator": "int8", "block": [128, 32], "query_stride": 1}
+    salekit.save_thresholds(path, {"0": {100: [0.0, 0.5], 400: [0.25, 0.5]}}, about)
+    load = salekit.load_thresholds
+    assert load(path, estimator="int8", block=(128, 32), seqlen=400).tolist() == [0.25, 0.5]
+    assert load(path, seqlen=200).tolist() == [0, 0.5]  # what needs everything at one length needs it on the way there
+    with pytest.raises(ArgumentError, match="estimator: .* 'int8', not with 'int4'"):
+        load(path, estimator="int4")
+    with pytest.raises(ArgumentError, match="block: "):
+        load(path, block=(64, 32))
+
+
+@pytest.mark.parametrize(
+    "layers", [None, {}, [], {"0": {}}, {"0": {"x": [1.0]}}, {"0": {"1": [1.0], "2": [1.0, 2.0]}}, {"0": {"1": ["a"]}},
+               {"0": {"1": [-1.0]}}, {"0": {"1": []}}, {"0": {"-5": [1.0]}}, {"0": 3}],
+)
+def test_damaged_files(tmp_path, layers):
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"schema": 2, "layers": layers}))
+    with pytest.raises(FileFormatError, match="t.json"):
+        salekit.load_thresholds(path)
+
+
+def test_layers_of_files(folder, tmp_path):
+    layers = load_layers(folder / "many.safetensors")
+    assert list(layers) == ["3", "12"]
+    assert np.array_equal(layers["12"][0], tensors(256, 2)["q"]) and layers["3"][1].shape == (1, 256, 1, 64)
+    assert list(load_layers(folder / "one.npz")) == ["0"]
+    np.savez(tmp_path / "short.npz", **{"layers.1.q": tensors(8)["q"]})
+    with pytest.raises(FileFormatError, match="layer 1: has no tensor 'k'"):
+        load_layers(tmp_path / "short.npz")
+    np.savez(tmp_path / "none.npz", x=np.zeros(3))
+    with pytest.raises(FileFormatError, match="has no tensors named q, k and v"):
+        load_layers(tmp_path / "none.npz")
+    np.savez(tmp_path / "twice.npz", **{"a.1.q": tensors(8)["q"], "b.1.q": tensors(8)["q"]})
+    with pytest.raises(FileFormatError, match="twice"):
+        load_layers(tmp_path / "twice.npz")
+
+
+def test_usage(folder, tmp_path):
+    target = tmp_path / "t.json"
+    for args, said in (
+        ((folder / "one.npz",), "-o"),
+        ((folder / "one.npz", "--density", 0.5, "--min-recall", 0.5, "-o", target), "give one of"),
+        ((folder / "one.npz", "--min-recall", 1.5, "-o", target), "min-recall"),
+        ((folder / "one.npz", folder / "one.npz", "-o", target), "was in a file before"),
+        (("missing.npz", "-o", target), "does not exist"),
+    ):
+        result = calibrate(*args, ok=False)
+        assert result.returncode == 2 and said in " ".join(result.stderr.split()) and not target.exists()
+    target.write_text("mine")
+    assert calibrate(folder / "one.npz", "-o", target, ok=False).returncode == 2 and target.read_text() == "mine"
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 cut")
+    result = calibrate(tmp_path / "bad.npz", "-o", tmp_path / "u.json", ok=False)
+    assert result.returncode == 1 and result.stderr.count("salekit: error: ") == 1
+    assert not (tmp_path / "u.json").exists()
