@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -136,3 +140,24 @@ def test_usage(folder, tmp_path):
     result = calibrate(tmp_path / "bad.npz", "-o", tmp_path / "u.json", ok=False)
     assert result.returncode == 1 and result.stderr.count("salekit: error: ") == 1
     assert not (tmp_path / "u.json").exists()
+
+
+def test_interrupted_calibration_leaves_nothing(tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = {"q": (1, 6000, 2, 64), "k": (1, 6000, 1, 64), "v": (1, 6000, 1, 64)}
+    arrays = {name: rng.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()}
+    np.savez(tmp_path / "in.npz", **arrays)
+    command = [sys.executable, "-m", "salekit", "calibrate", tmp_path / "in.npz", "--backend", "numpy"]
+    command += ["-o", tmp_path / "t.json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(3)
+    assert process.poll() is None  # at work: it takes much longer
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.npz"]
+
+
+def test_narrow_terminal(folder, tmp_path):
+    result = run("calibrate", folder / "one.npz", "--backend", "numpy", "-o", tmp_path / "t.json", COLUMNS="20")
+    assert result.returncode == 0 and "relative error" in result.stdout
