@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, jit, programs, reference
+from . import arrays, jit, programs, reference, tensor_map
 from .codes import Quantized
-from .plans import CODE_TILE_ROWS, Plan
+from .plans import CODE_TILE_ROWS, KEY_BLOCK, TILE_ROWS, Plan, ceil_div
 
 _NULL = np.uint64(0)  # a pointer that a kernel does not read
 _THREADS = 128
+_SM90_THREADS = 416  # ANCHOR_THREADS of anchor_statistics_sm90.cu
+_SM90_SLOTS = range(3, 7)  # NUM_SLOTS, up to ANCHOR_SLOTS
+_SM90_SLOT_KEYS = 64  # SLOT_KEYS
 
 
 def anchor_statistics(q: Any, k: Any, k_mean: Any, plan: Plan) -> tuple[Any, Any]:
@@ -25,6 +28,26 @@ def anchor_statistics(q: Any, k: Any, k_mean: Any, plan: Plan) -> tuple[Any, Any
     if not arrays.is_cuda(q):
         return reference.anchor_statistics(q, k, k_mean, plan)
     m, l = (arrays.empty((plan.batch, plan.num_heads, plan.seqlen_q), np.float32) for _ in range(2))
+    if _uses_wgmma(plan) and all(tensor_map.can_encode(x) for x in (q, k)):
+        stride = int(plan.q_row_map["stride"][0])
+        jobs = plan.batch * plan.num_heads * plan.num_q_tiles
+        jit.get_kernel(_sm90_spec(plan))(
+            (min(jit.multiprocessors(), jobs),),
+            (_SM90_THREADS,),
+            (
+                tensor_map.tensor_map(q, TILE_ROWS),
+                tensor_map.tensor_map(q, TILE_ROWS // stride, stride),
+                tensor_map.tensor_map(k, _SM90_SLOT_KEYS),
+                tensor_map.tensor_map(k, KEY_BLOCK),
+                k_mean,
+                m,
+                l,
+                plan.shape_record,
+                plan.q_row_map,
+                np.float32(plan.softmax_scale),
+            ),
+        )
+        return m, l
     jit.get_kernel(_anchor_spec(plan))(
         (plan.num_q_tiles, plan.num_heads // _heads_each(plan), plan.batch),
         (_THREADS,),
@@ -83,7 +106,20 @@ def row_limits(m: Any, l: Any, quantized: Quantized, thresholds: Any, plan: Plan
 
 def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
     """The kernels that this module launches for this plan."""
-    return [_anchor_spec(plan), _limits_spec(plan)]
+    hopper = [_sm90_spec(plan)] if _uses_wgmma(plan) else []
+    return [*hopper, _anchor_spec(plan), _limits_spec(plan)]
+
+
+def _local_slots(plan: Plan) -> int:
+    """64-key slots that the local range of a tile takes in anchor_statistics_sm90."""
+    first = (plan.offset - plan.local) // KEY_BLOCK * KEY_BLOCK
+    end = plan.offset + TILE_ROWS + (0 if plan.causal else plan.local)
+    return max(_SM90_SLOTS.start, ceil_div(end - first, _SM90_SLOT_KEYS))
+
+
+def _uses_wgmma(plan: Plan) -> bool:
+    """Whether anchor_statistics_sm90 runs: anchors as few as its shared memory is made for."""
+    return plan.arch == "sm_90a" and plan.sink_end <= KEY_BLOCK and _local_slots(plan) in _SM90_SLOTS
 
 
 def _heads_each(plan: Plan) -> int:
@@ -97,6 +133,11 @@ def _anchor_spec(plan: Plan) -> jit.KernelSpec:
     return jit.KernelSpec(
         "anchor_statistics", (str(plan.head_dim), plan.element, at_once), f"AnchorStorage<{plan.head_dim}, {at_once}>"
     )
+
+
+def _sm90_spec(plan: Plan) -> jit.KernelSpec:
+    template = (str(plan.head_dim), plan.element, str(_local_slots(plan)))
+    return jit.KernelSpec("anchor_statistics_sm90", template, f"AnchorSm90Storage<{plan.head_dim}>")
 
 
 def _limits_spec(plan: Plan) -> jit.KernelSpec:

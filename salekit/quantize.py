@@ -13,8 +13,8 @@ from .plans import CODE_TILE_ROWS, Plan, ceil_div, row_map_record
 _NULL = np.uint64(0)  # a pointer that a kernel does not read or write
 _REDUCE_ROWS = 512  # REDUCE_ROWS of reduce_channels.cu
 _THREADS = 256
-_STEPS = 4  # QUANTIZE_STEPS of quantize_int8.cu
-_SIDES = {"k": 0, "q": 1, "q pruned": 2, "q sparse": 3}
+_STEPS = 4  # QUANTIZE_STEPS of quantize_int8.cu and quantize_int8_sparse.cu
+_SIDES = {"k": 0, "q": 1, "q pruned": 2}
 
 
 def quantize(q: Any, k: Any, plan: Plan) -> Quantized:
@@ -157,6 +157,8 @@ def _finish_spec(plan: Plan) -> jit.KernelSpec:
 
 
 def _int8_spec(side: str, plan: Plan) -> jit.KernelSpec:
+    if side == "q sparse":
+        return jit.KernelSpec("quantize_int8_sparse", (str(plan.head_dim), plan.element))
     return jit.KernelSpec("quantize_int8", (str(plan.head_dim), plan.element, str(_SIDES[side])))
 
 

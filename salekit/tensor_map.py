@@ -98,20 +98,21 @@ def _encode(pointer: int, *description) -> np.ndarray:
     return aligned.copy().view(TENSOR_MAP)
 
 
-def tensor_map(array, box_rows: int) -> np.ndarray | programs.Deferred:
+def tensor_map(array, box_rows: int, row_step: int = 1) -> np.ndarray | programs.Deferred:
     """A size-1 ``TENSOR_MAP`` record for a CuPy ``[batch, seqlen, heads, head_dim]`` 16-bit view.
 
-    Boxes are ``box_rows`` rows of 64 elements, written to shared memory with the 128-byte swizzle; coordinates are
-    (element, row, head, batch). Raises GpuError when the driver refuses. While a program is recorded: what encodes the
-    map when the program is linked.
+    Row i of the map is row ``row_step * i`` of the view. Boxes are ``box_rows`` rows of 64 elements, written to shared
+    memory with the 128-byte swizzle; coordinates are (element, row, head, batch). Raises GpuError when the driver
+    refuses. While a program is recorded: what encodes the map when the program is linked.
     """
     programs.check_symbol(array)
     batch, seqlen, heads, head_dim = array.shape
+    seqlen = -(-seqlen // row_step)
     sizes = (head_dim, seqlen, heads, batch)
-    whole = head_dim * array.dtype.itemsize
+    whole, row_stride = head_dim * array.dtype.itemsize, array.strides[1] * row_step
     strides = tuple(
         stride if size > 1 else whole
-        for size, stride in ((seqlen, array.strides[1]), (heads, array.strides[2]), (batch, array.strides[0]))
+        for size, stride in ((seqlen, row_stride), (heads, array.strides[2]), (batch, array.strides[0]))
     )
     description = (array.dtype.name == "bfloat16", sizes, strides, box_rows)
     if programs.is_symbol(array):

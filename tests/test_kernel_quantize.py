@@ -164,6 +164,10 @@ def test_anchor_statistics_of_tested_rows(lengths, stride, full_rows, heads):
         check_anchors(*make_case(*lengths, **options, local=256, causal=False))  # more keys than stay in shared memory
 
 
+def test_anchor_statistics_of_many_short_heads():
+    check_anchors(*make_case(70, 90, heads=16, kv_heads=16, batch=40, head_dim=64))  # several heads to each CTA
+
+
 def check_anchors(q, k, q_gpu, k_gpu, plan):
     cp = pytest.importorskip("cupy")
     k_mean = reference.channel_means(k)

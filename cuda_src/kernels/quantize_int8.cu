@@ -1,13 +1,12 @@
 // int8 codes of q (a scale a row) or of k - mean (a scale a head), in the order that the estimation kernels read.
 //
-// SIDE 0: k; 1: q; 2: q pruned 2:4, of every four dims the two with the largest |q_d| * rms_d (ties keep the lower d);
-// 3: the same, with the pruned dims left out (store_eight_sparse).
-// x [batch, seqlen, heads, HEAD_DIM]; codes uint8 [batch, heads, num_tiles, 128 * HEAD_DIM], positions without a row
-// zero; SIDE 3: uint32 [batch, heads, num_tiles * 2, HEAD_DIM / 64, 5, 128].
+// SIDE 0: k; 1: q; 2: q pruned 2:4, of every four dims the two with the largest |q_d| * rms_d (ties keep the lower d).
+// x [batch, seqlen, heads, HEAD_DIM]; codes uint8 [batch, heads, num_tiles, 128 * HEAD_DIM], zero where there is no
+// row.
 // q: scale float32 [batch, heads, positions] is written, 1 where there is no row; statistics is rms [batch, kv heads,
 // HEAD_DIM]. k: statistics is the mean, scale the heads' amax [batch, heads], read.
-// Grid: (positions / ROWS, heads, batch) CTAs of 256 threads; a thread has 8 dims of 4 rows, loaded before the first
-// use.
+// Grid: (positions / ROWS, heads, batch) CTAs of 256 threads; a thread has 8 dims of 4 rows, all loaded first.
+#include "ptx/ld_global.cuh"
 #include "tile/codes.cuh"
 #include "tile/row_map.cuh"
 #include "tile/tensor_view.cuh"
@@ -16,13 +15,13 @@ constexpr int QUANTIZE_THREADS = 256;
 constexpr int QUANTIZE_STEPS = 4;  // rows of a thread
 constexpr float FLOAT_MAX = 3.402823466e38f;
 
-enum Side { SIDE_K, SIDE_Q, SIDE_Q_PRUNED, SIDE_Q_SPARSE };
+enum Side { SIDE_K, SIDE_Q, SIDE_Q_PRUNED };
 
 template <int HEAD_DIM, typename Element, int SIDE>
 __global__ void __launch_bounds__(QUANTIZE_THREADS)
     quantize_int8(TensorView x, uint8_t* codes_gmem, float* scale_gmem, const float* statistics_gmem, RowMap map,
                   int group_size) {
-  constexpr bool PRUNED = SIDE == SIDE_Q_PRUNED || SIDE == SIDE_Q_SPARSE;
+  constexpr bool PRUNED = SIDE == SIDE_Q_PRUNED;
   constexpr int CHUNKS = HEAD_DIM / 8;
   constexpr int STEP_ROWS = QUANTIZE_THREADS / CHUNKS;
   const int chunk = threadIdx.x % CHUNKS;
@@ -31,12 +30,15 @@ __global__ void __launch_bounds__(QUANTIZE_THREADS)
   const int64_t statistics_head = int64_t(blockIdx.z) * (gridDim.y / group_size) + blockIdx.y / group_size;
   const int padded = map.num_positions;
 
-  float value[QUANTIZE_STEPS][8] = {};
+  uint4 loaded[QUANTIZE_STEPS];
+  bool present[QUANTIZE_STEPS];
 #pragma unroll
   for (int step = 0; step < QUANTIZE_STEPS; ++step) {
     const int row = map.row(first_position + step * STEP_ROWS);
-    if (row >= 0) load_eight<Element>(value[step], x.row<const uint16_t>(blockIdx.z, row, blockIdx.y) + chunk * 8);
+    present[step] = row >= 0;
+    loaded[step] = ld_global_16(x.row<const uint16_t>(blockIdx.z, row, blockIdx.y) + chunk * 8, present[step]);
   }
+  __syncwarp();  // ptxas would move loads down, past the first use
   float statistics[8];
   if constexpr (SIDE != SIDE_Q) {
 #pragma unroll
@@ -46,46 +48,41 @@ __global__ void __launch_bounds__(QUANTIZE_THREADS)
     }
   }
 
+  float value[QUANTIZE_STEPS][8];
+  uint32_t amax[QUANTIZE_STEPS];
 #pragma unroll
   for (int step = 0; step < QUANTIZE_STEPS; ++step) {
-    const int position = first_position + step * STEP_ROWS;
-    const bool present = map.row(position) >= 0;
-    uint32_t amax;
-    KeptPair kept[2];
-    if constexpr (SIDE == SIDE_K) {
-      amax = __float_as_uint(scale_gmem[head]);
+    unpack_eight<Element>(value[step], loaded[step]);
+    amax[step] = 0;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) value[step][i] = __fsub_rn(value[step][i], statistics[i]);
-    } else {
-      amax = 0;
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (SIDE == SIDE_K) value[step][i] = __fsub_rn(value[step][i], statistics[i]);
+      amax[step] = max(amax[step], magnitude_bits(value[step][i]));
+    }
+    if constexpr (PRUNED) {
+      float weight[8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) amax = max(amax, magnitude_bits(value[step][i]));
-      if constexpr (PRUNED) {
-        float weight[8];
+      for (int i = 0; i < 8; ++i) weight[i] = __fmul_rn(fabsf(value[step][i]), statistics[i]);
+      const uint32_t places[2] = {KeptPair(weight).places(), KeptPair(weight + 4).places()};
+      uint32_t kept = 0;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) weight[i] = __fmul_rn(fabsf(value[step][i]), statistics[i]);
-        kept[0] = KeptPair::largest(weight);
-        kept[1] = KeptPair::largest(weight + 4);
-        const bool finite = amax < INFINITE_BITS;
-        if (finite) amax = 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if (!kept[i / 4].has(i % 4)) value[step][i] = 0;
-          if (finite) amax = max(amax, magnitude_bits(value[step][i]));
-        }
+      for (int i = 0; i < 8; ++i) {
+        if (i % 4 != (places[i / 4] & 3) && i % 4 != places[i / 4] >> 2) value[step][i] = 0;
+        kept = max(kept, magnitude_bits(value[step][i]));
       }
-      amax = max_over_lanes<CHUNKS>(amax);  // in a row that is not finite, that of what is not
-      if (PRUNED && amax >= INFINITE_BITS) kept[0] = kept[1] = {0, 1};  // its codes are 0, whatever is kept
+      if (amax[step] < INFINITE_BITS) amax[step] = kept;
     }
-    const GroupScale group(amax, 127.f);
-    const uint2 codes = encode_eight(value[step], present ? group.factor : 0.f);
-    if constexpr (SIDE == SIDE_Q_SPARSE) {
-      constexpr int WORDS_A_ROW = HEAD_DIM / 64 * 10;
-      uint32_t* words = reinterpret_cast<uint32_t*>(codes_gmem) + head * padded * WORDS_A_ROW;
-      store_eight_sparse<HEAD_DIM>(words, position, chunk, codes, kept);
-    } else {
-      store_eight<HEAD_DIM>(codes_gmem + head * padded * HEAD_DIM, position, chunk, codes);
-    }
-    if (SIDE != SIDE_K && chunk == 0) scale_gmem[head * padded + position] = present ? group.scale : 1.f;
+  }
+
+  // Of q, lane l of a row's chunks has the scale of the l % 4-th of four rows.
+  const GroupScale group(SIDE == SIDE_K ? __float_as_uint(scale_gmem[head]) : max_transposed<CHUNKS>(amax), 127.f);
+  if (SIDE != SIDE_K && chunk < QUANTIZE_STEPS)
+    scale_gmem[head * padded + first_position + chunk * STEP_ROWS] = group.scale;
+#pragma unroll
+  for (int step = 0; step < QUANTIZE_STEPS; ++step) {
+    const float factor =
+        SIDE != SIDE_K ? __shfl_sync(~0u, group.factor, (threadIdx.x & 28) + step) : present[step] ? group.factor : 0.f;
+    store_eight<HEAD_DIM>(codes_gmem + head * padded * HEAD_DIM, first_position + step * STEP_ROWS, chunk,
+                          encode_eight(value[step], factor));
   }
 }

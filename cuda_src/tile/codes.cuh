@@ -1,5 +1,6 @@
 // Codes from floats: amax as bits (so that NaN counts), scales, rounding, and where a thread's eight codes are stored.
 #pragma once
+#include "ptx/ld_global.cuh"
 #include "tile/element.cuh"
 #include "tile/shape.cuh"
 #include "tile/swizzle.cuh"
@@ -17,6 +18,18 @@ __device__ __forceinline__ uint32_t max_over_lanes(uint32_t bits) {
   return bits;
 }
 
+// Of four values a lane, the maxima over LANES neighbouring lanes: lane l gets that of value l % 4.
+template <int LANES>
+__device__ __forceinline__ uint32_t max_transposed(const uint32_t (&value)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  const uint32_t low_pair = max(odd ? value[1] : value[0], __shfl_xor_sync(~0u, odd ? value[0] : value[1], 1));
+  const uint32_t high_pair = max(odd ? value[3] : value[2], __shfl_xor_sync(~0u, odd ? value[2] : value[3], 1));
+  uint32_t most = max(high ? high_pair : low_pair, __shfl_xor_sync(~0u, high ? low_pair : high_pair, 2));
+#pragma unroll
+  for (int step = 4; step < LANES; step *= 2) most = max(most, __shfl_xor_sync(~0u, most, step));
+  return most;
+}
+
 // How a group is quantised: code = rint(x * factor), factor 0 for zero and non-finite groups.
 struct GroupScale {
   float factor, scale;
@@ -29,20 +42,20 @@ struct GroupScale {
   }
 };
 
-// Eight int8 codes x * factor, half to even, a byte each; a factor of 0 gives 0 whatever x is. |x * factor| <= 127.
-__device__ __forceinline__ uint2 encode_eight(const float (&x)[8], float factor) {
+// Four int8 codes x * factor, half to even, a byte each. |x * factor| <= 127; of NaN it makes garbage.
+__device__ __forceinline__ uint32_t encode_four(const float* x, float factor) {
   constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: the sum's last bits are an integer
-  uint32_t bits[8];
+  uint32_t bits[4];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) bits[i] = __float_as_uint(__fadd_rn(__fmul_rn(x[i], factor), ROUND));
-  uint32_t words[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t low = __byte_perm(bits[4 * i], bits[4 * i + 1], 0x0040);
-    const uint32_t high = __byte_perm(bits[4 * i + 2], bits[4 * i + 3], 0x0040);
-    words[i] = factor == 0.f ? 0 : __byte_perm(low, high, 0x5410);
-  }
-  return {words[0], words[1]};
+  for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(__fadd_rn(__fmul_rn(x[i], factor), ROUND));
+  return __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040), 0x5410);
+}
+
+// Eight of them; a factor of 0 gives 0 whatever x is.
+__device__ __forceinline__ uint2 encode_eight(const float (&x)[8], float factor) {
+  uint2 codes = {encode_four(x, factor), encode_four(x + 4, factor)};
+  if (factor == 0.f) codes = {0, 0};
+  return codes;
 }
 
 // One code, half to even, clamped; a factor of 0 gives 0 whatever x is.
@@ -64,7 +77,7 @@ __device__ __forceinline__ void unpack_eight(float (&x)[8], const uint4& words) 
 
 template <typename Element>
 __device__ __forceinline__ void load_eight(float (&x)[8], const uint16_t* gmem) {
-  unpack_eight<Element>(x, *reinterpret_cast<const uint4*>(gmem));
+  unpack_eight<Element>(x, ld_global_16(gmem, true));
 }
 
 // Where codes of dims [8 * chunk, + 8) of row `row` lie in the head's tiles (salekit/codes.py).
@@ -95,40 +108,25 @@ __device__ __forceinline__ void store_eight(uint8_t* tiles, int row, int chunk, 
     *reinterpret_cast<uint32_t*>(target) = words[0];
 }
 
-// Which two of four dims are kept: the first and the second position.
+// Which two of four dims are kept: those with the largest weights; of equal ones the lower. No weight is NaN.
 struct KeptPair {
-  uint32_t first, second;
+  bool left_first, right_first, both_left, both_right;
 
-  // The largest two weights; of equal ones the lower. No weight is NaN.
-  __device__ __forceinline__ static KeptPair largest(const float* w) {
-    const bool b01 = w[0] >= w[1], b02 = w[0] >= w[2], b03 = w[0] >= w[3];  // the former is ahead
-    const bool b12 = w[1] >= w[2], b13 = w[1] >= w[3], b23 = w[2] >= w[3];
-    const bool keep0 = (b01 & b02) | (b01 & b03) | (b02 & b03);  // ahead of two of the others
-    const bool keep1 = (!b01 & b12) | (!b01 & b13) | (b12 & b13);
-    const bool keep2 = (!b02 & !b12) | (!b02 & b23) | (!b12 & b23);
-    const bool keep3 = (!b03 & !b13) | (!b03 & !b23) | (!b13 & !b23);
-    return {keep0 ? 0u : keep1 ? 1u : 2u, keep3 ? 3u : keep2 ? 2u : 1u};
+  __device__ __forceinline__ explicit KeptPair(const float* weight) {
+    left_first = weight[0] >= weight[1];
+    right_first = weight[2] >= weight[3];
+    both_left = fminf(weight[0], weight[1]) >= fmaxf(weight[2], weight[3]);
+    both_right = fminf(weight[2], weight[3]) > fmaxf(weight[0], weight[1]);
   }
 
-  __device__ __forceinline__ bool has(uint32_t i) const { return (i == first) | (i == second); }
+  __device__ __forceinline__ float first(const float* x) const {
+    return both_right ? x[2] : both_left || left_first ? x[0] : x[1];
+  }
+  __device__ __forceinline__ float second(const float* x) const {
+    return both_left ? x[1] : both_right || !right_first ? x[3] : x[2];
+  }
+  // Their positions, two bits each.
+  __device__ __forceinline__ uint32_t places() const {
+    return both_left ? 0 | 1 << 2 : both_right ? 2 | 3 << 2 : (left_first ? 0 : 1) | (right_first ? 2 : 3) << 2;
+  }
 };
-
-// Stores eight codes of a row pruned 2:4, dims [8 * chunk, + 8), as the tensor cores take them from registers: words
-// [64-row tile][64-dim step][4 of codes, 1 of metadata][thread of a warpgroup] (salekit/codes.py, wgmma_sp.cuh).
-// kept: of the lower and the upper four dims. All lanes of a warp call it; those of one row's chunks are neighbours.
-template <int HEAD_DIM>
-__device__ __forceinline__ void store_eight_sparse(uint32_t* words, int row, int chunk, uint2 codes,
-                                                   const KeptPair (&kept)[2]) {
-  constexpr int STEP_WORDS = 5 * 128;
-  const uint32_t low = __byte_perm(codes.x, 0, kept[0].first | kept[0].second << 4);
-  const uint32_t high = __byte_perm(codes.y, 0, kept[1].first | kept[1].second << 4);
-  uint32_t positions = kept[0].first | kept[0].second << 2 | kept[1].first << 4 | kept[1].second << 6;
-  positions <<= 8 * (chunk % 4);  // four chunks make a word of metadata
-  positions |= __shfl_xor_sync(~0u, positions, 1);
-  positions |= __shfl_xor_sync(~0u, positions, 2);
-  const int in_tile = row % 64, high_rows = in_tile / 8 % 2, part = chunk % 8 / 4;
-  const int quad = in_tile / 16 * 32 + in_tile % 8 * 4;  // the first of the four threads that hold the row
-  words += (int64_t(row / 64) * (HEAD_DIM / 64) + chunk / 8) * STEP_WORDS;
-  words[(high_rows + 2 * part) * 128 + quad + chunk % 4] = __byte_perm(low, high, 0x5410);
-  if (chunk % 4 == 0) words[4 * 128 + quad + high_rows + 2 * part] = positions;
-}

@@ -3,6 +3,7 @@
 #include "tile/types.cuh"
 
 struct Half {
+  static constexpr uint32_t INFINITE = 0x7C00;  // the bits of infinity; those of NaN are larger
   __device__ static float to_float(uint16_t bits) {
     float x;
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
@@ -17,6 +18,7 @@ struct Half {
 };
 
 struct BFloat16 {
+  static constexpr uint32_t INFINITE = 0x7F80;
   __device__ static float to_float(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
   __device__ static uint32_t pack(float low, float high) {
     uint32_t packed;
