@@ -188,17 +188,14 @@ __device__ __forceinline__ void fetch_queries_and_values(AttendRing<STAGES>& rin
   }
 }
 
-// Scores of slots that are not selected and of keys beyond a row's limit become -inf. s: of the lane's two rows and as
-// many slots as it has sixteens, the tile's FIRST_SLOT and on.
-template <int FIRST_SLOT = 0, int N>
-__device__ __forceinline__ void mask_scores(float (&s)[N], int4 slots, uint32_t selected, int visible_upper,
+// Scores of slots that are not selected and of keys beyond a row's limit become -inf.
+__device__ __forceinline__ void mask_scores(float (&s)[64], int4 slots, uint32_t selected, int visible_upper,
                                             int visible_lower) {
   const int starts[ATTEND_SLOTS] = {slots.x, slots.y, slots.z, slots.w};
 #pragma unroll
-  for (int j = 0; j < N / 4; ++j) {
-    const int slot = FIRST_SLOT + j / 4;
-    const bool absent = (selected >> slot & 1) == 0;
-    const int key = starts[slot] + (j % 4) * 8 + (threadIdx.x % 4) * 2;
+  for (int j = 0; j < 16; ++j) {
+    const bool absent = (selected >> (j / 4) & 1) == 0;
+    const int key = starts[j / 4] + (j % 4) * 8 + (threadIdx.x % 4) * 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (absent | (key + i >= visible_upper)) s[4 * j + i] = -INFINITY;
