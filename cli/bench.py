@@ -37,7 +37,7 @@ TWIN_LIMIT_SECONDS = 120.0
 )
 @options.estimator
 @options.query_stride
-@click.option("--attend", type=click.Choice(["exact", "int8-fp8"]), default="exact", show_default=True)
+@options.attend
 @options.tau
 @click.option(
     "--thresholds",

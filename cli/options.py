@@ -74,6 +74,13 @@ estimator = click.option(
     show_default=True,
     help="How scores are estimated.",
 )
+attend = click.option(
+    "--attend",
+    type=click.Choice(["exact", "int8-fp8"]),
+    default="exact",
+    show_default=True,
+    help="How the selected blocks are attended to.",
+)
 query_stride = click.option(
     "--query-stride",
     type=click.Choice(["1", "2", "4"]),

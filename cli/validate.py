@@ -47,6 +47,7 @@ class Check:
 @options.backend
 @options.estimator
 @options.query_stride
+@options.attend
 @options.tau
 @options.block
 @options.as_json
@@ -56,7 +57,7 @@ def validate(context: click.Context, **settings: Any) -> None:
     """Check every stage against the NumPy twin and the pipeline against float64 dense attention.
 
     Without arguments: the built-in sample, 4,096 tokens of real q, k, v. Without a GPU the twin itself is checked
-    against float64. Exit 5 when a verdict fails.
+    against float64. --attend int8-fp8 adds the error of low-bit attention. Exit 5 when a verdict fails.
     """
     report = run_validate(**settings)
     if settings["output"]:
@@ -79,6 +80,7 @@ def run_validate(
     query_stride: int,
     tau: float,
     block: tuple[int, int],
+    attend: str = "exact",
     **_: Any,
 ) -> dict[str, Any]:
     """The report as a JSON object. Raises SalekitError children and click.UsageError."""
@@ -102,8 +104,9 @@ def run_validate(
     else:
         plan = arrays.make_plan(q, k, v, **plan_options)
         checks, mask, out, lse = _check_twin(q, k, v, tau, plan)
+    low_bit = _low_bit(q, k, v, mask, plan, cuda) if attend == "int8-fp8" else None
     render.note("validate: float64 attention")
-    heads, pipeline_checks = _check_pipeline(q, k, v, mask, out, lse, plan)
+    heads, pipeline_checks = _check_pipeline(q, k, v, mask, out, lse, plan, low_bit)
     checks += pipeline_checks
     return {
         "schema": SCHEMA,
@@ -532,9 +535,28 @@ def _check_bits(codes, limits, mask, plan) -> Check:
 
 
 # --- the pipeline against float64 ----------------------------------------------------------------------------------
-def _check_pipeline(q, k, v, mask, out, lse, plan) -> tuple[list[dict[str, Any]], list[Check]]:
+def _low_bit(q, k, v, mask, plan, cuda: bool) -> np.ndarray:
+    """Low-bit attention through the mask, on the host. ArgumentError where it is not built."""
+    from salekit import arrays
+    from salekit.attend import attend
+    from salekit.block_mask import BlockMask
+
+    render.note("validate: low-bit attention")
+    if cuda:
+        from salekit.arrays import import_cupy
+
+        as_gpu = import_cupy().asarray
+        q, k, v = (as_gpu(x) for x in (q, k, v))
+        words = as_gpu(mask.words)
+        mask = BlockMask(words, mask.block_q, mask.block_k, mask.seqlen_q, mask.seqlen_k, mask.causal)
+    options = dict(estimator=plan.estimator, query_stride=plan.query_stride, block=(plan.block_q, plan.block_k))
+    out, _ = attend(q, k, v, mask, arrays.make_plan(q, k, v, **options, dense_below=0, attend="int8-fp8"))
+    return out.get() if cuda else out
+
+
+def _check_pipeline(q, k, v, mask, out, lse, plan, low_bit=None) -> tuple[list[dict[str, Any]], list[Check]]:
     """Per head: density, recall and output error over sampled rows; checks of out and lse against float64 under the
-    same mask."""
+    same mask. low_bit: an output by low-bit attention, which is reported next to it."""
     rows = sample_rows(plan)
     bits, density = mask.to_dense(), mask.density()
     slack_s = score_bound(q, k, plan)[..., rows]
@@ -569,6 +591,11 @@ def _check_pipeline(q, k, v, mask, out, lse, plan) -> tuple[list[dict[str, Any]]
             slack_recall = 2 * recall * np.where(np.isfinite(want_lse), slack_lse, 0) + FEW
             seen["recall"].append((ratio[some], recall[some], slack_recall[some]))
             scale = np.linalg.norm(dense_out)
+            low_bit_error = None
+            if low_bit is not None:
+                size = np.linalg.norm(want)
+                difference = np.linalg.norm(low_bit[b, rows, head].astype(np.float64) - want)
+                low_bit_error = float(difference / size) if size else 0.0
             heads.append(
                 {
                     "batch": b,
@@ -577,6 +604,7 @@ def _check_pipeline(q, k, v, mask, out, lse, plan) -> tuple[list[dict[str, Any]]
                     "recall": float(recall[some].mean()) if some.any() else 1.0,
                     "recall_worst_row": float(recall[some].min()) if some.any() else 1.0,
                     "relative_output_error": float(np.linalg.norm(got - dense_out) / scale) if scale else 0.0,
+                    "low_bit_error": low_bit_error,
                 }
             )
     where = f"{len(rows)} rows a head"
@@ -629,12 +657,15 @@ def _print_tables(report: dict[str, Any]) -> None:
             f"{head['recall']:.4f}",
             f"{head['recall_worst_row']:.4f}",
             f"{head['relative_output_error']:.4f}",
+            *([] if head["low_bit_error"] is None else [f"{head['low_bit_error']:.4f}"]),
         ]
         for head in report["heads"]
     ]
+    low_bit = report["heads"] and report["heads"][0]["low_bit_error"] is not None
     render.table(
-        f"against float64 dense attention, {report['float64_rows_per_head']} rows a head",
-        ["head", "density", "recall", "worst row", "output error"],
+        f"against float64 dense attention, {report['float64_rows_per_head']} rows a head"
+        + ("; low-bit attention against float64 with the same mask" if low_bit else ""),
+        ["head", "density", "recall", "worst row", "output error", *(["low-bit error"] if low_bit else [])],
         rows,
     )
     render.note("all verdicts ok" if report["passed"] else "a verdict FAILED")

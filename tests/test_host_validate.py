@@ -31,6 +31,13 @@ def test_the_twin_passes(estimator):
     json.dumps(report, allow_nan=False)
 
 
+def test_low_bit_attention_is_reported():
+    report = validate_module.run_validate(**SETTINGS, seqlen="1000", estimator="int8", attend="int8-fp8")
+    assert report["passed"] and all(0.005 < head["low_bit_error"] < 0.03 for head in report["heads"])
+    exact = validate_module.run_validate(**SETTINGS, seqlen="300", estimator="int8")
+    assert all(head["low_bit_error"] is None for head in exact["heads"])
+
+
 @pytest.mark.parametrize("tau", [0.0, float("inf")])
 def test_extreme_thresholds_pass(tau):
     report = validate_module.run_validate(**{**SETTINGS, "tau": tau}, seqlen="500", estimator="int8")
