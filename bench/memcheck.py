@@ -1,11 +1,14 @@
 """Every kernel at small, odd sizes, to run under compute-sanitizer:
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python bench/memcheck.py
+    compute-sanitizer --tool racecheck --error-exitcode 9 python bench/memcheck.py --few
 
+racecheck is slow: --few takes bf16, head_dim 128 and two lengths alone.
 CuPy's memory pool is off, so that each buffer is an allocation that the tool can see the ends of.
 """
 
 import importlib
+import sys
 from itertools import product
 
 import cupy
@@ -17,7 +20,10 @@ from salekit.jit import device_arch
 from salekit.plans import BLOCKS, ESTIMATORS, LOW_BIT_ARCHS
 
 cupy.cuda.set_allocator(None)
-LENGTHS = ((1, 1), (65, 63), (127, 1029), (333, 300))
+FEW = "--few" in sys.argv
+LENGTHS = ((65, 63), (333, 300)) if FEW else ((1, 1), (65, 63), (127, 1029), (333, 300))
+DTYPES = (ml_dtypes.bfloat16,) if FEW else (np.float16, ml_dtypes.bfloat16)
+HEAD_DIMS = (128,) if FEW else (64, 128)
 
 
 def main() -> None:
@@ -25,7 +31,7 @@ def main() -> None:
     attend = importlib.import_module("salekit.attend")
     estimate = importlib.import_module("salekit.estimate")
     calls, arch = 0, device_arch()
-    for (seqlen_q, seqlen_k), dtype, head_dim in product(LENGTHS, (np.float16, ml_dtypes.bfloat16), (64, 128)):
+    for (seqlen_q, seqlen_k), dtype, head_dim in product(LENGTHS, DTYPES, HEAD_DIMS):
 
         def draw(seqlen, heads):
             return rng.standard_normal((1, seqlen, heads, head_dim)).astype(np.float32).astype(dtype)
