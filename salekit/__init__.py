@@ -11,8 +11,9 @@ __version__ = "0.1.0"
 if not (_Path(__file__).parent / "cuda_src").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
-# The modules quantize, estimate and attend share a name with their function. They are all loaded here, once, so that
-# ``salekit.quantize`` is the function from then on; ``from salekit.quantize import ...`` still finds the module.
+# The modules quantize, estimate, block_scores and attend share a name with their function. They are all loaded here,
+# once, so that ``salekit.quantize`` is the function from then on; ``from salekit.quantize import ...`` still finds the
+# module.
 from . import errors  # noqa: E402
 from .anchors import anchor_statistics, row_limits  # noqa: E402
 from .arrays import make_plan  # noqa: E402
@@ -20,6 +21,7 @@ from .attend import attend  # noqa: E402
 from .attention import dense_attention, plan, sparse_attention  # noqa: E402
 from .attention_plan import AttentionPlan  # noqa: E402
 from .block_mask import BlockMask  # noqa: E402
+from .block_scores import block_scores, mask_from_scores, scores_plan  # noqa: E402
 from .data_files import load_qkv, load_sample  # noqa: E402
 from .errors import (  # noqa: E402
     ArgumentError,
@@ -37,7 +39,7 @@ from .workspaces import clear_workspaces  # noqa: E402
 
 __all__ = [
     "ArgumentError", "AttentionPlan", "BlockMask", "CompileError", "DtypeError", "FileFormatError", "GpuError", "Plan",
-    "SalekitError", "__version__", "anchor_statistics", "attend", "clear_workspaces", "dense_attention", "errors",
-    "estimate", "load_qkv", "load_sample", "load_thresholds", "make_plan", "plan", "quantize", "row_limits",
-    "save_thresholds", "sparse_attention",
+    "SalekitError", "__version__", "anchor_statistics", "attend", "block_scores", "clear_workspaces", "dense_attention",
+    "errors", "estimate", "load_qkv", "load_sample", "load_thresholds", "make_plan", "mask_from_scores", "plan",
+    "quantize", "row_limits", "save_thresholds", "scores_plan", "sparse_attention",
 ]

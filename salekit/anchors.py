@@ -80,18 +80,28 @@ def row_limits(m: Any, l: Any, quantized: Quantized, thresholds: Any, plan: Plan
             return y
         k_scale = np.repeat(quantized.k_scale, plan.group_size, axis=1)[:, :, None]
         return reference.integer_thresholds(y, quantized.q_scale, k_scale, plan)
-    limits = arrays.empty(
-        (plan.batch, plan.num_heads, plan.num_positions), np.float32 if is_int4 else np.int32
-    )
+    return _launch_limits(m, l, (quantized.q_scale, quantized.k_scale), thresholds, plan, not is_int4)
+
+
+def row_bases(m: Any, l: Any, plan: Plan) -> Any:
+    """m + ln(l), float32 [batch, num_heads, plan.num_positions] on the GPU: what scores are relative to.
+
+    +inf: the row never votes; -inf: m or l is not finite, and the row selects every visible block.
+    """
+    return _launch_limits(m, l, (_NULL, _NULL), 1.0, plan, False)
+
+
+def _launch_limits(m: Any, l: Any, scales: tuple, thresholds: Any, plan: Plan, as_integers: bool) -> Any:
+    shape = (plan.batch, plan.num_heads, plan.num_positions)
+    limits = arrays.empty(shape, np.int32 if as_integers else np.float32)
     on_device = not isinstance(thresholds, float)
-    jit.get_kernel(_limits_spec(plan))(
+    jit.get_kernel(_limits_spec(as_integers))(
         (plan.num_positions // CODE_TILE_ROWS, plan.num_heads, plan.batch),
         (_THREADS,),
         (
             m,
             l,
-            quantized.q_scale,
-            quantized.k_scale,
+            *scales,
             thresholds if on_device else _NULL,
             programs.float32(0.0 if on_device else thresholds),
             limits,
@@ -107,7 +117,7 @@ def row_limits(m: Any, l: Any, quantized: Quantized, thresholds: Any, plan: Plan
 def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
     """The kernels that this module launches for this plan."""
     hopper = [_sm90_spec(plan)] if _uses_wgmma(plan) else []
-    return [*hopper, _anchor_spec(plan), _limits_spec(plan)]
+    return [*hopper, _anchor_spec(plan), _limits_spec(plan.estimator != "int4")]
 
 
 def _local_slots(plan: Plan) -> int:
@@ -140,5 +150,10 @@ def _sm90_spec(plan: Plan) -> jit.KernelSpec:
     return jit.KernelSpec("anchor_statistics_sm90", template, f"AnchorSm90Storage<{plan.head_dim}>")
 
 
-def _limits_spec(plan: Plan) -> jit.KernelSpec:
-    return jit.KernelSpec("row_limits", ("false" if plan.estimator == "int4" else "true",))
+def bases_spec() -> jit.KernelSpec:
+    """The kernel of :func:`row_bases`."""
+    return _limits_spec(False)
+
+
+def _limits_spec(as_integers: bool) -> jit.KernelSpec:
+    return jit.KernelSpec("row_limits", ("true" if as_integers else "false",))

@@ -6,8 +6,10 @@ from itertools import product
 
 from .anchors import kernel_specs as anchor_specs
 from .attend import kernel_specs as attend_specs
+from .block_scores import kernel_specs as scores_specs
 from .estimate import kernel_specs as estimate_specs
 from .jit import KernelSpec
+from .output_difference import kernel_specs as difference_specs
 from .pipeline import kernel_specs as pipeline_specs
 from .plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, LOW_BIT_ARCHS, Plan
 from .quantize import kernel_specs as quantize_specs
@@ -20,6 +22,7 @@ STAGES = {
     "attend": attend_specs,
     "pipeline": pipeline_specs,
 }
+TOOLS = {"scores": scores_specs, "difference": difference_specs, "workload": workload_specs}  # outside of a call
 
 
 def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
@@ -48,8 +51,9 @@ def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
         if arch in LOW_BIT_ARCHS:
             for spec in attend_specs(plan.replace(attend="int8-fp8")):
                 found.setdefault(spec, "attend")
-        for spec in workload_specs(plan):
-            found.setdefault(spec, "workload")
+        for stage, specs in TOOLS.items():
+            for spec in specs(plan):
+                found.setdefault(spec, stage)
     return [(stage, spec) for spec, stage in found.items()]
 
 

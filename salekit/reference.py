@@ -204,48 +204,59 @@ def visible_blocks(plan: Plan) -> np.ndarray:
 
 
 def fold_blocks(fine: np.ndarray, plan: Plan) -> np.ndarray:
-    """OR bits of 64-row tiles and 32-key blocks up to the plan's blocks."""
+    """OR bits, or take the largest float, of 64-row tiles and 32-key blocks up to the plan's blocks."""
     rows, cols = plan.block_q // TILE_ROWS, plan.block_k // KEY_BLOCK
-    padded = np.zeros((*fine.shape[:2], plan.num_q_blocks * rows, plan.num_k_blocks * cols), bool)
+    shape = (*fine.shape[:2], plan.num_q_blocks * rows, plan.num_k_blocks * cols)
+    padded = np.full(shape, False if fine.dtype == bool else -np.inf, fine.dtype)
     padded[:, :, : fine.shape[2], : fine.shape[3]] = fine
-    return padded.reshape(*fine.shape[:2], plan.num_q_blocks, rows, plan.num_k_blocks, cols).any(axis=(3, 5))
+    return padded.reshape(*fine.shape[:2], plan.num_q_blocks, rows, plan.num_k_blocks, cols).max(axis=(3, 5))
+
+
+def row_products(quantized: Quantized, plan: Plan):
+    """(batch, head, rows, integer products of their codes with all keys') chunk by chunk, exact in float32.
+
+    Keys are padded with zeros to whole 32-key blocks; a chunk is whole 64-row tiles.
+    """
+    padded_k = ceil_div(plan.seqlen_k, KEY_BLOCK) * KEY_BLOCK
+    chunk = max(TILE_ROWS, (2**24 // max(padded_k, 1)) // TILE_ROWS * TILE_ROWS)
+    for b in range(plan.batch):
+        for head in range(plan.num_heads):
+            codes_k = np.zeros((padded_k, plan.head_dim), np.float32)
+            codes_k[: plan.seqlen_k] = quantized.k_codes[b, _kv(plan, head)]
+            for start in range(0, plan.seqlen_q, chunk):
+                rows = np.arange(start, min(start + chunk, plan.seqlen_q))
+                # Exact: |sum of products| < 2^24 for head_dim <= 256.
+                yield b, head, rows, quantized.q_codes[b, head, rows].astype(np.float32) @ codes_k.T
+
+
+def visible_pairs(rows: np.ndarray, padded_k: int, plan: Plan) -> np.ndarray:
+    """bool, broadcasts to [rows, padded_k]: pairs that are inside the matrix and visible."""
+    keys = np.arange(padded_k)[None]
+    return keys < (_row_visible(plan, rows)[:, None] if plan.causal else plan.seqlen_k)
 
 
 def estimate(quantized: Quantized, limits: np.ndarray, plan: Plan) -> BlockMask:
     """Select blocks from codes and limits: int32 T [batch, heads, seqlen_q] for int8*, float32 y for int4."""
     num_blocks = ceil_div(plan.seqlen_k, KEY_BLOCK)
     votes = np.zeros((plan.batch, plan.num_heads, plan.num_q_tiles, num_blocks), bool)
-    padded_k = num_blocks * KEY_BLOCK
-    chunk = max(TILE_ROWS, (2**24 // max(padded_k, 1)) // TILE_ROWS * TILE_ROWS)
-    for b in range(plan.batch):
-        for head in range(plan.num_heads):
-            kv = _kv(plan, head)
-            codes_k = np.zeros((padded_k, plan.head_dim), np.float32)
-            codes_k[: plan.seqlen_k] = quantized.k_codes[b, kv]
-            for start in range(0, plan.seqlen_q, chunk):
-                rows = np.arange(start, min(start + chunk, plan.seqlen_q))
-                # Exact: |sum of products| < 2^24 for head_dim <= 256.
-                acc = quantized.q_codes[b, head, rows].astype(np.float32) @ codes_k.T
-                if plan.estimator == "int4":
-                    vote = _vote_int4(acc, quantized, limits[b, head, rows], rows, b, head, plan)
-                else:
-                    vote = acc > limits[b, head, rows, None]
-                if not plan.causal or plan.seqlen_k % KEY_BLOCK:
-                    vote[:, plan.seqlen_k :] = False
-                if plan.causal:
-                    vote &= np.arange(padded_k)[None] < _row_visible(plan, rows)[:, None]
-                vote = vote.reshape(rows.size, num_blocks, KEY_BLOCK).any(axis=2)
-                for tile in range(start // TILE_ROWS, ceil_div(rows[-1] + 1, TILE_ROWS)):
-                    first = tile * TILE_ROWS - start
-                    votes[b, head, tile] = vote[first : first + TILE_ROWS].any(axis=0)
+    for b, head, rows, acc in row_products(quantized, plan):
+        if plan.estimator == "int4":
+            scores, q_scale, k_scale = corrected_products(acc, quantized, rows, b, head, plan)
+            vote = scores > integer_thresholds(limits[b, head, rows, None], q_scale, k_scale, plan)
+        else:
+            vote = acc > limits[b, head, rows, None]
+        vote &= visible_pairs(rows, acc.shape[1], plan)
+        vote = vote.reshape(rows.size, num_blocks, KEY_BLOCK).any(axis=2)
+        tiles = np.arange(0, rows.size, TILE_ROWS)
+        votes[b, head, rows[0] // TILE_ROWS + np.arange(tiles.size)] = np.logical_or.reduceat(vote, tiles, axis=0)
     bits = (votes | anchor_blocks(plan)) & visible_blocks(plan)
     return BlockMask.from_dense(
         fold_blocks(bits, plan), plan.block_q, plan.block_k, plan.seqlen_q, plan.seqlen_k, plan.causal
     )
 
 
-def _vote_int4(acc, quantized: Quantized, y, rows, b: int, head: int, plan: Plan) -> np.ndarray:
-    """acc + rint(c_j / (sq * sk)) > T, with the scales of the row pair and of the key group."""
+def corrected_products(acc, quantized: Quantized, rows, b: int, head: int, plan: Plan):
+    """int4: acc + rint(c_j / (sq * sk)) int64, and the scales of the row pair and of the key group that go with it."""
     kv = _kv(plan, head)
     q_scale = quantized.q_scale[b, head][8 * (rows // 16) + rows % 8][:, None]
     keys = np.arange(acc.shape[1])
@@ -255,7 +266,7 @@ def _vote_int4(acc, quantized: Quantized, y, rows, b: int, head: int, plan: Plan
     with np.errstate(all="ignore"):
         correction = np.fmax(np.float32(-CLAMP), np.fmin(np.float32(CLAMP), c[None] / (q_scale * k_scale)))
         correction = np.rint(correction).astype(np.int64)
-    return acc.astype(np.int64) + correction > integer_thresholds(y[:, None], q_scale, k_scale, plan)
+    return acc.astype(np.int64) + correction, q_scale, k_scale
 
 
 # --- attend --------------------------------------------------------------------------------------------------------

@@ -35,51 +35,56 @@ __device__ __forceinline__ int integer_threshold(float y, const Divider& by, boo
   return __float2int_rd(fmaxf(-VOTE_CLAMP, fminf(VOTE_CLAMP, x)));
 }
 
-// Scores of int4 codes with a scale per group of rows and keys: a lane's 16 scores share one pair of scales.
+// Largest corrected score of each of the lane's two rows, with the scales of int4's groups: top[r]; SELECT_ALL when the
+// lane has no present key. corrections: c_j of the lane's eight columns. num_present: keys of the block inside the matrix.
+__device__ __forceinline__ void corrected_tops(int (&top)[2], const int* e, const float (&corrections)[8],
+                                               float q_scale, float k_scale, int num_present) {
+  // Adding 1.5 * 2^23 to |x| < 2^22 rounds x to an integer, half to even, in the sum's low bits.
+  constexpr float MAGIC = 12582912.f;
+  constexpr int MAGIC_BITS = 0x4B400000;
+  constexpr float MAGIC_REACH = 4194304.f;
+
+  const Divider by_scales(__fmul_rn(q_scale, k_scale));
+  bool fast = num_present >= KEY_BLOCK && Divider::in_range(by_scales.divisor);
+  int rounded[8];
+#pragma unroll
+  for (int column = 0; column < 8; ++column) {
+    float x = by_scales.quotient(corrections[column]);
+    fast = fast && fabsf(x) < MAGIC_REACH;
+    rounded[column] = __float_as_int(__fadd_rn(x, MAGIC));
+  }
+  if (fast) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      top[r] = e[2 * r] + rounded[0];
+#pragma unroll
+      for (int column = 1; column < 8; ++column)
+        top[r] = __viaddmax_s32(e[column / 2 * 4 + 2 * r + column % 2], rounded[column], top[r]);
+      top[r] -= MAGIC_BITS;
+    }
+  } else {
+    top[0] = top[1] = SELECT_ALL;
+#pragma unroll
+    for (int column = 0; column < 8; ++column) {
+      bool present = column / 2 * 8 + threadIdx.x % 4 * 2 + column % 2 < num_present;
+      float x = rintf(__fdiv_rn(corrections[column], by_scales.divisor));
+      int correction = __float2int_rn(fmaxf(-VOTE_CLAMP, fminf(VOTE_CLAMP, x)));  // NaN: + 2^30
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (present) top[r] = max(top[r], e[column / 2 * 4 + 2 * r + column % 2] + correction);
+    }
+  }
+}
+
+// Votes of int4 codes with a scale per group of rows and keys: a lane's 16 scores share one pair of scales.
 struct GroupVote {
   float q_scale, scaled_q;  // scaled_q = softmax_scale * q_scale
   float y[2];               // per row
 
-  // corrections: c_j of the lane's eight columns. num_present: keys of the block inside the matrix.
   __device__ __forceinline__ bool operator()(const int* e, const float (&corrections)[8], float k_scale,
                                              int num_present) const {
-    // Adding 1.5 * 2^23 to |x| < 2^22 rounds x to an integer, half to even, in the sum's low bits.
-    constexpr float MAGIC = 12582912.f;
-    constexpr int MAGIC_BITS = 0x4B400000;
-    constexpr float MAGIC_REACH = 4194304.f;
-
-    const Divider by_scales(__fmul_rn(q_scale, k_scale));
-    bool fast = num_present >= KEY_BLOCK && Divider::in_range(by_scales.divisor);
-    int rounded[8];
-#pragma unroll
-    for (int column = 0; column < 8; ++column) {
-      float x = by_scales.quotient(corrections[column]);
-      fast = fast && fabsf(x) < MAGIC_REACH;
-      rounded[column] = __float_as_int(__fadd_rn(x, MAGIC));
-    }
     int top[2];
-    if (fast) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        top[r] = e[2 * r] + rounded[0];
-#pragma unroll
-        for (int column = 1; column < 8; ++column)
-          top[r] = __viaddmax_s32(e[column / 2 * 4 + 2 * r + column % 2], rounded[column], top[r]);
-        top[r] -= MAGIC_BITS;
-      }
-    } else {
-      top[0] = top[1] = SELECT_ALL;
-#pragma unroll
-      for (int column = 0; column < 8; ++column) {
-        bool present = column / 2 * 8 + threadIdx.x % 4 * 2 + column % 2 < num_present;
-        float x = rintf(__fdiv_rn(corrections[column], by_scales.divisor));
-        int correction = __float2int_rn(fmaxf(-VOTE_CLAMP, fminf(VOTE_CLAMP, x)));  // NaN: + 2^30
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          if (present) top[r] = max(top[r], e[column / 2 * 4 + 2 * r + column % 2] + correction);
-      }
-    }
-
+    corrected_tops(top, e, corrections, q_scale, k_scale, num_present);
     const Divider by_unit(__fmul_rn(scaled_q, k_scale));
     const bool in_range = Divider::in_range(by_unit.divisor);
     const int limits[2] = {integer_threshold(y[0], by_unit, in_range), integer_threshold(y[1], by_unit, in_range)};
