@@ -33,7 +33,8 @@ def block_scores(quantized: Quantized, m: Any, l: Any, plan: Plan) -> Any:
     quantized: what ``quantize`` returned for ``scores_plan(plan)``; m, l: what ``anchor_statistics`` returned, for
     either plan. A block's score is the largest estimated score less m + ln(l) over its pairs that are visible and
     whose row is tested (query_stride, full_rows). +inf: always selected, an anchor or a block of a row or KV head that
-    is not finite; -inf: never selected, nothing in it is visible. NumPy arrays run the twin. ArgumentError for codes
+    is not finite; the largest float: selected at every finite tau, of an int4 group that is not finite; -inf: never
+    selected, nothing in it is visible. NumPy arrays run the twin. ArgumentError for codes
     that ``scores_plan`` would not have asked for.
     """
     if scores_plan(plan) is not plan:
@@ -85,16 +86,15 @@ def rounding_bound(largest_base: Any, thresholds: Any, num_anchors: int) -> Any:
     """How near to ln(tau) a block's score may be for ``estimate`` and :func:`mask_from_scores` to differ.
 
     largest_base: the largest ``|m + ln l|`` of a tested row; num_anchors: the most anchor keys a row has (l is at most
-    that). With e = 2^-24 and x an integer score worth u, the estimate tests x > floor(y / u), which is x > y / u, with
-    y = m + ln(tau * l); the mask tests x * u - a > ln(tau), with a = m + ln(l). Where they differ, x * u is near y, of
-    size |a| + |ln tau|, and what is rounded is: y / u, x, x * u and y (e each of y's size), tau * l (e), the two
-    logarithms of l (2e each of at most |ln tau| + ln l, a unit in the last place), a, and ln(tau), twice its size
-    with the difference. Scales whose product leaves float32's normal range, and integer scores beyond 2^30, are not
-    covered.
+    that). With e = 2^-24, an integer score x worth u and a = m + ln(l), the estimate tests x > floor(y / u), which is
+    x > y / u, with y = m + ln(tau * l); the mask tests x * u - a > ln(tau). Where the two differ, x * u is near y, of
+    size |a| + |ln tau|. Rounded are: y, y / u, x and x * u (e of that size each); a (e |a|); the difference and ln(tau)
+    (e |ln tau| each); tau and tau * l (e each); and both logarithms of l, to a unit in the last place (2e of ln l and
+    2e of |ln tau| + ln l). Not covered: scales whose product is not a normal float32, integer scores beyond 2^30.
     """
     with np.errstate(divide="ignore"):
         log_tau = np.abs(np.log(np.asarray(thresholds, np.float64)))
-    return 2.0**-24 * (5 * largest_base + 8 * log_tau + 4 * np.log(num_anchors) + 1)
+    return 2.0**-24 * (5 * largest_base + 8 * log_tau + 4 * np.log(num_anchors) + 2)
 
 
 def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:

@@ -8,18 +8,20 @@ from . import reference
 from .codes import Quantized
 from .plans import KEY_BLOCK, TILE_ROWS, Plan, ceil_div
 
+LARGEST = np.finfo(np.float32).max  # above ln(tau) of every finite tau
+
 
 def relative_scores(products: np.ndarray, unit: np.ndarray, base: np.ndarray) -> np.ndarray:
     """products * unit - base, float32; the arguments broadcast. -inf in products is an absent one.
 
-    base: m + ln(l) of the row; +inf never votes, -inf selects everything, as does a unit that is NaN. 0 times an
-    infinite unit does not vote.
+    base: m + ln(l) of the row; +inf never votes, -inf selects everything. A unit that is NaN passes every finite tau:
+    the largest float. 0 times an infinite unit does not vote.
     """
     with np.errstate(all="ignore"):
-        scores = products.astype(np.float32) * unit - base
-        everything = np.isneginf(base) | np.isnan(base) | np.isnan(unit)
-    scores = np.where(everything, np.float32(np.inf), np.where(np.isnan(scores), np.float32(-np.inf), scores))
-    return np.where(np.isposinf(base) | np.isneginf(products), np.float32(-np.inf), scores).astype(np.float32)
+        scores = np.minimum(products.astype(np.float32) * unit - base, LARGEST)
+    scores = np.where(np.isnan(unit), LARGEST, np.where(np.isnan(scores), -np.inf, scores))
+    scores = np.where(np.isneginf(base), np.inf, scores)
+    return np.where(np.isposinf(base) | np.isneginf(products), -np.inf, scores).astype(np.float32)
 
 
 def block_scores(quantized: Quantized, bases: np.ndarray, plan: Plan) -> np.ndarray:

@@ -1,8 +1,9 @@
 // The largest relative score of every block: what decides its bit at any tau, in one pass, with mma.sync.
 //
 // scores float32 [batch, num_heads, num_q_blocks, num_k_blocks]: over the pairs of a block that may vote, the largest
-// estimated score less the row's base, m + ln(l); +inf for anchors and blocks of a row that selects everything, -inf
-// where no pair is visible or may vote. A block of a mask is set when its score exceeds ln(tau).
+// estimated score less the row's base, m + ln(l); +inf for anchors and blocks of a row that selects everything, the
+// largest float for a group of codes that is not finite, -inf where no pair is visible or may vote. A block of a mask is
+// set when its score exceeds ln(tau).
 // Codes, scales and corrections as in estimate_sm80.cu; int8: q_scale [batch, num_heads, padded_q], k_scale [batch,
 // num_kv_heads]. bases float32 [batch, num_heads, padded_q]: -inf selects everything, +inf never votes.
 // Grid: ceil(seqlen_q / 128) * batch * num_heads CTAs of 128 threads, the rows that see most first; a warp has 32 rows.
@@ -10,12 +11,15 @@
 #include "tile/mask_bits.cuh"
 #include "tile/votes.cuh"
 
-// The relative score of a row's largest integer score (salekit.reference.relative_scores). unit: a code product's worth.
-// NaN, which the maximum ignores, only for 0 times an infinite unit.
+constexpr float LARGEST_SCORE = 3.4028234663852886e38f;  // above ln(tau) of every finite tau
+
+// The relative score of a row's largest integer score (salekit.reference_scores.relative_scores). unit: what one of it
+// is worth. NaN, which the maximum ignores, only for 0 times an infinite unit.
 __device__ __forceinline__ float relative_score(int top, float unit, float base) {
   if (base == INFINITY || top == SELECT_ALL) return -INFINITY;
-  if (base == -INFINITY || isnan(unit) || isnan(base)) return INFINITY;
-  return __fsub_rn(__fmul_rn(__int2float_rn(top), unit), base);
+  if (base == -INFINITY) return INFINITY;
+  const float score = __fsub_rn(__fmul_rn(__int2float_rn(top), unit), base);
+  return isnan(unit) || score > LARGEST_SCORE ? LARGEST_SCORE : score;
 }
 
 // The largest of a warp's values, none of which is NaN: as integers of the same order.
