@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def calibrate(
     found: dict[str, dict[int, np.ndarray]] = {}
     rows, inputs, used = [], [], {}
     for file in files:
-        inputs.append({"name": Path(file).name, "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()})
+        inputs.append({"name": Path(file).name, "sha256": _sha256(file)})
         for layer, plan, tau, measured in _layers(file, target, value, block, estimator, query_stride, use_gpu):
             if plan.seqlen_k in found.setdefault(layer, {}):
                 raise click.UsageError(f"{file}: layer {layer} at {plan.seqlen_k} tokens was in a file before")
@@ -77,22 +78,33 @@ def calibrate(
         _print(rows, target, value)
 
 
+def _sha256(file: str) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as data:
+        while chunk := data.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def _layers(file: str, target: str, value: float, block, estimator: str, query_stride: int, use_gpu: bool):
     """(layer, plan, thresholds, what they give) of each layer of a file, one at a time."""
     from salekit import calibration, make_plan
-    from salekit.data_files import load_layers
+    from salekit.data_files import iter_layers
 
-    for layer, (q, k, v, _) in load_layers(file).items():
+    for layer, (q, k, v, _) in iter_layers(file):
+        started = time.perf_counter()
         if use_gpu:
             q, k, v = backends.on_gpu(q, k, v)
         plan = make_plan(q, k, v, block=block, estimator=estimator, query_stride=query_stride, dense_below=0)
+        prepared = calibration.Layer(q, k, v, plan)
         steps = calibration.GRID if target == "density" else calibration.STEPS
-        with render.progress(f"{Path(file).name}, layer {layer}", steps) as tick:
-            prepared = calibration.Layer(q, k, v, plan)
+        with render.progress(f"{Path(file).name}, layer {layer}", steps * prepared.num_groups) as tick:
             if target == "density":
                 tau, measured = calibration.calibrate_density(prepared, value, tick)
             else:
                 tau, measured = calibration.calibrate(prepared, target, value, tick)
+        seconds = time.perf_counter() - started
+        render.note(f"layer {layer}: {plan.num_heads} heads, {plan.seqlen_k} tokens, {seconds:.2f} s")
         yield layer, plan, tau, measured
 
 

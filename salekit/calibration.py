@@ -22,11 +22,11 @@ from .estimate import estimate
 from .output_difference import output_sums
 from .plans import Plan
 from .quantize import quantize
-from .thresholds import as_thresholds
+from .thresholds import LOG2_RANGE, as_thresholds
 
 METRICS = ("relative_error", "error", "recall")
-# Of tau. At 2^-20 next to everything is kept. tau is relative to the anchors' sum, which other keys may exceed by far.
-LOG2_RANGE = (-20.0, 12.0)
+# Taus are sought in LOG2_RANGE. At 2^-20 next to everything is kept. tau is relative to the anchors' sum, which other
+# keys may exceed by far.
 STEPS = 13  # bisections: tau is known to a factor of 2^(32 / 8192)
 GRID = 33  # taus that --density chooses from
 SCORE_BYTES = 4 * 2**30  # of the block scores that are held at once; more heads than fit are taken in groups

@@ -7,10 +7,10 @@ import math
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import numpy as np
-from safetensors import SafetensorError, deserialize
+from safetensors import SafetensorError, deserialize, safe_open
 
 from .arrays import BFLOAT16, LAYOUTS, as_arrays
 from .errors import FileFormatError, SalekitError
@@ -41,7 +41,7 @@ def load_qkv(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            return _parse_safetensors(path.read_bytes(), str(path))
+            return _of_safetensors(*_map_safetensors(path), str(path))
         if path.suffix == ".npz":
             return _load_npz(path)
     except OSError as error:
@@ -54,28 +54,41 @@ def load_layers(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.
 
     ``layers.12.q`` (any prefix before the dot) belongs to layer "12", a plain ``q`` to layer "0". FileFormatError.
     """
+    return dict(iter_layers(path))
+
+
+def iter_layers(path: str | Path) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, str]]]]:
+    """The same layer by layer, so that a long dump need not fit in memory; the names are checked before the first."""
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            entries, metadata = _safetensors_entries(path.read_bytes(), str(path))
-            wanted = {key: entry for key, entry in entries.items() if _layer_of(key)}
-            tensors = {key: _safetensors_array(str(path), key, entry) for key, entry in wanted.items()}
+            entries, metadata = _map_safetensors(path)
+            names = list(entries)
+            read = lambda keys: {key: _safetensors_array(str(path), key, entries[key]) for key in keys}  # noqa: E731
         elif path.suffix == ".npz":
-            tensors, metadata = _npz_entries(path, lambda key: _layer_of(key) is not None)
+            names = []
+            _, metadata = _npz_entries(path, lambda key: False, names)
+            read = lambda keys: _npz_entries(path, keys.__contains__)[0]  # noqa: E731
         else:
             raise FileFormatError(f"{path}: got the suffix {path.suffix!r}; wants .safetensors or .npz")
+        layers: dict[str, dict[str, str]] = {}  # by layer and tensor, the entry
+        for key in names:
+            if _layer_of(key) is None:
+                continue
+            layer, tensor = _layer_of(key)
+            if tensor in layers.setdefault(layer, {}):
+                raise FileFormatError(f"{path}: holds {tensor} of layer {layer} twice")
+            layers[layer][tensor] = key
+        if not layers:
+            raise FileFormatError(f"{path}: has no tensors named q, k and v, or layers.N.q and so on")
+        for layer, of in layers.items():
+            _check_names(of, list(of), f"{path}, layer {layer}")
+        for layer in sorted(layers, key=int):
+            tensors = read(set(layers[layer].values()))
+            tensors = {tensor: tensors[key] for tensor, key in layers[layer].items()}
+            yield layer, _check(tensors, metadata, list(tensors), f"{path}, layer {layer}")
     except OSError as error:
         raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
-    layers: dict[str, dict[str, np.ndarray]] = {}
-    for key, x in tensors.items():
-        layer, tensor = _layer_of(key)
-        if tensor in layers.setdefault(layer, {}):
-            raise FileFormatError(f"{path}: holds {tensor} of layer {layer} twice")
-        layers[layer][tensor] = x
-    if not layers:
-        raise FileFormatError(f"{path}: has no tensors named q, k and v, or layers.N.q and so on")
-    order = sorted(layers, key=int)
-    return {layer: _check(layers[layer], metadata, list(layers[layer]), f"{path}, layer {layer}") for layer in order}
 
 
 def _layer_of(key: str) -> tuple[str, str] | None:
@@ -85,19 +98,37 @@ def _layer_of(key: str) -> tuple[str, str] | None:
 
 
 def _parse_safetensors(data: bytes, name: str):
-    entries, metadata = _safetensors_entries(data, name)
-    tensors = {key: _safetensors_array(name, key, entries[key]) for key in NAMES if key in entries}
-    return _check(tensors, metadata, list(entries), name)
-
-
-def _safetensors_entries(data: bytes, name: str) -> tuple[dict[str, Any], Any]:
     try:
         entries = dict(deserialize(data))
         # deserialize() has checked the header; it does not return the metadata.
         header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError) as error:
         raise FileFormatError(f"{name}: is not a whole safetensors file: {error}") from error
-    return entries, header.get("__metadata__") or {}
+    return _of_safetensors(entries, header.get("__metadata__") or {}, name)
+
+
+def _of_safetensors(entries: dict[str, Any], metadata: Any, name: str):
+    tensors = {key: _safetensors_array(name, key, entries[key]) for key in NAMES if key in entries}
+    return _check(tensors, metadata, list(entries), name)
+
+
+def _map_safetensors(path: Path) -> tuple[dict[str, Any], Any]:
+    """(entries as ``deserialize`` gives them, metadata); their data stay in the file until they are used."""
+    with open(path, "rb") as file:
+        try:
+            with safe_open(path, framework="numpy") as checked:  # the header, and that the file is whole
+                metadata = checked.metadata() or {}
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        except (SafetensorError, ValueError) as error:
+            raise FileFormatError(f"{path}: is not a whole safetensors file: {error}") from error
+    data = np.memmap(path, np.uint8, "r")[8 + size:]
+    entries = {}
+    for key, entry in header.items():
+        if key != "__metadata__":
+            first, end = entry["data_offsets"]
+            entries[key] = {"dtype": entry["dtype"], "shape": entry["shape"], "data": data[first:end]}
+    return entries, metadata
 
 
 def _safetensors_array(name: str, key: str, entry: dict[str, Any]) -> np.ndarray:
@@ -140,10 +171,14 @@ def _npz_entries(path: Path, wanted: Callable[[str], bool], found: list[str] | N
     return tensors, metadata
 
 
-def _check(tensors: dict, metadata: Any, found: list, name: str):
+def _check_names(tensors: dict, found: list, name: str) -> None:
     missing = [key for key in NAMES if key not in tensors]
     if missing:
         raise FileFormatError(f"{name}: has no tensor {missing[0]!r}; got {sorted(found)}, wants q, k and v")
+
+
+def _check(tensors: dict, metadata: Any, found: list, name: str):
+    _check_names(tensors, found, name)
     if not isinstance(metadata, dict):
         raise FileFormatError(f"{name}: got metadata {metadata!r}; wants a JSON object")
     layout = metadata.get("layout", "bshd")

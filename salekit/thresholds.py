@@ -14,7 +14,10 @@ import numpy as np
 from .errors import ArgumentError, DtypeError, FileFormatError
 
 SCHEMA = 1
-SCHEMA_LAYERS = 2  # what :func:`save_thresholds` writes
+SCHEMA_LAYERS = 3  # what :func:`save_thresholds` writes
+OLDER_LAYERS = 2  # the same without fits
+LOG2_RANGE = (-20.0, 12.0)  # of a tau that is calibrated or follows from a fit
+REACH = 4.0  # a fit is followed to this many times the longest length at most, and to this part of the shortest
 
 
 def as_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
@@ -95,9 +98,10 @@ def save_thresholds(path: str | Path, layers: dict[str, dict[int, Any]], about: 
     """Write thresholds that ``salekit calibrate`` found; the file appears whole or not at all.
 
     layers: by layer and seqlen, thresholds [num_heads]. about: at least estimator, block and query_stride, which they
-    were found with; all of it goes into the file.
+    were found with; all of it goes into the file, with :func:`fit_lengths` of each layer that has several lengths.
     """
     path = Path(path)
+    fits = {layer: fit_lengths(by_length) for layer, by_length in layers.items() if len(by_length) > 1}
     content = {
         "schema": SCHEMA_LAYERS,
         "kind": "salekit-thresholds",
@@ -106,6 +110,7 @@ def save_thresholds(path: str | Path, layers: dict[str, dict[int, Any]], about: 
             layer: {str(seqlen): [float(x) for x in values] for seqlen, values in sorted(by_length.items())}
             for layer, by_length in layers.items()
         },
+        "fits": fits,
     }
     partial = path.with_name(path.name + f".{os.getpid()}.partial")
     try:
@@ -113,6 +118,45 @@ def save_thresholds(path: str | Path, layers: dict[str, dict[int, Any]], about: 
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def fit_lengths(by_length: dict[int, Any]) -> dict[str, list[float | None]]:
+    """How each head's tau moves with the length: ``ln tau = intercept + slope * ln seqlen`` by least squares.
+
+    by_length: by seqlen, two or more, thresholds [num_heads]. residual: root of the mean squared distance in ln tau.
+    All three are None for a head that has a tau of 0 or inf.
+    """
+    lengths = sorted(by_length)
+    x = np.log(np.array(lengths, np.float64))
+    with np.errstate(divide="ignore"):
+        y = np.log(np.array([by_length[length] for length in lengths], np.float64))
+    x_mean, y_mean = x.mean(), y.mean(axis=0)
+    with np.errstate(invalid="ignore"):
+        slope = ((x - x_mean)[:, None] * (y - y_mean)).sum(axis=0) / np.square(x - x_mean).sum()
+        intercept = y_mean - slope * x_mean
+        residual = np.sqrt(np.square(y - intercept - slope * x[:, None]).mean(axis=0))
+    usable = np.isfinite(y).all(axis=0)
+    return {
+        name: [float(value) if good else None for value, good in zip(values, usable)]
+        for name, values in (("slope", slope), ("intercept", intercept), ("residual", residual))
+    }
+
+
+def _at_length(lengths: list[int], found: np.ndarray, fit: dict[str, list[float | None]], seqlen: int) -> np.ndarray:
+    """float32 [num_heads] at any length, of found [lengths, num_heads] and their fit."""
+    if seqlen in lengths:
+        return found[lengths.index(seqlen)]
+    upper = int(np.searchsorted(lengths, seqlen))
+    # Without a fit: between two lengths the smaller tau, which keeps more; beyond them that of the nearest.
+    result = found[max(0, upper - 1):upper + 1].min(axis=0)
+    shortest, longest = np.log(lengths[0]), np.log(lengths[-1])
+    reach = min(np.log(REACH), longest - shortest)
+    at = np.clip(np.log(max(1, seqlen)), shortest - reach, longest + reach)
+    low, high = np.log(2) * np.array(LOG2_RANGE)
+    for head, (slope, intercept) in enumerate(zip(fit["slope"], fit["intercept"])):
+        if slope is not None:
+            result[head] = np.exp(np.clip(intercept + slope * at, low, high))
+    return result
 
 
 def load_thresholds(
@@ -126,9 +170,11 @@ def load_thresholds(
     """Per-head thresholds of a JSON file, float32 [num_heads].
 
     The file is what ``salekit calibrate`` writes, or ``{"schema": 1, "thresholds": [0.008, ...]}``, or the list alone;
-    ``Infinity`` is a value. Of a calibrated file: layer is needed when it holds several; seqlen chooses among its
-    lengths: between two, log tau is interpolated over log seqlen, beyond them the nearest counts (default: the
-    longest). estimator, block: where given, they have to be those that the thresholds were found with.
+    ``Infinity`` is a value. Of a calibrated file: layer is needed when it holds several; seqlen (default: the
+    longest that was measured) gives what was measured at that length, or at any other what the fit over its lengths
+    says (:func:`fit_lengths`), beyond them for as far as they are apart, and at most to REACH times the longest and the
+    REACH-th part of the shortest. A head without a fit, one with a tau of 0, takes the smaller tau of the lengths next
+    to it. estimator, block: where given, they have to be those that the thresholds were found with.
     Raises FileFormatError, with the path, when it is missing, malformed or holds anything else; ArgumentError when
     layer, estimator or block are not the file's.
     """
@@ -138,12 +184,13 @@ def load_thresholds(
         raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: is not JSON: {error}") from error
-    if isinstance(content, dict) and content.get("schema") == SCHEMA_LAYERS:
+    if isinstance(content, dict) and content.get("schema") in (OLDER_LAYERS, SCHEMA_LAYERS):
         return _of_layer(path, content, layer, seqlen, estimator, block)
     values = content
     if isinstance(content, dict):
         if content.get("schema") != SCHEMA:
-            raise FileFormatError(f"{path}: got schema {content.get('schema')!r}; wants {SCHEMA} or {SCHEMA_LAYERS}")
+            known = f"{SCHEMA}, {OLDER_LAYERS} or {SCHEMA_LAYERS}"
+            raise FileFormatError(f"{path}: got schema {content.get('schema')!r}; wants {known}")
         values = content.get("thresholds")
     return _numbers(path, values)
 
@@ -171,13 +218,26 @@ def _of_layer(path, content: dict, layer, seqlen, estimator, block) -> np.ndarra
     found = np.stack([_numbers(path, layers[name][str(length)]) for length in lengths])
     if seqlen is None or len(lengths) == 1:
         return found[-1]
-    with np.errstate(divide="ignore"):
-        logs = np.log(found.astype(np.float64))  # -inf for 0, which stays 0 next to it
-    at = np.clip(np.log(max(1, seqlen)), np.log(lengths[0]), np.log(lengths[-1]))
-    upper = min(len(lengths) - 1, max(1, int(np.searchsorted(np.log(lengths), at))))
-    share = (at - np.log(lengths[upper - 1])) / (np.log(lengths[upper]) - np.log(lengths[upper - 1]))
-    ends = [(1 - share, logs[upper - 1]), (share, logs[upper])]
-    return np.exp(sum(weight * log for weight, log in ends if weight > 0)).astype(np.float32)
+    return _at_length(lengths, found, _fit_of(path, content, name, dict(zip(lengths, found))), seqlen)
+
+
+def _fit_of(path, content: dict, layer: str, by_length: dict[int, np.ndarray]) -> dict[str, list[float | None]]:
+    """The fit that the file holds, or for an older file the one that it would hold."""
+    if content["schema"] == OLDER_LAYERS:
+        return fit_lengths(by_length)
+    fits, num_heads = content.get("fits"), len(next(iter(by_length.values())))
+    fit = fits.get(layer) if isinstance(fits, dict) else None
+    columns = [fit.get(name) if isinstance(fit, dict) else None for name in ("slope", "intercept")]
+    for column in columns:
+        if not isinstance(column, list) or len(column) != num_heads or not all(map(_is_coefficient, column)):
+            raise FileFormatError(f"{path}: layer {layer}: fits: wants slope and intercept of each head, or null")
+    if any((slope is None) != (intercept is None) for slope, intercept in zip(*columns)):
+        raise FileFormatError(f"{path}: layer {layer}: fits: a slope without an intercept, or the other way round")
+    return fit
+
+
+def _is_coefficient(x: Any) -> bool:
+    return x is None or (isinstance(x, (int, float)) and not isinstance(x, bool) and bool(np.isfinite(x)))
 
 
 def _alike(by_length: dict) -> bool:

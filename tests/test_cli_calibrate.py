@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from test_cli import salekit as run
 
 import salekit
-from salekit.data_files import load_layers
+from salekit.data_files import iter_layers, load_layers
 from salekit.errors import ArgumentError, FileFormatError
 
 
@@ -45,7 +45,7 @@ def test_one_file(folder, tmp_path):
     target = tmp_path / "t.json"
     printed = json.loads(calibrate(folder / "one.npz", "--min-recall", 0.9, "-o", target, "--json").stdout)
     content = json.loads(target.read_text())
-    assert content["schema"] == 2 and content["block"] == [128, 32] and content["target"] == {"recall": 0.9}
+    assert content["schema"] == 3 and content["block"] == [128, 32] and content["target"] == {"recall": 0.9}
     assert content["inputs"][0]["name"] == "one.npz" and len(content["inputs"][0]["sha256"]) == 64
     assert content["measured"] == printed["measured"] and all(row["recall"] >= 0.9 for row in content["measured"])
     tau = salekit.load_thresholds(target)
@@ -73,20 +73,78 @@ def test_many_layers_and_the_table(folder, tmp_path):
 
 def test_lengths(folder, tmp_path):
     target = tmp_path / "t.json"
-    calibrate(folder / "one.npz", folder / "longer.npz", "--max-error", 5, "-o", target)
-    short, long = (np.array(json.loads(target.read_text())["layers"]["0"][n]) for n in ("320", "640"))
+    result = calibrate(folder / "one.npz", folder / "longer.npz", "--max-error", 5, "-o", target)
+    assert "layer 0: 2 heads, 320 tokens, " in result.stderr and " 640 tokens, " in result.stderr
+    content = json.loads(target.read_text())
+    short, long = (np.array(content["layers"]["0"][n]) for n in ("320", "640"))
+    assert set(content["fits"]["0"]) == {"slope", "intercept", "residual"}
     load = salekit.load_thresholds
     np.testing.assert_allclose(load(target, seqlen=320), short, rtol=1e-6)
-    np.testing.assert_allclose(load(target, seqlen=10), short, rtol=1e-6)
     np.testing.assert_allclose(load(target), long, rtol=1e-6)
-    np.testing.assert_allclose(load(target, seqlen=99999), long, rtol=1e-6)
     np.testing.assert_allclose(load(target, seqlen=round((320 * 640) ** 0.5)), np.sqrt(short * long), rtol=1e-2)
+
+
+ABOUT = {"estimator": "int8", "block": [128, 32], "query_stride": 1}
+
+
+def test_fit_over_lengths(tmp_path):
+    """A head whose tau falls as seqlen ** -0.5, one with noise, one that needs everything at one length."""
+    path, load = tmp_path / "t.json", salekit.load_thresholds
+    lengths = (1000, 2000, 4000, 8000)
+    noise = (1.1, 0.9, 0.9, 1.1)
+    found = {n: [0.3 * n**-0.5, 0.02 * x, 0.0 if n == 2000 else 0.5] for n, x in zip(lengths, noise)}
+    salekit.save_thresholds(path, {"0": found}, ABOUT)
+    fit = json.loads(path.read_text())["fits"]["0"]
+    assert fit["slope"][0] == pytest.approx(-0.5) and fit["residual"][0] == pytest.approx(0, abs=1e-9)
+    assert fit["slope"][2] is None and fit["residual"][1] > 0.05
+    for length in lengths:  # exactly what was measured
+        assert load(path, seqlen=length).tolist() == np.float32(found[length]).tolist()
+    for length in (1200, 5000, 9999, 600):
+        tau = load(path, seqlen=length)
+        assert tau.dtype == np.float32 and tau[0] == pytest.approx(0.3 * length**-0.5, rel=1e-5)
+        assert tau[1] == pytest.approx(np.exp(fit["intercept"][1] + fit["slope"][1] * np.log(length)), rel=1e-5)
+    assert [load(path, seqlen=n)[2] for n in (500, 1500, 3000, 5000, 9000)] == [0.5, 0, 0, 0.5, 0.5]
+    # No farther than four times the longest and a quarter of the shortest.
+    assert load(path, seqlen=10**6)[0] == load(path, seqlen=32_000)[0] == pytest.approx(0.3 * 32_000**-0.5, rel=1e-5)
+    assert load(path, seqlen=1)[0] == load(path, seqlen=250)[0] == pytest.approx(0.3 * 250**-0.5, rel=1e-5)
+
+
+def test_close_lengths_are_not_extrapolated(tmp_path):
+    salekit.save_thresholds(tmp_path / "t.json", {"0": {1000: [0.01], 1100: [0.02]}}, ABOUT)
+    far = salekit.load_thresholds(tmp_path / "t.json", seqlen=100_000)
+    assert far == pytest.approx(0.04, rel=1e-4)  # as far beyond as they are apart
+    salekit.save_thresholds(tmp_path / "u.json", {"0": {1000: [1e-6], 4000: [1e3]}}, ABOUT)
+    assert salekit.load_thresholds(tmp_path / "u.json", seqlen=100_000) == 2.0**12
+
+
+def test_files_without_fits(tmp_path):
+    """The version before, which held no fit, follows from the same rule."""
+    salekit.save_thresholds(tmp_path / "t.json", {"0": {1000: [0.01, 0.0], 4000: [0.02, 1.0]}}, ABOUT)
+    content = json.loads((tmp_path / "t.json").read_text())
+    del content["fits"]
+    (tmp_path / "old.json").write_text(json.dumps(content | {"schema": 2}))
+    for seqlen in (None, 100, 1000, 2345, 4000, 10**6):
+        got, want = (salekit.load_thresholds(tmp_path / name, seqlen=seqlen) for name in ("old.json", "t.json"))
+        assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "fits", [None, {}, {"0": {}}, {"0": {"slope": [0.5], "intercept": [1]}},
+             {"0": {"slope": [0.5, None], "intercept": [1.0, 2.0]}}, {"0": {"slope": [0.5, "x"], "intercept": [1, 2]}},
+             {"0": {"slope": [float("nan"), 1], "intercept": [1, 2]}}],
+)
+def test_damaged_fits(tmp_path, fits):
+    path = tmp_path / "t.json"
+    layers = {"0": {"1000": [0.01, 0.1], "4000": [0.02, 0.2]}}
+    path.write_text(json.dumps({"schema": 3, "layers": layers, "fits": fits}))
+    assert salekit.load_thresholds(path).tolist() == np.float32([0.02, 0.2]).tolist()
+    with pytest.raises(FileFormatError, match="t.json: layer 0: fits"):
+        salekit.load_thresholds(path, seqlen=2000)
 
 
 def test_thresholds_are_for_what_they_were_found_with(tmp_path):
     path = tmp_path / "t.json"
-    about = {"estimator": "int8", "block": [128, 32], "query_stride": 1}
-    salekit.save_thresholds(path, {"0": {100: [0.0, 0.5], 400: [0.25, 0.5]}}, about)
+    salekit.save_thresholds(path, {"0": {100: [0.0, 0.5], 400: [0.25, 0.5]}}, ABOUT)
     load = salekit.load_thresholds
     assert load(path, estimator="int8", block=(128, 32), seqlen=400).tolist() == [0.25, 0.5]
     assert load(path, seqlen=200).tolist() == [0, 0.5]  # what needs everything at one length needs it on the way there
@@ -102,7 +160,7 @@ def test_thresholds_are_for_what_they_were_found_with(tmp_path):
 )
 def test_damaged_files(tmp_path, layers):
     path = tmp_path / "t.json"
-    path.write_text(json.dumps({"schema": 2, "layers": layers}))
+    path.write_text(json.dumps({"schema": 3, "layers": layers}))
     with pytest.raises(FileFormatError, match="t.json"):
         salekit.load_thresholds(path)
 
@@ -121,6 +179,27 @@ def test_layers_of_files(folder, tmp_path):
     np.savez(tmp_path / "twice.npz", **{"a.1.q": tensors(8)["q"], "b.1.q": tensors(8)["q"]})
     with pytest.raises(FileFormatError, match="twice"):
         load_layers(tmp_path / "twice.npz")
+
+
+def test_layers_come_one_by_one(tmp_path):
+    """A layer that lacks a tensor is found before the first is handed out; what is wrong in one waits for its turn."""
+    whole = tensors(8, prefix="layers.0.")
+    save_file(whole | {"layers.1.q": tensors(8)["q"]}, tmp_path / "lacks.safetensors")
+    with pytest.raises(FileFormatError, match="layer 1: has no tensor 'k'"):
+        next(iter_layers(tmp_path / "lacks.safetensors"))
+    odd = tensors(8, prefix="layers.1.") | {"layers.1.v": np.zeros((1, 9, 1, 64), np.float16)}
+    save_file(whole | odd, tmp_path / "odd.safetensors")
+    np.savez(tmp_path / "odd.npz", **whole, **odd)
+    for name in ("odd.safetensors", "odd.npz"):
+        layers = iter_layers(tmp_path / name)
+        layer, (q, *_) = next(layers)
+        assert layer == "0" and np.array_equal(q, whole["layers.0.q"])
+        with pytest.raises(FileFormatError, match="layer 1"):
+            next(layers)
+    data = (tmp_path / "odd.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[:-1])
+    with pytest.raises(FileFormatError, match="cut.safetensors: is not a whole"):
+        next(iter_layers(tmp_path / "cut.safetensors"))
 
 
 def test_usage(folder, tmp_path):

@@ -75,6 +75,45 @@ def test_density_is_spent_where_it_keeps_most(layer, budget):
             assert measured.recall.mean() >= other.recall.mean() - 0.01
 
 
+def test_groups_of_heads_change_nothing():
+    """Heads whose scores do not fit together are taken in turn."""
+    rng = np.random.default_rng(0)
+    shapes = [(2, 320, heads, 64) for heads in (6, 3, 3)]
+    q, k, v = (rng.standard_normal(shape).astype(np.float16) for shape in shapes)
+    plan = arrays.make_plan(q, k, v, estimator="int8", dense_below=0, local=32)
+    whole = calibration.Layer(q, k, v, plan)
+    each = 4 * 2 * plan.num_q_blocks * plan.num_k_blocks * 2
+    for score_bytes, groups in ((0, 3), (2 * each, 2)):
+        layer = calibration.Layer(q, k, v, plan, score_bytes)
+        assert layer.num_groups == groups and whole.num_groups == 1
+        ticks = []
+        for find, *target in ((calibration.calibrate, "recall", 0.95), (calibration.calibrate_density, 0.8)):
+            ticks.clear()
+            tau, measured = find(layer, *target, lambda: ticks.append(1))
+            want_tau, want = find(whole, *target)
+            assert np.array_equal(tau, want_tau)
+            for name in ("density", "relative_error", "error", "recall"):
+                np.testing.assert_allclose(getattr(measured, name), getattr(want, name), rtol=1e-6)
+            assert len(ticks) == groups * (calibration.STEPS if len(target) == 2 else calibration.GRID)
+
+
+def test_one_estimation_pass(layer, monkeypatch):
+    """Scores once, estimate() for what is reported alone."""
+    calls = {"block_scores": 0, "estimate": 0}
+    for name in calls:
+        real = getattr(calibration, name)
+
+        def counted(*args, real=real, name=name):
+            calls[name] += 1
+            return real(*args)
+
+        monkeypatch.setattr(calibration, name, counted)
+    fresh = calibration.Layer(layer.q, layer.k, layer.v, layer.plan)
+    calibration.calibrate(fresh, "recall", 0.9)
+    calibration.calibrate_density(fresh, 0.5)
+    assert calls["block_scores"] == 1 and 2 <= calls["estimate"] <= 3
+
+
 def test_hull():
     cost, gain = np.array([0.1, 0.2, 0.3, 0.6]), np.array([0.5, 0.51, 0.9, 1.0])
     steps = calibration._hull(cost, gain)
