@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable
 
@@ -91,7 +92,8 @@ def mask_dump(
     chosen = list(heads) or list(range(num_heads))
     metadata = {"source": source.name, "tau": tau, "estimator": estimator, "query_stride": query_stride}
 
-    drawing = _drawing(mask, source.labels(num_heads), overlay, masks, tau, other)
+    scores = source.scores(estimator) if form == "html" else None
+    drawing = _drawing(mask, source.labels(num_heads), overlay, masks, tau, other, scores)
     title = f"{source.name}: {mask.seqlen_q} x {mask.seqlen_k} tokens, blocks {mask.block_q}x{mask.block_k}"
     if output:
         _save(Path(output), form, mask, drawing, chosen, title, metadata)
@@ -124,6 +126,36 @@ class _Source:
         if self.is_mask:
             return [_load_mask(self.file)]
         import salekit
+
+        _, _, plan, codes, statistics = self._prepared(estimator)
+        masks = []
+        for tau in taus:
+            limits = salekit.row_limits(*statistics, codes, float(tau), plan)
+            masks.append(salekit.estimate(codes, limits, plan).to_numpy())
+        return masks
+
+    def scores(self, estimator: str) -> Callable[[int], np.ndarray] | None:
+        """Block scores of a head, counted through the batches: float32 [num_q_blocks, num_k_blocks]. A mask: None."""
+        if self.is_mask:
+            return None
+        import salekit
+
+        q, k, plan, codes, statistics = self._prepared(estimator)
+        wanted = salekit.scores_plan(plan)
+        if wanted is not plan:
+            codes = salekit.quantize(q, k, wanted)
+        scores = salekit.block_scores(codes, *statistics, wanted)
+
+        def of_head(head: int) -> np.ndarray:
+            one = scores[divmod(head, plan.num_heads)]
+            return one if isinstance(one, np.ndarray) else one.get()
+
+        return of_head
+
+    @lru_cache(maxsize=2)
+    def _prepared(self, estimator: str) -> tuple[Any, ...]:
+        """q, k, plan, codes, anchor statistics."""
+        import salekit
         from salekit.data_files import load_qkv, load_sample
 
         q, k, v = load_sample().values() if self.file is None else load_qkv(self.file)[:3]
@@ -133,12 +165,7 @@ class _Source:
             q, k, v, block=self.block, estimator=estimator, query_stride=self.query_stride, dense_below=0
         )
         codes = salekit.quantize(q, k, plan)
-        statistics = salekit.anchor_statistics(q, k, codes.k_mean, plan)
-        masks = []
-        for tau in taus:
-            limits = salekit.row_limits(*statistics, codes, float(tau), plan)
-            masks.append(salekit.estimate(codes, limits, plan).to_numpy())
-        return masks
+        return q, k, plan, codes, salekit.anchor_statistics(q, k, codes.k_mean, plan)
 
 
 def _load_mask(file: str):
@@ -160,7 +187,7 @@ def _shape(mask) -> tuple[int, ...]:
 
 
 # --- what is drawn -------------------------------------------------------------------------------------------------
-def _drawing(mask, labels: list[str], overlay: str, tau_masks: list[Any], tau: float, other):
+def _drawing(mask, labels: list[str], overlay: str, tau_masks: list[Any], tau: float, other, scores):
     from salekit import mask_lists
 
     from . import mask_pictures as pictures
@@ -181,7 +208,7 @@ def _drawing(mask, labels: list[str], overlay: str, tau_masks: list[Any], tau: f
         kinds = lambda bits, head: sum(_head(m, head).astype(np.uint8) for m in tau_masks)  # noqa: E731
     return pictures.Drawing(
         layers, lambda head: kinds(_head(mask, head), head), labels, mask.visible(), mask.block_q, mask.block_k,
-        mask.seqlen_q, mask.seqlen_k,
+        mask.seqlen_q, mask.seqlen_k, scores,
     )
 
 

@@ -17,6 +17,8 @@ from . import render
 
 MAX_PIXELS = 4096  # a side of a PNG; larger masks are drawn coarser
 MAX_CELLS = (4096, 8192)  # rows and columns of a head in a page
+MAX_PAGE_BYTES = 20_000_000  # of a page with best scores; a larger one goes without
+LOWEST_SCORE = float(np.log(2.0**-20))  # in a page; smaller ones are shown as this one
 FAINTEST = 0.15  # what a cell with one set block of many is drawn as
 GAP = 4  # pixels between the heads of a sheet
 _PANEL = 480  # units of a head's width in an SVG, and most of its cells: a viewer that scales down would drop some
@@ -48,6 +50,7 @@ class Drawing:
     """What is drawn: kinds(head) is uint8 [num_q_blocks, num_k_blocks], 0 where nothing is, else 1 + the layer's index.
 
     labels: a text a head. Where a cell stands for several blocks the last layer that is in it gives the colour.
+    scores(head): float32 like kinds(head), salekit.block_scores, for pages; None where they are not known.
     """
 
     layers: tuple[Layer, ...]
@@ -58,6 +61,7 @@ class Drawing:
     block_k: int
     seqlen_q: int
     seqlen_k: int
+    scores: Callable[[int], np.ndarray] | None = None
 
 
 def pooled(values: np.ndarray, rows: int, columns: int, reduce: Any = np.add) -> np.ndarray:
@@ -161,6 +165,41 @@ def encode_svg(drawing: Drawing, heads: list[int], title: str) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+def score_codes(scores: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """(uint8 codes, low, high) of natural logarithms: 1 to 254 stand for low to high, in even steps.
+
+    0: nothing is there (-inf); 255: selected at every finite tau. low is at least LOWEST_SCORE, and stands for what is
+    below.
+    """
+    least, most = np.float32(LOWEST_SCORE), np.finfo(np.float32).max
+    known = (scores > -np.inf) & (scores < most)
+    clipped = np.maximum(scores, least, where=known, out=np.zeros_like(scores))
+    low, high = (float(f(clipped[known])) if known.any() else 0.0 for f in (np.min, np.max))
+    steps = np.rint((clipped - low) * (253 / max(high - low, 1e-6))) + 1
+    codes = np.where(known, steps, np.where(scores >= most, 255, 0))
+    return codes.astype(np.uint8), low, high
+
+
+def _packed(cells: np.ndarray) -> str:
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(cells).tobytes(), 6)).decode()
+
+
+def _add_scores(data: dict[str, Any], drawing: Drawing, heads: list[int], shape: tuple[int, int]) -> str:
+    """Adds "best", codes a head, to a page's heads; returns why not, or an empty text."""
+    if drawing.scores is None:
+        return "no best scores: made from masks"
+    size = sum(len(entry["cells"]) for entry in data["heads"])
+    for entry, head in zip(data["heads"], heads):
+        codes, low, high = score_codes(pooled(drawing.scores(head), *shape, np.maximum))
+        entry["best"] = {"codes": _packed(codes), "low": low, "high": high}
+        size += len(entry["best"]["codes"])
+        if size > MAX_PAGE_BYTES:
+            for other in data["heads"]:
+                other.pop("best", None)
+            return f"best scores left out: the page would exceed {MAX_PAGE_BYTES // 10**6} MB; choose fewer heads"
+    return ""
+
+
 def encode_html(drawing: Drawing, heads: list[int], title: str) -> str:
     """One page that needs nothing else: choose a head, zoom, drag, and read what is under the pointer."""
     shape = tuple(min(size, most) for size, most in zip(drawing.visible.shape, MAX_CELLS))
@@ -180,14 +219,14 @@ def encode_html(drawing: Drawing, heads: list[int], title: str) -> str:
     }
     for head in heads:
         kinds = drawing.kinds(head)
-        packed = zlib.compress(np.ascontiguousarray(pooled(kinds, *shape, np.maximum)).tobytes(), 6)
         data["heads"].append(
             {
                 "label": drawing.labels[head],
                 "set": [int(count) for count in (kinds > 0).sum(axis=1)],
-                "cells": base64.b64encode(packed).decode(),
+                "cells": _packed(pooled(kinds, *shape, np.maximum)),
             }
         )
+    data["note"] = _add_scores(data, drawing, heads, shape)
     page = resources.files("salekit.cli").joinpath("mask_view.html").read_text(encoding="utf-8")
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # nothing in it may end the script
     return page.replace("{{title}}", escape(title)).replace("{{data}}", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import re
 import shutil
@@ -133,18 +134,136 @@ def test_page(files, tmp_path):
         assert entry["set"] == dense[head].sum(axis=1).tolist()
 
 
-@pytest.mark.skipif(not (shutil.which("chromium") or shutil.which("chromium-browser")), reason="needs Chromium")
+def best_scores(entry, shape) -> np.ndarray:
+    """What a page shows: natural logarithms, +inf and -inf."""
+    best = entry["best"]
+    codes = np.frombuffer(zlib.decompress(base64.b64decode(best["codes"])), np.uint8).reshape(shape).astype(float)
+    values = best["low"] + (codes - 1) / 253 * (best["high"] - best["low"])
+    return np.where(codes == 0, -np.inf, np.where(codes == 255, np.inf, values))
+
+
+def sample_scores(folder) -> np.ndarray:
+    """float32 [2, num_q_blocks, num_k_blocks] of qkv.npz."""
+    import salekit as package
+    from salekit.data_files import load_qkv
+
+    q, k, v, _ = load_qkv(folder / "qkv.npz")
+    plan = package.make_plan(q, k, v, estimator="int8", dense_below=0)
+    codes = package.quantize(q, k, plan)
+    return package.block_scores(codes, *package.anchor_statistics(q, k, codes.k_mean, plan), plan)[0]
+
+
+def test_best_scores_of_a_page(files, tmp_path):
+    folder = files[0]
+    dump(folder / "qkv.npz", "--estimator", "int8", "--format", "html", "-o", tmp_path / "m.html")
+    data = page_data(tmp_path / "m.html")
+    scores = sample_scores(folder)
+    assert data["note"] == "" and len(data["heads"]) == 2
+    for entry, want in zip(data["heads"], scores):
+        got = best_scores(entry, want.shape)
+        finite = np.isfinite(want)
+        assert np.array_equal(got[~finite], want[~finite]) and finite.any()
+        step = (entry["best"]["high"] - entry["best"]["low"]) / 253
+        assert np.abs(got[finite] - want[finite]).max() <= step / 2 + 1e-6 and step < 0.1
+
+
+def test_pages_without_best_scores(files, tmp_path, monkeypatch):
+    from salekit.cli import mask_pictures
+
+    folder, one, _ = files
+    dump(folder / "one.npz", "--format", "html", "-o", tmp_path / "m.html")
+    data = page_data(tmp_path / "m.html")
+    assert data["note"] == "no best scores: made from masks" and not any("best" in entry for entry in data["heads"])
+    scores = sample_scores(folder)
+    drawing = mask_pictures.Drawing(
+        mask_pictures.SELECTED, lambda head: (scores[head] > -5).astype(np.uint8), ["a", "b"], scores[0] > -np.inf,
+        128, 32, 700, 700, scores.__getitem__,
+    )
+
+    def data_of(heads):
+        return json.loads(re.search(r"const mask = (\{.*\});", mask_pictures.encode_html(drawing, heads, "t")).group(1))
+
+    (entry,) = data_of([0])["heads"]
+    monkeypatch.setattr(mask_pictures, "MAX_PAGE_BYTES", len(entry["cells"]) + len(entry["best"]["codes"]))
+    for heads, kept in (([0], True), ([0, 1], False)):
+        data = data_of(heads)
+        assert all(("best" in entry) == kept for entry in data["heads"])
+        assert ("left out" in data["note"]) != kept
+
+
+def test_score_codes():
+    from salekit.cli.mask_pictures import LOWEST_SCORE, score_codes
+
+    most = np.finfo(np.float32).max
+    scores = np.array([-np.inf, np.inf, most, -100, -3.0, 2.5], np.float32)
+    codes, low, high = score_codes(scores)
+    assert low == pytest.approx(LOWEST_SCORE) and high == 2.5
+    assert codes.dtype == np.uint8 and codes.tolist()[:4] == [0, 255, 255, 1] and codes[5] == 254
+    assert low + (codes[4] - 1) / 253 * (high - low) == pytest.approx(-3, abs=(high - low) / 500)
+    assert score_codes(np.full(3, -np.inf, np.float32))[0].tolist() == [0, 0, 0]
+    assert score_codes(np.full(2, 1.5, np.float32))[0].tolist() == [1, 1]
+
+
+HOVER = """<script>
+const waiting = setInterval(() => {
+  if (!document.body.dataset.ready) return;
+  clearInterval(waiting);
+  const box = view.getBoundingClientRect(), found = [];
+  for (const [row, column] of SPOTS) {
+    view.dispatchEvent(new PointerEvent("pointermove", {
+      clientX: box.left + (column + 0.5) / mask.columns * box.width,
+      clientY: box.top + (row + 0.5) / mask.rows * box.height,
+    }));
+    found.push(under.textContent);
+  }
+  document.body.dataset.found = JSON.stringify(found);
+}, 10);
+</script>"""
+
+
+def open_in_browser(page, profile) -> str:
+    """The document that Chromium makes of a page."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom")
+    command = [browser, *options, f"--user-data-dir={profile}", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
+needs_browser = pytest.mark.skipif(
+    not (shutil.which("chromium") or shutil.which("chromium-browser")), reason="needs Chromium"
+)
+
+
+@needs_browser
 def test_page_opens_in_a_browser(files, tmp_path):
     folder, one, _ = files
     dump(folder / "one.npz", "--format", "html", "-o", tmp_path / "m.html", "--head", 5)
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom")
-    page = subprocess.run(
-        [browser, *options, f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "m.html").as_uri()],
-        capture_output=True, text=True, timeout=120,
-    ).stdout
+    page = open_in_browser(tmp_path / "m.html", tmp_path / "profile")
     count = int(one.to_dense().reshape(6, -1)[5].sum())
     assert 'data-ready="0"' in page and f": {count} of {one.visible().sum()} visible blocks set<" in page
+    assert "no best scores: made from masks" in page
+
+
+@needs_browser
+def test_hover_shows_best_scores(files, tmp_path):
+    """The pointer over a scored block, an anchor and a block that no row sees."""
+    folder = files[0]
+    dump(folder / "qkv.npz", "--estimator", "int8", "--format", "html", "-o", tmp_path / "m.html", "--head", 1)
+    scores = sample_scores(folder)[1]
+    scored = np.argwhere(np.isfinite(scores))[-1]
+    spots = [scored.tolist(), [3, 0], [0, 21]]
+    text = (tmp_path / "m.html").read_text()
+    assert "</body>" in text
+    (tmp_path / "hover.html").write_text(text.replace("</body>", HOVER.replace("SPOTS", str(spots)) + "</body>"))
+    document = html.unescape(open_in_browser(tmp_path / "hover.html", tmp_path / "profile"))
+    seen = json.loads(re.search(r'data-found="(\[.*?\])"', document).group(1))
+    value = best_scores(page_data(tmp_path / "m.html")["heads"][0], scores.shape)[tuple(scored)]
+    assert f"key block {scored[1]} " in seen[0]
+    shown = float(re.search(r"; best score ([\d.e-]+);", seen[0]).group(1))
+    assert shown == pytest.approx(np.exp(value), rel=0.05)
+    assert shown == pytest.approx(np.exp(scores[tuple(scored)]), rel=0.1)
+    assert "; selected at every tau; " in seen[1]
+    assert "not visible" in seen[2] and "best" not in seen[2]
 
 
 def test_large_masks_keep_isolated_blocks(tmp_path):
