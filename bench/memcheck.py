@@ -17,6 +17,7 @@ import numpy as np
 
 import salekit
 from salekit.jit import device_arch
+from salekit.output_difference import output_sums
 from salekit.plans import BLOCKS, ESTIMATORS, LOW_BIT_ARCHS
 
 cupy.cuda.set_allocator(None)
@@ -53,11 +54,16 @@ def main() -> None:
             attend._launch_sm80(*gpu, mask, plan, out, lse)
             if estimator != "int4":
                 plan = plan.replace(arch="sm_80")  # all rows' codes in tiles, which is what the mma kernel reads
-                codes = salekit.quantize(*gpu[:2], plan)
-                m, l = salekit.anchor_statistics(*gpu[:2], codes.k_mean, plan)
+            codes = salekit.quantize(*gpu[:2], plan)
+            m, l = salekit.anchor_statistics(*gpu[:2], codes.k_mean, plan)
+            if estimator != "int4":
                 limits = salekit.row_limits(m, l, codes, 0.008, plan)
                 same = estimate.estimate(codes, limits, plan, kernel="mma")
                 assert np.array_equal(same.words.get(), mask.words.get())
+            by_scores = salekit.mask_from_scores(salekit.block_scores(codes, m, l, plan), 0.008, plan)
+            assert np.bitwise_count(by_scores.words.get() ^ mask.words.get()).sum() <= 1  # one that rounding decides
+            lse = cupy.zeros((1, 4, seqlen_q), np.float32)
+            assert output_sums(out, lse, out, lse, plan).squares.max() == 0
             calls += 1
         dense = salekit.dense_attention(*gpu).get().astype(np.float32)
         twin = salekit.dense_attention(q, k, v).astype(np.float32)

@@ -72,10 +72,12 @@ def calibrate(
     }
     thresholds.save_thresholds(output, found, about)
     render.note(f"wrote {output}")
+    fits = {layer: thresholds.fit_lengths(by_length) for layer, by_length in found.items() if len(by_length) > 1}
     if as_json:
-        render.print_json({"schema": 1, "kind": "salekit-calibration", **about})
+        render.print_json({"schema": 1, "kind": "salekit-calibration", **about, "fits": fits})
     else:
         _print(rows, target, value)
+        _print_fits(fits)
 
 
 def _sha256(file: str) -> str:
@@ -127,3 +129,15 @@ def _print(rows: list[dict[str, Any]], target: str, value: float) -> None:
     )
     mean = sum(row["density"] for row in rows) / len(rows)
     render.text(f"mean density {mean:.4f}")
+
+
+def _print_fits(fits: dict[str, dict[str, list]]) -> None:
+    """How tau moves with the length, of layers with several."""
+    rows = [
+        [layer, head, *("-" if x is None else f"{x:.3g}" for x in numbers)]
+        for layer, fit in fits.items()
+        for head, numbers in enumerate(zip(fit["slope"], fit["residual"]))
+    ]
+    if rows:
+        render.text()
+        render.table("ln tau over ln seqlen", ["layer", "head", "slope", "residual"], rows)

@@ -52,8 +52,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr, gone when done; yields a function that advances it by one."""
-    with Progress(console=_console(stderr=True), transient=True) as bar:
+    """A progress bar on stderr, gone when done, where that is a terminal; yields a function that advances it by one."""
+    console = _console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=total)
         yield lambda: bar.advance(task)
 

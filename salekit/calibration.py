@@ -195,12 +195,16 @@ def calibrate_density(
     taus = np.exp2(np.linspace(*LOG2_RANGE[::-1], GRID)).astype(np.float32)  # from the sparsest
     costs, gains = [], []
     for _, group in layer.groups():
-        measured = []
+        cost, gain = [], []
         for tau in taus:
-            measured.append(group.measure(group.mask_by_scores(tau)))
+            mask = group.mask_by_scores(tau)
+            cost.append(mask.density().mean(axis=0))
+            # The masks of falling taus hold each other: those of one density are the same.
+            same = len(cost) > 1 and np.array_equal(cost[-1], cost[-2])
+            gain.append(gain[-1] if same else group.measure(mask, with_density=False).recall)
             tick()
-        costs.append([m.density for m in measured])
-        gains.append([m.recall for m in measured])
+        costs.append(cost)
+        gains.append(gain)
     cost, gain = np.concatenate(costs, axis=1), np.nan_to_num(np.concatenate(gains, axis=1))
     place = _spend(cost, gain, density * layer.plan.num_heads)
     thresholds = taus[place]

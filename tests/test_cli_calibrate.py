@@ -76,6 +76,7 @@ def test_lengths(folder, tmp_path):
     result = calibrate(folder / "one.npz", folder / "longer.npz", "--max-error", 5, "-o", target)
     assert "layer 0: 2 heads, 320 tokens, " in result.stderr and " 640 tokens, " in result.stderr
     content = json.loads(target.read_text())
+    assert "slope" in result.stdout and "residual" in result.stdout
     short, long = (np.array(content["layers"]["0"][n]) for n in ("320", "640"))
     assert set(content["fits"]["0"]) == {"slope", "intercept", "residual"}
     load = salekit.load_thresholds
@@ -223,7 +224,7 @@ def test_usage(folder, tmp_path):
 
 def test_interrupted_calibration_leaves_nothing(tmp_path):
     rng = np.random.default_rng(0)
-    shapes = {"q": (1, 6000, 2, 64), "k": (1, 6000, 1, 64), "v": (1, 6000, 1, 64)}
+    shapes = {"q": (1, 16000, 2, 64), "k": (1, 16000, 1, 64), "v": (1, 16000, 1, 64)}
     arrays = {name: rng.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()}
     np.savez(tmp_path / "in.npz", **arrays)
     command = [sys.executable, "-m", "salekit", "calibrate", tmp_path / "in.npz", "--backend", "numpy"]

@@ -262,7 +262,7 @@ def test_hover_shows_best_scores(files, tmp_path):
     shown = float(re.search(r"; best score ([\d.e-]+);", seen[0]).group(1))
     assert shown == pytest.approx(np.exp(value), rel=0.05)
     assert shown == pytest.approx(np.exp(scores[tuple(scored)]), rel=0.1)
-    assert "; selected at every tau; " in seen[1]
+    assert "; kept at every tau; " in seen[1]
     assert "not visible" in seen[2] and "best" not in seen[2]
 
 
