@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 
 from . import arrays, jit, low_bit, reference, tensor_map
-from .attend_grid import DENSE_BLOCK_Q, NULL, SM90_THREADS, expand_log2, persistent_grid
+from .attend_grid import (
+    DENSE_BLOCK_Q,
+    NULL,
+    SM90_THREADS,
+    carried_floats,
+    expand_log2,
+    persistent_grid,
+    segment_starts,
+    segments,
+    whole_call,
+)
 from .block_mask import BlockMask
 from .plans import KEY_BLOCK, Plan, ceil_div
 
@@ -56,26 +66,34 @@ def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
     if plan.attend == "int8-fp8":
         return low_bit.kernel_specs(plan, list(block_rows))
     hopper = [_sm90_spec(plan, block_q) for block_q in block_rows] if arch == "sm_90a" else []
+    if hopper and len(segment_starts(plan)) > 1:
+        hopper.append(_sm90_spec(plan, plan.block_q, in_segments=True))
     return hopper + [_sm80_spec(plan, block_q, STAGES) for block_q in block_rows]
 
 
 def _launch_sm90(q: Any, k: Any, v: Any, mask: BlockMask | None, plan: Plan, out: Any, lse: Any) -> None:
-    num_ctas, next_item = persistent_grid(plan)
-    jit.get_kernel(_sm90_spec(plan, DENSE_BLOCK_Q if mask is None else mask.block_q))(
-        (num_ctas,),
-        (SM90_THREADS,),
-        (
-            tensor_map.tensor_map(q, DENSE_BLOCK_Q),
-            *(tensor_map.tensor_map(x, rows) for rows in (KEY_BLOCK, _SM90_TILE_K) for x in (k, v)),
-            arrays.tensor_view(out),
-            NULL if lse is None else lse,
-            NULL if mask is None else mask.words,
-            np.int32(expand_log2(mask)),
-            next_item,
-            plan.shape_record,
-            np.float32(plan.softmax_scale),
-        ),
+    args = (
+        tensor_map.tensor_map(q, DENSE_BLOCK_Q),
+        *(tensor_map.tensor_map(x, rows) for rows in (KEY_BLOCK, _SM90_TILE_K) for x in (k, v)),
+        arrays.tensor_view(out),
+        NULL if lse is None else lse,
+        NULL if mask is None else mask.words,
+        np.int32(expand_log2(mask)),
     )
+    shape = (plan.shape_record, np.float32(plan.softmax_scale))
+    block_q = DENSE_BLOCK_Q if mask is None else mask.block_q
+    if mask is None or len(segment_starts(plan)) == 1:
+        num_ctas, next_item = persistent_grid(plan)
+        kernel = jit.get_kernel(_sm90_spec(plan, block_q))
+        kernel((num_ctas,), (SM90_THREADS,), (*args, next_item, *shape, whole_call(plan), NULL))
+        return
+    kernel = jit.get_kernel(_sm90_spec(plan, block_q, in_segments=True))
+    records = segments(plan)
+    carried = arrays.empty((carried_floats(plan, records),), np.float32)
+    next_items = arrays.zeros((len(records),), np.uint32)
+    for i, record in enumerate(records):
+        num_ctas = min(int(record["num_items"][0]), jit.multiprocessors())
+        kernel((num_ctas,), (SM90_THREADS,), (*args, next_items[i : i + 1], *shape, record, carried))
 
 
 def _launch_sm80(
@@ -112,6 +130,6 @@ def _sm80_spec(plan: Plan, block_q: int, stages: int) -> jit.KernelSpec:
     )
 
 
-def _sm90_spec(plan: Plan, mask_rows: int) -> jit.KernelSpec:
-    template = (str(plan.head_dim), plan.element, str(mask_rows))
+def _sm90_spec(plan: Plan, mask_rows: int, in_segments: bool = False) -> jit.KernelSpec:
+    template = (str(plan.head_dim), plan.element, str(mask_rows), "true" if in_segments else "false")
     return jit.KernelSpec("attend_sm90", template, f"AttendSm90Storage<{plan.head_dim}>")

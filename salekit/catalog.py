@@ -22,6 +22,7 @@ STAGES = {
     "attend": attend_specs,
     "pipeline": pipeline_specs,
 }
+_LONG = 2**20  # tokens: the keys are attended in segments
 TOOLS = {"scores": scores_specs, "difference": difference_specs, "workload": workload_specs}  # outside of a call
 
 
@@ -48,6 +49,8 @@ def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
         for stage, specs in STAGES.items():
             for spec in specs(plan):
                 found.setdefault(spec, stage)
+        for spec in attend_specs(plan.replace(seqlen_q=_LONG, seqlen_k=_LONG)):
+            found.setdefault(spec, "attend")
         if arch in LOW_BIT_ARCHS:
             for spec in attend_specs(plan.replace(attend="int8-fp8")):
                 found.setdefault(spec, "attend")

@@ -46,7 +46,7 @@ class Deferred:
     address: int  # a symbol's
 
     def write(self, address: int, target: int) -> None:
-        """Write the argument for the data at ``address`` to the host memory at ``target``, the same each time."""
+        """Write the argument for the data at ``address`` to the host memory at ``target``."""
         raise NotImplementedError
 
 

@@ -77,14 +77,14 @@ class _DeferredMap(programs.Deferred):
     def __init__(self, address: int, encoder: _Encoder):
         self.address = address
         self._encoder = encoder
-        self._replace = None
+        self._written: set[int] = set()  # where maps are: several launches may have one argument
 
     def write(self, address: int, target: int) -> None:
-        if self._replace is None:
+        if target not in self._written:
             self._encoder.encode(address, target)
-            self._replace = _driver("ReplaceAddress")
+            self._written.add(target)
         else:
-            error = self._replace(target, address)
+            error = _driver("ReplaceAddress")(target, address)
             if error:
                 self._encoder.check(error)
 

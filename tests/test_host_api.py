@@ -53,7 +53,7 @@ def test_names_and_signatures():
     assert str(inspect.signature(salekit.sparse_attention)).replace("'", "").split(" -> ")[0] == (
         "(q: Any, k: Any, v: Any, *, thresholds: Any = 0.008, causal: bool = True, softmax_scale: float | None = None, "
         "layout: str = bshd, estimator: str = auto, attend: str = exact, block: tuple[int, int] = (128, 32), "
-        "query_stride: int = 1, full_rows: int = 1024, sink: int = 32, local: int = 128, dense_below: int = 1024, "
+        "query_stride: int = 1, full_rows: int = 1024, sink: int = 32, local: int = 128, dense_below: int = 8192, "
         "return_lse: bool = False, return_mask: bool = False, out: Any = None, stream: Any = None)"
     )
 
@@ -240,7 +240,10 @@ def test_bad_calls(call, error, match):
 def test_sample_at_the_default_threshold():
     sample = salekit.load_sample()
     q, k, v = (x[:, :2048] for x in sample.values())
-    out, mask = salekit.sparse_attention(q, k, v, return_mask=True)
+    out, mask = salekit.sparse_attention(q, k, v, dense_below=0, return_mask=True)
     dense = salekit.dense_attention(q, k, v).astype(np.float64)
     assert (mask.density() < 0.9).any()
     assert np.abs(out.astype(np.float64) - dense).sum() <= 0.2 * np.abs(dense).sum()
+    same, everything = salekit.sparse_attention(q, k, v, return_mask=True)  # dense by its length
+    assert same.tobytes() == salekit.dense_attention(q, k, v).tobytes()
+    assert (everything.density() == 1).all()

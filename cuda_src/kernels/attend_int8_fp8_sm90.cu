@@ -223,6 +223,7 @@ __global__ void __launch_bounds__(384, 1)
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   AttendRing<LOW_BIT_STAGES>& ring = smem.ring;
+  const Segment segment = Segment::whole(shape);
   if (threadIdx.x < 128) {
     setmaxnreg_dec<40>();
     if (warp == 0) {
@@ -235,7 +236,7 @@ __global__ void __launch_bounds__(384, 1)
         load_slots<SLOT_BYTES>(shared_address(smem.K_smem[stage]), k_codes_gmem + first_row * HEAD_DIM, keys, barrier);
         load_slots<SCALE_BYTES>(shared_address(smem.k_scales[stage]), scales, keys, barrier);
       };
-      hand_out_items<MASK_ROWS>(ring, shape, mask_gmem, expand_log2, next_item, load_k);
+      hand_out_items<MASK_ROWS>(ring, shape, segment, mask_gmem, expand_log2, next_item, load_k);
     } else if (warp == 1) {
       auto load_q = [&](const Rows& rows) {
         constexpr uint32_t BYTES = ATTEND_BLOCK_Q * HEAD_DIM;
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(384, 1)
         load_slots<V_SLOT_BYTES>(shared_address(smem.V_smem[stage]), v_codes_gmem + first_row * (HEAD_DIM + 8), keys,
                                  shared_address(&ring.v_full[stage]));
       };
-      fetch_queries_and_values<MASK_ROWS>(ring, shape, mask_gmem, expand_log2, load_q, load_v);
+      fetch_queries_and_values<MASK_ROWS>(ring, shape, segment, mask_gmem, expand_log2, load_q, load_v);
     }
   } else {
     setmaxnreg_inc<232>();
@@ -353,7 +354,7 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll
           for (int i = 0; i < EARLY_EXPONENTIALS; ++i) x[i] = early[i];
           state.exponentiate<EARLY_EXPONENTIALS, 64>(x);
-            round_p(p, x);
+          round_p(p, x);
           stage = next;
           phase = next_phase;
         }

@@ -10,6 +10,8 @@
 // Grid: a CTA of 384 threads for each multiprocessor, or fewer; each takes one work item (128 rows of a head) after the
 // other from a counter and fetches the next one's tiles while it finishes this one. Items are KV-head-major, longest
 // rows first; a run of neighbouring query blocks of one head comes before the next head: they share K and V in the L2.
+// Where a KV head's keys and values do not fit the L2, a call is launches over segments of its keys (IN_SEGMENTS): what a
+// row has summed so far waits in memory from one segment to the next.
 #include "ptx/bar_sync.cuh"
 #include "ptx/bulk_tensor.cuh"
 #include "ptx/cp_async.cuh"
@@ -152,12 +154,40 @@ __device__ __forceinline__ void round_p(uint32_t (&p)[8][4], const float (&s)[64
   for (int i = 0; i < 32; ++i) p[i / 4][i % 4] = Element::pack(s[2 * i], s[2 * i + 1]);
 }
 
-template <int HEAD_DIM, typename Element, int MASK_ROWS>
+// Where a lane keeps its sums and outputs between segments: float4s, 128 apart, those of the tops and sums last.
+template <int HEAD_DIM>
+struct CarriedState {
+  static constexpr int FOURS = HEAD_DIM / 8 + 1;
+  float4* mine;
+
+  __device__ CarriedState(float4* carried_gmem, int slot, int warpgroup)
+      : mine(carried_gmem + (int64_t(slot) * 2 + warpgroup) * (FOURS * 128) + threadIdx.x % 128) {}
+
+  __device__ void load(float (&o)[HEAD_DIM / 2], RowState& state) const {
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; ++i) {
+      const float4 x = __ldcs(mine + i * 128);
+      o[4 * i] = x.x, o[4 * i + 1] = x.y, o[4 * i + 2] = x.z, o[4 * i + 3] = x.w;
+    }
+    const float4 x = __ldcs(mine + (FOURS - 1) * 128);
+    state.top[0] = x.x, state.top[1] = x.y, state.sum[0] = x.z, state.sum[1] = x.w;
+  }
+
+  __device__ void store(const float (&o)[HEAD_DIM / 2], const RowState& state) const {
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; ++i)
+      __stcs(mine + i * 128, make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]));
+    __stcs(mine + (FOURS - 1) * 128, make_float4(state.top[0], state.top[1], state.sum[0], state.sum[1]));
+  }
+};
+
+template <int HEAD_DIM, typename Element, int MASK_ROWS, bool IN_SEGMENTS>
 __global__ void __launch_bounds__(384, 1)
     attend_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                 const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap k_wide_map,
                 const __grid_constant__ TensorMap v_wide_map, TensorView out, float* lse_gmem,
-                const uint32_t* mask_gmem, int expand_log2, uint32_t* next_item, Shape shape, float softmax_scale) {
+                const uint32_t* mask_gmem, int expand_log2, uint32_t* next_item, Shape shape, float softmax_scale,
+                Segment part, float4* carried_gmem) {
   using Storage = AttendSm90Storage<HEAD_DIM>;
   constexpr int HALVES = Storage::HALVES;
   constexpr uint32_t TILE_BYTES = HALVES * ATTEND_TILE_K * HALF_BYTES;
@@ -169,13 +199,14 @@ __global__ void __launch_bounds__(384, 1)
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   AttendRing<ATTEND_STAGES>& ring = smem.ring;
+  const Segment segment = IN_SEGMENTS ? part : Segment::whole(shape);
   if (threadIdx.x < 128) {
     setmaxnreg_dec<40>();
     if (warp == 0) {
       auto load_k = [&](const Rows& rows, const SlotKeys& keys, int stage) {
         load_tile<HEAD_DIM>(smem.K_smem[stage], k_map, k_wide_map, keys, rows, &ring.k_full[stage]);
       };
-      hand_out_items<MASK_ROWS>(ring, shape, mask_gmem, expand_log2, next_item, load_k);
+      hand_out_items<MASK_ROWS>(ring, shape, segment, mask_gmem, expand_log2, next_item, load_k);
     } else if (warp == 1) {
       auto load_q = [&](const Rows& rows) {
         mbarrier_arrive_expect_tx(&ring.q_full, HALVES * ATTEND_BLOCK_Q * HALF_BYTES);
@@ -186,7 +217,7 @@ __global__ void __launch_bounds__(384, 1)
       auto load_v = [&](const Rows& rows, const SlotKeys& keys, int stage) {
         load_tile<HEAD_DIM>(smem.V_smem[stage], v_map, v_wide_map, keys, rows, &ring.v_full[stage]);
       };
-      fetch_queries_and_values<MASK_ROWS>(ring, shape, mask_gmem, expand_log2, load_q, load_v);
+      fetch_queries_and_values<MASK_ROWS>(ring, shape, segment, mask_gmem, expand_log2, load_q, load_v);
     }
   } else {
     setmaxnreg_inc<232>();
@@ -219,6 +250,13 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll
       for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0;
       RowState state;
+      // A row's first segment starts at nothing, its last one stores the output; it is in no segment after that.
+      const int num_visible = IN_SEGMENTS ? rows.num_visible(shape) : 0;
+      const bool is_first = !IN_SEGMENTS || segment.first_block == 0;
+      const bool is_last = !IN_SEGMENTS || num_visible <= segment.end_block;
+      const bool is_done = !is_first && num_visible <= segment.first_block;
+      const CarriedState<HEAD_DIM> carried(carried_gmem, item.index - segment.first_item, warpgroup);
+      if (!is_first && !is_done) carried.load(o, state);
 
       mbarrier_wait(&ring.q_full, q_phase);
       q_phase ^= 1;
@@ -233,6 +271,12 @@ __global__ void __launch_bounds__(384, 1)
         if (leader) mbarrier_arrive(&ring.k_empty[stage]);
         mask_tile(s, first_tile);
         state.raise(s, scale_log2);
+        if (!is_first) {
+#pragma unroll
+          for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] *= state.rescale[i / 2 % 2];
+#pragma unroll
+          for (int r = 0; r < 2; ++r) state.sum[r] *= state.rescale[r];
+        }
         state.exponentiate<0, 64>(s, scale_log2);
         state.add(s);
         round_p<Element>(p, s);
@@ -286,6 +330,11 @@ __global__ void __launch_bounds__(384, 1)
         touch(o);
         if (leader) mbarrier_arrive(&ring.v_empty[stage]);
         if (++stage == ATTEND_STAGES) stage = 0, phase ^= 1;
+      }
+      if (is_done) continue;
+      if (!is_last) {
+        carried.store(o, state);
+        continue;
       }
 
 #pragma unroll

@@ -23,6 +23,8 @@ constexpr int ESTIMATE_STAGES = 6;
 constexpr int ESTIMATE_CONSUMERS = 2;       // warpgroups
 constexpr int ESTIMATE_TILES_PER_WORD = 8;  // 128-key tiles of a mask word
 constexpr int ESTIMATE_VOTE_WORDS = 32;     // words between two stores
+constexpr int ESTIMATE_RUN = 16;            // tiles of pruned rows in straight code
+static_assert(ESTIMATE_VOTE_WORDS * ESTIMATE_TILES_PER_WORD % ESTIMATE_RUN == 0, "no run goes past a store");
 
 template <int HEAD_DIM>
 struct EstimateInt8Storage {
@@ -142,6 +144,19 @@ struct Voter {
       if (threadIdx.x % 32 == 0) mbarrier_arrive(&smem.empty[done]);
       votes[1] |= of_tile<NUM>(lower, 1, num_present) << shift;
       if (has_next) start(lower, 1);
+      if (has_next && i % ESTIMATE_TILES_PER_WORD == ESTIMATE_TILES_PER_WORD - 1)
+        keep_word((tile + i) / ESTIMATE_TILES_PER_WORD);
+    }
+  }
+
+  // The current word's votes of this warp's rows go to shared memory.
+  __device__ __forceinline__ void keep_word(int word) {
+    const int warp = threadIdx.x / 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t of_warp = __reduce_or_sync(~0u, votes[half]);
+      if (threadIdx.x % 32 == 0) smem.votes[warp / 4][half][warp % 4][word % ESTIMATE_VOTE_WORDS] = of_warp;
+      votes[half] = 0;
     }
   }
 
@@ -264,12 +279,7 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
     auto store = [&](int tile) {
       if (tile % ESTIMATE_TILES_PER_WORD != ESTIMATE_TILES_PER_WORD - 1 && tile != num_tiles - 1) return;
       const int word = tile / ESTIMATE_TILES_PER_WORD;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t of_warp = __reduce_or_sync(~0u, voter.votes[half]);
-        if (lane == 0) smem.votes[warpgroup][half][warp][word % ESTIMATE_VOTE_WORDS] = of_warp;
-        voter.votes[half] = 0;
-      }
+      voter.keep_word(word);
       if (word % ESTIMATE_VOTE_WORDS == ESTIMATE_VOTE_WORDS - 1 || tile == num_tiles - 1) {
         bar_sync(1 + warpgroup, 128);
         store_words(word / ESTIMATE_VOTE_WORDS * ESTIMATE_VOTE_WORDS, word + 1);
@@ -278,10 +288,13 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
     };
     int tile = 0;
     if constexpr (SPARSE) {  // the dense products are twice as long and lose by it
-      constexpr int NUM = 4;
-      for (; tile + NUM <= num_tiles - int(ragged); tile += NUM) {
-        voter.template estimate<NUM>(tile);
-        store(tile + NUM - 1);
+      for (; tile + ESTIMATE_RUN <= num_tiles - int(ragged); tile += ESTIMATE_RUN) {
+        voter.template estimate<ESTIMATE_RUN>(tile);
+        store(tile + ESTIMATE_RUN - 1);
+      }
+      for (; tile + 2 <= num_tiles - int(ragged); tile += 2) {
+        voter.template estimate<2>(tile);
+        store(tile + 1);
       }
     }
     for (; tile < num_tiles; ++tile) {

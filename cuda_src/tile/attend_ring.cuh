@@ -21,6 +21,16 @@ struct WorkItem {
   int num_tiles;
 };
 
+// The part of a call that a launch attends: work items [first_item, first_item + num_items), key blocks [first_block,
+// end_block). Mirrors salekit/attend_grid.py.
+struct Segment {
+  int first_item, num_items, first_block, end_block;
+
+  static __device__ Segment whole(const Shape& shape) {
+    return {0, shape.batch * shape.num_heads * ceil_div(shape.seqlen_q, ATTEND_BLOCK_Q), 0, 0x7FFFFFFF};
+  }
+};
+
 // Which rows of which head a work item is. Items are KV-head-major, longest rows first; a run of neighbouring query
 // blocks of one head comes before the next head: they share K and V in the L2.
 struct Rows {
@@ -40,8 +50,14 @@ struct Rows {
     head = kv_head * group + in_run / run_width;
   }
 
+  // Blocks that some row sees.
+  __device__ int num_visible(const Shape& shape) const {
+    return ceil_div(shape.visible_keys((q_block + 1) * ATTEND_BLOCK_Q - 1), KEY_BLOCK);
+  }
+
   template <int MASK_ROWS>
-  __device__ SlotWalker<MASK_ROWS> walker(const Shape& shape, const uint32_t* mask_gmem, int expand_log2) const {
+  __device__ SlotWalker<MASK_ROWS> walker(const Shape& shape, const Segment& segment, const uint32_t* mask_gmem,
+                                          int expand_log2) const {
     constexpr int NUM_ROWS = SlotWalker<MASK_ROWS>::NUM_ROWS;
     const uint32_t* mask_rows[NUM_ROWS] = {};
     if (mask_gmem != nullptr) {
@@ -54,8 +70,8 @@ struct Rows {
           mask_rows[r] = mask_gmem + (int64_t(batch * shape.num_heads + head) * num_mask_rows + row) * num_words;
       }
     }
-    const int num_visible = ceil_div(shape.visible_keys((q_block + 1) * ATTEND_BLOCK_Q - 1), KEY_BLOCK);
-    return SlotWalker<MASK_ROWS>(mask_rows, expand_log2, num_visible);
+    const int end_block = min(num_visible(shape), segment.end_block);
+    return SlotWalker<MASK_ROWS>(mask_rows, expand_log2, segment.first_block, end_block);
   }
 };
 
@@ -118,21 +134,21 @@ struct SlotKeys {
         are_neighbours(slots.x >= 0 && slots.w - slots.x == 3 * KEY_BLOCK) {}
 };
 
-// For warp 0: hands out work items from the counter `next_item` (zero before the launch; null when there is a CTA for
-// each item) and fetches their K. load_k(rows, keys, stage), called by one lane, starts the copies of a tile.
+// For warp 0: hands out the segment's work items from the counter `next_item` (zero before the launch; null when there
+// is a CTA for each item) and fetches their K. load_k(rows, keys, stage), called by one lane, starts the copies of a tile.
 // Waits are for whole warps, here and below: a diverged warp would spin instead of sleeping.
 template <int MASK_ROWS, int STAGES, typename LoadK>
-__device__ __forceinline__ void hand_out_items(AttendRing<STAGES>& ring, const Shape& shape, const uint32_t* mask_gmem,
-                                               int expand_log2, uint32_t* next_item, LoadK load_k) {
+__device__ __forceinline__ void hand_out_items(AttendRing<STAGES>& ring, const Shape& shape, const Segment& segment,
+                                               const uint32_t* mask_gmem, int expand_log2, uint32_t* next_item,
+                                               LoadK load_k) {
   const bool elected = threadIdx.x % 32 == 0;
-  const int num_items = shape.batch * shape.num_heads * ceil_div(shape.seqlen_q, ATTEND_BLOCK_Q);
   ItemCursor cursor;
   int stage = 0;
   uint32_t phase = 1;
   int item = blockIdx.x;
   while (true) {
     mbarrier_wait(&ring.item_empty[cursor.slot], cursor.phase ^ 1);
-    if (item >= num_items) {
+    if (item >= segment.num_items) {
       if (elected) {
         ring.items[cursor.slot].index = -1;
         mbarrier_arrive(&ring.item_full[cursor.slot]);
@@ -140,12 +156,12 @@ __device__ __forceinline__ void hand_out_items(AttendRing<STAGES>& ring, const S
       break;
     }
     int following = 0;  // on its way while this item's tiles are fetched
-    if (elected) following = next_item == nullptr ? num_items : gridDim.x + atomicAdd(next_item, 1);
-    const Rows rows(shape, item);
-    auto walker = rows.walker<MASK_ROWS>(shape, mask_gmem, expand_log2);
+    if (elected) following = next_item == nullptr ? segment.num_items : gridDim.x + atomicAdd(next_item, 1);
+    const Rows rows(shape, segment.first_item + item);
+    auto walker = rows.walker<MASK_ROWS>(shape, segment, mask_gmem, expand_log2);
     const int num_tiles = ceil_div(walker.count(), ATTEND_SLOTS);
     if (elected) {
-      ring.items[cursor.slot] = {item, num_tiles};
+      ring.items[cursor.slot] = {segment.first_item + item, num_tiles};
       mbarrier_arrive(&ring.item_full[cursor.slot]);
     }
     cursor.advance();
@@ -166,8 +182,8 @@ __device__ __forceinline__ void hand_out_items(AttendRing<STAGES>& ring, const S
 // For warp 1: fetches Q by load_q(rows) and V by load_v(rows, keys, stage), called by one lane.
 template <int MASK_ROWS, int STAGES, typename LoadQ, typename LoadV>
 __device__ __forceinline__ void fetch_queries_and_values(AttendRing<STAGES>& ring, const Shape& shape,
-                                                         const uint32_t* mask_gmem, int expand_log2, LoadQ load_q,
-                                                         LoadV load_v) {
+                                                         const Segment& segment, const uint32_t* mask_gmem,
+                                                         int expand_log2, LoadQ load_q, LoadV load_v) {
   const bool elected = threadIdx.x % 32 == 0;
   ItemCursor cursor;
   int stage = 0;
@@ -177,7 +193,7 @@ __device__ __forceinline__ void fetch_queries_and_values(AttendRing<STAGES>& rin
     mbarrier_wait(&ring.q_empty, q_phase);
     q_phase ^= 1;
     if (elected) load_q(rows);
-    auto walker = rows.walker<MASK_ROWS>(shape, mask_gmem, expand_log2);
+    auto walker = rows.walker<MASK_ROWS>(shape, segment, mask_gmem, expand_log2);
     for (int t = 0; t < item.num_tiles; ++t) {
       const SlotTile tile = walker.next();
       mbarrier_wait(&ring.v_empty[stage], phase);

@@ -18,19 +18,23 @@ struct SlotWalker {
   static constexpr int NUM_ROWS = 128 / MASK_ROWS;
 
   // rows: each row's first word; null: every block is selected (one row), or none is (two rows, past the matrix).
-  // expand_log2: a mask bit stands for 2 ** expand_log2 blocks. num_visible: blocks that some query row sees.
-  __device__ SlotWalker(const uint32_t* const (&rows)[NUM_ROWS], int expand_log2, int num_visible)
-      : expand_log2(expand_log2), num_visible(num_visible), lane(threadIdx.x % 32) {
+  // expand_log2: a mask bit stands for 2 ** expand_log2 blocks. The walk stays in blocks [first_block, end_block);
+  // first_block is a multiple of 1024, the bits that a warp holds.
+  __device__ SlotWalker(const uint32_t* const (&rows)[NUM_ROWS], int expand_log2, int first_block, int end_block)
+      : expand_log2(expand_log2),
+        first_word(first_block / 32),
+        end_block(end_block),
+        lane(threadIdx.x % 32) {
 #pragma unroll
     for (int r = 0; r < NUM_ROWS; ++r) words[r] = rows[r];
-    base_word = num_visible == 0 ? 0 : (num_visible - 1) / 1024 * 32;
+    base_word = end_block <= first_block ? first_word : (end_block - 1) / 1024 * 32;
     load_mine();
   }
 
   // How many blocks the whole walk visits; changes nothing.
   __device__ int count() const {
     int total = 0;
-    for (int word = lane; word * 32 < num_visible; word += 32) {
+    for (int word = first_word + lane; word * 32 < end_block; word += 32) {
       uint32_t bits = 0;
 #pragma unroll
       for (int r = 0; r < NUM_ROWS; ++r) bits |= load(r, word);
@@ -67,13 +71,13 @@ struct SlotWalker {
 
  private:
   const uint32_t* words[NUM_ROWS];
-  int expand_log2, num_visible, base_word, lane;
+  int expand_log2, first_word, end_block, base_word, lane;
   uint32_t mine[NUM_ROWS];
 
   static __device__ uint32_t all(const uint32_t (&bits)[NUM_ROWS]) { return bits[0] | bits[NUM_ROWS - 1]; }
 
   __device__ uint32_t load(int row, int word) const {
-    int below = num_visible - 32 * word;  // visible blocks in this word and after
+    int below = end_block - 32 * word;  // blocks of the walk in this word and after
     if (below <= 0) return 0;
     uint32_t bits = NUM_ROWS == 1 ? ~0u : 0;
     if (words[row] != nullptr) {
@@ -121,7 +125,7 @@ struct SlotWalker {
         for (int r = 0; r < NUM_ROWS; ++r) mine[r] = lane == owner ? bits[r] : mine[r];
         return ((base_word + owner) * 32 + bit) * KEY_BLOCK;
       }
-      if (base_word == 0) return -1;
+      if (base_word == first_word) return -1;
       base_word -= 32;
       load_mine();
     }
