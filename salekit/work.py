@@ -281,7 +281,7 @@ def _attend(sizes: _Sizes, stage: str, pairs: int, words: int) -> Iterator[Work]
     k_codes = sizes.kv_heads * plan.padded_k * plan.head_dim
     k_scale = sizes.kv_heads * plan.padded_k // KEY_BLOCK * 4 * _FLOAT
     v_codes = sizes.kv_heads * plan.padded_k * (plan.head_dim + 8)  # eight channels are ones
-    yield Work(stage, q_spec, "q", 128, sizes.q + channels, q_codes + q_scale)
+    yield Work(stage, q_spec, "q", 128, sizes.q + 2 * channels, q_codes + q_scale)
     yield Work(stage, k_spec, "k", 128, sizes.k + 2 * channels, k_codes + k_scale)
     yield Work(stage, v_spec, "v", 128, sizes.k + channels, v_codes)
     read = q_codes + q_scale + k_codes + k_scale + v_codes + channels + words
