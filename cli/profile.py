@@ -445,7 +445,7 @@ def _print_tables(report: dict[str, Any]) -> None:
         row = [
             one["kernel"],
             one["stage"],
-            f"{one['ms']:.3f}{spread}",
+            f"{_ms(one['ms'])}{spread}",
             f"{one['num_operations'] / 1e9:.1f}" if one["num_operations"] else "-",
             f"{one['bytes'] / 1e6:.1f}",
             _rate(one),
@@ -498,6 +498,10 @@ def _closing(report: dict[str, Any]) -> list[str]:
         f"ceilings: memory {ceilings['bytes_per_s'] / 1e12:.2f} TB/s; products {rates} (10^12 operations a second)",
         f"ceilings from: {ceilings['source']}; {ceilings['date']}",
     ]
+
+
+def _ms(ms: float) -> str:
+    return f"{ms:.3f}" if ms >= 0.01 else f"{ms:.4f}"
 
 
 def _rate(one: dict[str, Any]) -> str:

@@ -13,8 +13,8 @@ from salekit.errors import SalekitError
 SUFFIXES = (".svg", ".png")
 WIDTH = 1120
 _TOP, _HEIGHT = 92, 470  # of the panels
-_LEFT, _LEFT_WIDTH = 70, 150  # of the panel of kernels that multiply nothing
-_RIGHT, _RIGHT_WIDTH = 300, 460
+_LEFT, _LEFT_WIDTH = 70, 215  # of the panel of kernels that multiply nothing
+_RIGHT, _RIGHT_WIDTH = 360, 400
 _LEGEND = 790
 _LINE = 19  # pixels from one entry of the legend to the next
 _STAGES = {  # colours that differ in lightness, too
@@ -40,7 +40,7 @@ class Dot:
     x: float
     y: float
     colour: str
-    radius: float = 8.0
+    radius: float = 6.8
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class _Scale:
 
 def layout(report: dict[str, Any]) -> Scene:
     """The picture of a report of ``salekit profile``."""
-    kernels = [*report["kernels"], *report["dense"]]
+    kernels = [one for one in (*report["kernels"], *report["dense"]) if one["expression"]]  # no fills
     ceilings = report["ceilings"]
     scene = Scene(WIDTH, max(_TOP + _HEIGHT + 70, _TOP + _LINE * (len(kernels) + len(ceilings["operations_per_s"]) + 6)))
     heading = "Roofline" if not report["predicted"] else "Roofline, a prediction: nothing here was timed"
@@ -150,7 +150,7 @@ def _bytes_panel(scene: Scene, others: list, roof: float) -> None:
     scene.add(
         Text(_LEFT + _LEFT_WIDTH / 2, _TOP + _HEIGHT + 36, "no matrix products", 12, anchor="middle"),
         Line(((x.start, y(roof)), (x.end, y(roof))), _INK, 1.8),
-        Text(x.start + 4, y(roof) - 6, f"copy {roof / 1e12:.2f} TB/s", 11, bold=True),
+        Text(x.start + 4, y(roof) - 13, f"copy {roof / 1e12:.2f} TB/s", 11, bold=True),
     )
     for place, (i, one) in enumerate(others, 1):  # side by side, in their order
         at = _LEFT + place * _LEFT_WIDTH / (len(others) + 1)
@@ -172,7 +172,7 @@ def _axes(scene: Scene, x: _Scale, y: _Scale, x_name: str, y_name: str, y_text: 
     scene.add(
         Line(corners, _INK),
         Text((x.start + x.end) / 2, y.start + 36, x_name, 12, anchor="middle"),
-        Text(x.start - 50, (y.start + y.end) / 2, y_name, 12, anchor="middle", turned=True),
+        Text(x.start - 56, (y.start + y.end) / 2, y_name, 12, anchor="middle", turned=True),
     )
 
 
@@ -181,14 +181,14 @@ def _numbered(scene: Scene, x: float, y: float, number: int, one: dict[str, Any]
     taken = [(item.x, item.y) for item in scene.items if isinstance(item, Dot)]
     at = x, y
     for step in range(1, 40):
-        if all(math.hypot(at[0] - other[0], at[1] - other[1]) >= 17 for other in taken):
+        if all(math.hypot(at[0] - other[0], at[1] - other[1]) >= 13.5 for other in taken):
             break
         at = x + 9 * step * (-1 if step % 2 else 1) / 2, y + 5 * step
     if at != (x, y):
         scene.add(Line(((x, y), at), _STAGES[one["stage"]]))
     scene.add(
         Dot(*at, _STAGES[one["stage"]]),
-        Text(at[0], at[1] + 3.8, str(number), 10.5, "#ffffff", "middle", bold=True),
+        Text(at[0], at[1] + 3.3, str(number), 9, "#ffffff", "middle", bold=True),
     )
 
 
@@ -208,8 +208,8 @@ def _legend(scene: Scene, kernels: list[dict[str, Any]], is_predicted: bool) -> 
         y += _LINE
         share = ("mem" if one["bound"] == "memory" else "ops") if is_predicted else f"{one['share']:.0%}"
         scene.add(
-            Dot(left, y - 4, _STAGES[stage], 7.5),
-            Text(left, y - 0.4, str(number), 9.5, "#ffffff", "middle", bold=True),
+            Dot(left, y - 4, _STAGES[stage]),
+            Text(left, y - 0.7, str(number), 9, "#ffffff", "middle", bold=True),
             Text(left + 14, y, one["kernel"], 11),
             Text(WIDTH - 62, y, _short(one["ms"]), 11, anchor="end"),
             Text(WIDTH - 12, y, share, 11, anchor="end"),
@@ -226,7 +226,7 @@ def _spread(labels: list[tuple], distance: float) -> list[tuple]:
 
 
 def _tera(value: float) -> str:
-    return f"{value / 1e12:g} T"
+    return f"{value / 1e12:,g} T"
 
 
 def _giga(value: float) -> str:
@@ -234,7 +234,7 @@ def _giga(value: float) -> str:
 
 
 def _short(ms: float) -> str:
-    return f"{ms:.1f}" if ms >= 10 else f"{ms:.3f}"
+    return f"{ms:.1f}" if ms >= 10 else f"{ms:.3f}" if ms >= 0.01 else f"{ms:.4f}"
 
 
 # --- files -------------------------------------------------------------------------------------------------------------
