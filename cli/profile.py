@@ -308,7 +308,7 @@ def _timed_entry(launch: Any, timing: Any, one: Any, limits: Any) -> dict[str, A
         floor, bound = limits.seconds(one)
         entry = _entry_of(one, timing.median_ms, bound, floor * 1e3)
         resources = _resources(launch.info, launch.threads, limits.arch, launch.blocks_per_multiprocessor)
-    grid = {"grid": list(launch.grid)}
+    grid = {"grid": [int(size) for size in launch.grid]}
     return {**entry, "share": floor * 1e3 / timing.median_ms, **times, "samples": timing.samples, **grid, **resources}
 
 

@@ -298,6 +298,90 @@ def test_a_trace_is_in_the_event_format(no_compiler, no_gpu):
     assert of_stages[0]["ts"] == kernels[0]["ts"]
 
 
+@pytest.fixture
+def fake_gpu(monkeypatch, no_compiler):
+    """A GPU of which only the times are made up: each launch takes twice its bound, and the trace a microsecond each.
+
+    Inputs and mask are the twin's.
+    """
+    from salekit import arrays, ceilings, launches, timing
+    from salekit.staged import StagedCall
+    from salekit.workloads import llm_like_qkv
+
+    limits = ceilings.KNOWN["h100"]
+    info = KernelInfo(64, 1024, 32768, 0, 0, 0, (), 0.0)
+
+    class Launched:
+        def __init__(self, model):
+            self.model = model
+            self.launches = [Launch(one.stage, one.spec, info, (7, 1, 1), (one.threads, 1, 1), 3) for one in model]
+            self.launches.insert(-1, Launch(model[-1].stage, None, None, (0, 0, 0), (0, 0, 0), fill_bytes=4))
+
+        def run(self):
+            pass
+
+        def time_each(self):
+            floors = [limits.seconds(one)[0] * 2e3 for one in self.model]
+            floors.insert(-1, 0.002)
+            return [timing.Timing(ms, ms, ms, 0.01, 5) for ms in floors]
+
+        def trace(self):
+            times = [(float(i), i + 1.0) for i in range(len(self.launches))]
+            return Trace(times, [Span("quantize", 1.0, 2.0)], Span("", 0.0, 3.0))
+
+    def cases(seqlen, heads, kv_heads, head_dim, dtype, *_):
+        shape = dict(seqlen_q=1024, seqlen_k=1024, batch=1, heads=2, kv_heads=1, head_dim=64)
+        return [dict(shape, make=lambda: llm_like_qkv(1024, 2, 1, 64))]
+
+    make_plan = arrays.make_plan
+    counted = {}
+
+    def sparse(q, k, v, tau, plan, mask):
+        blocks = StagedCall(q, k, v, tau, plan).estimated.selected_blocks()
+        counted["pairs"] = work.pairs_of(plan, blocks.flat)
+        return Launched(work.sparse_work(plan, counted["pairs"]))
+
+    monkeypatch.setattr("salekit.jit.device_arch", lambda: "sm_90a")
+    monkeypatch.setattr(module.bench, "cases_of", cases)
+    monkeypatch.setattr(arrays, "make_plan", lambda *a, **k: make_plan(*a, **k).replace(arch="sm_90a"))
+    monkeypatch.setattr(ceilings, "of_this_gpu", lambda remeasure, note: limits)
+    monkeypatch.setattr(launches, "launch_sparse", sparse)
+    monkeypatch.setattr(launches, "launch_dense", lambda q, k, v, plan: Launched(work.dense_work(plan)))
+    monkeypatch.setattr(timing, "time_call", lambda function, cuda: timing.Timing(1.0, 1.0, 1.0, 0.0, 5))
+    monkeypatch.setattr(timing, "gpu_info", lambda: {"name": "a test's GPU"})
+    sampler = type("Sampler", (), {"__enter__": lambda s: s, "__exit__": lambda s, *a: None, "result": {"sm_mhz": 1}})
+    monkeypatch.setattr(timing, "ClockSampler", sampler)
+    return counted
+
+
+def test_what_is_made_of_a_run(fake_gpu, tmp_path):
+    files = [tmp_path / name for name in ("trace.json", "roof.svg")]
+    result = run("--trace", files[0], "--roofline", files[1], "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["predicted"] is False and report["gpu"]["name"] == "a test's GPU" and report["clocks"] == {"sm_mhz": 1}
+    assert report["call"]["median_ms"] == 1.0 and 0 < report["density"] < 1
+    kernels = [one for one in report["kernels"] if one["expression"]]
+    assert kernels[-1]["num_operations"] == 4 * 64 * fake_gpu["pairs"]
+    for one in kernels:
+        assert one["share"] == pytest.approx(0.5) and one["spread"] == 0.01 and one["grid"] == [7, 1, 1]
+        assert one["blocks_per_multiprocessor"] == 3
+    fill = report["kernels"][-2]
+    assert fill["kernel"] == "fill" and fill["bytes"] == 4 and fill["registers"] is None and 0 < fill["share"] < 1e-5
+    assert report["stages_ms"]["attend"] == pytest.approx(fill["ms"] + kernels[-1]["ms"])
+    trace = json.loads(files[0].read_text())
+    assert len([x for x in trace["traceEvents"] if x["ph"] == "X" and x["pid"] == 2 and x["tid"] == 0]) == 8 + 1
+    assert "a test's GPU" in files[1].read_text() and "prediction" not in files[1].read_text()
+
+
+def test_what_the_table_says_of_a_run(fake_gpu):
+    text = run().stdout
+    assert "prediction" not in text and "50%" in text and "±1.0%" in text and "fill" in text
+    assert "whole calls 1.000 ms sparse, 1.000 dense (1.00x)" in text
+    result = run("--density", "0.1")
+    assert result.exit_code == 2 and "--gpu" in result.stderr
+
+
 def test_launches_that_the_model_does_not_know_are_refused():
     plan = Plan(1, 4096, 4096, 8, 2, 128, "bfloat16", 1.0, arch="sm_90a")
     model = work.sparse_work(plan, 10**6)

@@ -45,7 +45,11 @@ __global__ void __launch_bounds__(MEASURE_THREADS, 2) measure_products(uint32_t*
   for (int i = 0; i < 4; ++i) a[i] = Products::element_bits(scramble(6 * threadIdx.x + i));
 #pragma unroll
   for (int i = 0; i < 2; ++i) b[i] = Products::element_bits(scramble(6 * threadIdx.x + 4 + i));
-  typename Products::Sum sums[MEASURE_CHAINS][4] = {};
+  typename Products::Sum sums[MEASURE_CHAINS][4];
+#pragma unroll
+  for (int chain = 0; chain < MEASURE_CHAINS; ++chain)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[chain][i] = chain;  // each its own, or the compiler may do one for all
   for (int round = 0; round < num_rounds; ++round)
 #pragma unroll
     for (int chain = 0; chain < MEASURE_CHAINS; ++chain) Products::multiply(sums[chain], a, b);
