@@ -270,7 +270,9 @@ def load_masks(path: str, block: tuple[int, int]):
     return masks.coarsen(*block)
 
 
-def cases_of(seqlen, heads, kv_heads, head_dim: int, dtype: str, input_file, masks, cuda: bool, seed: int) -> list[dict]:
+def cases_of(
+    seqlen, heads, kv_heads, head_dim: int, dtype: str, input_file, masks, cuda: bool, seed: int
+) -> list[dict]:
     lengths = options.parse_seqlens(seqlen) if seqlen else None
     if input_file:
         cases = _cases_of_file(input_file, lengths, heads, kv_heads, cuda)

@@ -186,9 +186,7 @@ def _head(settings: dict, case: dict, dtype: str, masks_file: str | None) -> dic
 
 
 # --- without the GPU -----------------------------------------------------------------------------------------------
-def _predict(
-    report: dict, case: dict, settings: dict, dtype: str, masks: Any, density: float, gpu_name: str
-) -> None:
+def _predict(report: dict, case: dict, settings: dict, dtype: str, masks: Any, density: float, gpu_name: str) -> None:
     """Fills the report with a prediction: each kernel takes the time of what bounds it."""
     from salekit import ceilings, work
     from salekit.plans import Plan, default_softmax_scale, resolve_estimator
@@ -196,10 +194,21 @@ def _predict(
     known = ceilings.KNOWN[gpu_name]
     block_q, block_k = settings["block"]
     plan = Plan(
-        case["batch"], case["seqlen_q"], case["seqlen_k"], case["heads"], case["kv_heads"], case["head_dim"],
-        {"bf16": "bfloat16", "fp16": "float16"}[dtype], default_softmax_scale(case["head_dim"]),
-        estimator=resolve_estimator(settings["estimator"], known.arch), attend=settings["attend"],
-        block_q=block_q, block_k=block_k, query_stride=settings["query_stride"], dense_below=0, arch=known.arch,
+        case["batch"],
+        case["seqlen_q"],
+        case["seqlen_k"],
+        case["heads"],
+        case["kv_heads"],
+        case["head_dim"],
+        {"bf16": "bfloat16", "fp16": "float16"}[dtype],
+        default_softmax_scale(case["head_dim"]),
+        estimator=resolve_estimator(settings["estimator"], known.arch),
+        attend=settings["attend"],
+        block_q=block_q,
+        block_k=block_k,
+        query_stride=settings["query_stride"],
+        dense_below=0,
+        arch=known.arch,
     )
     if masks is None:
         pairs, density = work.pairs_at(plan, density)
@@ -277,8 +286,15 @@ def _measure(
         parts.append([_timed_entry(launch, timing_, one, limits) for launch, timing_, one in pairs])
     visible = plan.visible_blocks.sum()
     _finish(
-        report, plan, limits, timing.gpu_info(), False, float(blocks.mean() / visible), *parts,
-        call_ms=call.as_json(), dense_call_ms=dense_call.as_json(),
+        report,
+        plan,
+        limits,
+        timing.gpu_info(),
+        False,
+        float(blocks.mean() / visible),
+        *parts,
+        call_ms=call.as_json(),
+        dense_call_ms=dense_call.as_json(),
     )
     report["clocks"] = sampler.result
     return None if traced is None else _chrome_trace(report, traced)
@@ -320,7 +336,12 @@ def _chrome_trace(report: dict[str, Any], trace: Any) -> dict[str, Any]:
     def event(name: str, process: int, thread: int, start_us: float, end_us: float, args: dict) -> dict[str, Any]:
         start, end = (round((at - zero) * 1000) for at in (start_us, end_us))  # nanoseconds, so that ends are exact
         return {
-            "name": name, "ph": "X", "pid": process, "tid": thread, "ts": start / 1000, "dur": (end - start) / 1000,
+            "name": name,
+            "ph": "X",
+            "pid": process,
+            "tid": thread,
+            "ts": start / 1000,
+            "dur": (end - start) / 1000,
             "args": args,
         }
 
@@ -350,8 +371,18 @@ def _chrome_trace(report: dict[str, Any], trace: Any) -> dict[str, Any]:
 
 
 _TRACED = (
-    "stage", "expression", "operations", "bytes", "bound", "floor_ms", "grid", "threads", "registers", "shared_bytes",
-    "spill_bytes", "occupancy",
+    "stage",
+    "expression",
+    "operations",
+    "bytes",
+    "bound",
+    "floor_ms",
+    "grid",
+    "threads",
+    "registers",
+    "shared_bytes",
+    "spill_bytes",
+    "occupancy",
 )
 
 
@@ -362,8 +393,15 @@ def _entry_of(one: Any, ms: float, bound: str, floor_ms: float) -> dict[str, Any
 
 
 def _entry(
-    stage: str, kernel: str, expression: str | None, operations: dict[str, int], read: int, written: int, ms: float,
-    bound: str, floor_ms: float,
+    stage: str,
+    kernel: str,
+    expression: str | None,
+    operations: dict[str, int],
+    read: int,
+    written: int,
+    ms: float,
+    bound: str,
+    floor_ms: float,
 ) -> dict[str, Any]:
     count = sum(operations.values())
     return {
@@ -403,8 +441,17 @@ def _resources(info: Any, threads: int, arch: str, blocks: int | None) -> dict[s
 
 
 def _finish(
-    report: dict, plan: Any, limits: Any, gpu: dict, predicted: bool, density: float, kernels: list, dense: list,
-    *, call_ms: Any, dense_call_ms: Any,
+    report: dict,
+    plan: Any,
+    limits: Any,
+    gpu: dict,
+    predicted: bool,
+    density: float,
+    kernels: list,
+    dense: list,
+    *,
+    call_ms: Any,
+    dense_call_ms: Any,
 ) -> None:
     title = (
         f"{options.seqlen_name(plan.seqlen_k)} tokens, {plan.num_heads}/{plan.num_kv_heads} heads, head_dim "

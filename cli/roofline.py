@@ -94,7 +94,9 @@ def layout(report: dict[str, Any]) -> Scene:
     """The picture of a report of ``salekit profile``."""
     kernels = [one for one in (*report["kernels"], *report["dense"]) if one["expression"]]  # no fills
     ceilings = report["ceilings"]
-    scene = Scene(WIDTH, max(_TOP + _HEIGHT + 70, _TOP + _LINE * (len(kernels) + len(ceilings["operations_per_s"]) + 6)))
+    scene = Scene(
+        WIDTH, max(_TOP + _HEIGHT + 70, _TOP + _LINE * (len(kernels) + len(ceilings["operations_per_s"]) + 6))
+    )
     heading = "Roofline" if not report["predicted"] else "Roofline, a prediction: nothing here was timed"
     scene.add(
         Text(20, 30, f"{heading}: {report['gpu']['name']}", 18, bold=True),
@@ -300,10 +302,17 @@ def _save_png(scene: Scene, path: Path) -> None:
             axes.add_patch(Circle((item.x, item.y), item.radius, color=item.colour, linewidth=0, zorder=order))
         else:
             axes.text(
-                item.x, item.y, item.text, fontsize=item.size * 0.9, color=item.colour, zorder=order,
+                item.x,
+                item.y,
+                item.text,
+                fontsize=item.size * 0.9,
+                color=item.colour,
+                zorder=order,
                 ha={"start": "left", "middle": "center", "end": "right"}[item.anchor],
-                va="bottom" if item.turned else "baseline", weight="bold" if item.bold else "normal",
-                rotation=90 if item.turned else 0, parse_math=False,
+                va="bottom" if item.turned else "baseline",
+                weight="bold" if item.bold else "normal",
+                rotation=90 if item.turned else 0,
+                parse_math=False,
             )
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=2 * dpi, format="png")

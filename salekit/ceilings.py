@@ -56,8 +56,8 @@ class Ceilings:
 
 
 _H100_SOURCE = (
-    "measured on an NVIDIA H100 80GB HBM3 (132 SMs, 700 W, driver 580): bf16 a matrix product at the power cap, also taken "
-    "for fp16; s8, s8-2:4 and e4m3 wgmma on operands in shared memory; memory a device-to-device copy"
+    "measured on an NVIDIA H100 80GB HBM3 (132 SMs, 700 W, driver 580): bf16 a matrix product at the power cap, also "
+    "taken for fp16; s8, s8-2:4 and e4m3 wgmma on operands in shared memory; memory a device-to-device copy"
 )
 # GPUs that can be predicted for. No figure that was not measured.
 KNOWN: dict[str, Ceilings] = {

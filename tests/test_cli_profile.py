@@ -359,7 +359,9 @@ def test_what_is_made_of_a_run(fake_gpu, tmp_path):
     result = run("--trace", files[0], "--roofline", files[1], "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert report["predicted"] is False and report["gpu"]["name"] == "a test's GPU" and report["clocks"] == {"sm_mhz": 1}
+    assert (
+        report["predicted"] is False and report["gpu"]["name"] == "a test's GPU" and report["clocks"] == {"sm_mhz": 1}
+    )
     assert report["call"]["median_ms"] == 1.0 and 0 < report["density"] < 1
     kernels = [one for one in report["kernels"] if one["expression"]]
     assert kernels[-1]["num_operations"] == 4 * 64 * fake_gpu["pairs"]

@@ -77,9 +77,9 @@ def test_the_table_of_a_run():
 def test_given_masks_are_attended_through(tmp_path):
     n = 4096
     everything = BlockMask.from_dense(np.zeros((1, 8, 32, 128), bool), 128, 32, n, n, True)
-    BlockMask.from_dense(
-        np.broadcast_to(everything.visible(), (1, 8, 32, 128)), 128, 32, n, n, True
-    ).save_npz(tmp_path / "all.npz")
+    BlockMask.from_dense(np.broadcast_to(everything.visible(), (1, 8, 32, 128)), 128, 32, n, n, True).save_npz(
+        tmp_path / "all.npz"
+    )
     report = profiled("--masks", tmp_path / "all.npz", "--kv-heads", "2")
     assert report["density"] == 1.0 and report["settings"]["heads"] == 8
     assert report["kernels"][-1]["num_operations"] == report["dense"][-1]["num_operations"]
@@ -169,7 +169,9 @@ def test_occupancy_is_the_drivers():
         for one in [*report["kernels"], *report["dense"]]:
             if one["expression"]:
                 info = next(
-                    kernel.info for spec, kernel in jit.loaded_kernels().values() if spec.expression == one["expression"]
+                    kernel.info
+                    for spec, kernel in jit.loaded_kernels().values()
+                    if spec.expression == one["expression"]
                 )
                 mine = occupancy.blocks_per_multiprocessor(info, one["threads"], jit.device_arch())
                 assert one["blocks_per_multiprocessor"] == mine, one["expression"]
@@ -190,7 +192,9 @@ def test_the_model_knows_the_launches_of_every_kind_of_call():
                     call = launches.launch_sparse(q, k, v, 0.008, plan)
                     model = work.sparse_work(plan, 10**6)
                     launched = [one for one in call.launches if one.spec is not None]
-                    assert [(x.stage, x.spec, x.threads) for x in launched] == [(x.stage, x.spec, x.threads) for x in model]
+                    assert [(x.stage, x.spec, x.threads) for x in launched] == [
+                        (x.stage, x.spec, x.threads) for x in model
+                    ]
                     call.run()
 
 

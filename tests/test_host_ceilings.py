@@ -100,7 +100,9 @@ def test_known_figures_are_those_of_the_documentation():
     h100 = KNOWN["h100"]
     rates = {unit: rate / 1e12 for unit, rate in h100.operations_per_s.items()}
     assert f"bf16 matrix product {rates['bf16']:.0f} TFLOPS" in text and rates["fp16"] == rates["bf16"]
-    assert f"`wgmma` s8 {rates['s8']:.0f} TOPS" in text and f"and {rates['s8-2:4']:.0f} (n 256)" in re.sub(r"\s+", " ", text)
+    assert f"`wgmma` s8 {rates['s8']:.0f} TOPS" in text and f"and {rates['s8-2:4']:.0f} (n 256)" in re.sub(
+        r"\s+", " ", text
+    )
     assert f"device-to-device copy {h100.bytes_per_s / 1e12:.1f} TB/s" in text
     assert "H100" in h100.source and h100.date
 
@@ -134,8 +136,10 @@ def test_operations_are_those_of_the_kernels():
     assert constant(text, "MEASURE_WARPGROUPS") == ceilings._WARPGROUPS
     assert constant(text, "MEASURE_PRODUCTS") == ceilings._PRODUCTS
     wgmma = {
-        "HalfProducts<BFloat16>": r"wgmma_m64n(128)k(16)_ss", "HalfProducts<Half>": r"wgmma_m64n(128)k(16)_ss",
-        "Int8Products": r"wgmma_m64n(128)k(32)_s8", "SparseInt8Products": r"wgmma_sp_m64n(128)k(64)_s8",
+        "HalfProducts<BFloat16>": r"wgmma_m64n(128)k(16)_ss",
+        "HalfProducts<Half>": r"wgmma_m64n(128)k(16)_ss",
+        "Int8Products": r"wgmma_m64n(128)k(32)_s8",
+        "SparseInt8Products": r"wgmma_sp_m64n(128)k(64)_s8",
         "E4m3Products": r"wgmma_m64(k32)_rs_e4m3",
     }
     for kind, columns, depth in ceilings._WGMMA_KINDS.values():
@@ -181,7 +185,10 @@ def info(registers=32, static=0, dynamic=0):
 )
 def test_occupancy(arch, registers, shared, threads, blocks):
     assert occupancy.blocks_per_multiprocessor(info(registers, 0, shared), threads, arch) == blocks
-    assert occupancy.blocks_per_multiprocessor(info(registers, min(shared, 1024), max(0, shared - 1024)), threads, arch) == blocks
+    assert (
+        occupancy.blocks_per_multiprocessor(info(registers, min(shared, 1024), max(0, shared - 1024)), threads, arch)
+        == blocks
+    )
     share = occupancy.occupancy(blocks, threads, arch)
     assert 0 < share <= 1 and math.isclose(share, blocks * threads / occupancy.MULTIPROCESSORS[arch].threads)
 

@@ -102,9 +102,15 @@ def test_launches_of_a_call(gpu):
     call = launches.launch_sparse(*inputs(plan), 0.008, plan)
     names = [(one.stage, one.spec.source if one.spec else "fill") for one in call.launches]
     assert names == [
-        ("quantize", "reduce_channels"), ("quantize", "finish_channels"), ("quantize", "quantize_int8"),
-        ("quantize", "quantize_int8"), ("anchors", "anchor_statistics_sm90"), ("anchors", "row_limits"),
-        ("estimate", "estimate_int8_sm90"), ("attend", "fill"), ("attend", "attend_sm90"),
+        ("quantize", "reduce_channels"),
+        ("quantize", "finish_channels"),
+        ("quantize", "quantize_int8"),
+        ("quantize", "quantize_int8"),
+        ("anchors", "anchor_statistics_sm90"),
+        ("anchors", "row_limits"),
+        ("estimate", "estimate_int8_sm90"),
+        ("attend", "fill"),
+        ("attend", "attend_sm90"),
     ]
     last = call.launches[-1]
     assert (last.threads, last.grid, last.blocks_per_multiprocessor) == (384, (132, 1, 1), 5)
@@ -138,7 +144,11 @@ def test_a_trace_is_of_one_call_behind_others(gpu):
     ends = [end - start for start, end in trace.launches]
     assert ends == pytest.approx([1010.0] * 7 + [510.0, 1010.0])
     assert [span.name for span in trace.stages] == ["quantize", "anchors", "estimate", "attend"]
-    times = [trace.whole.start_us, *itertools.chain(*((s.start_us, s.end_us) for s in trace.stages)), trace.whole.end_us]
+    times = [
+        trace.whole.start_us,
+        *itertools.chain(*((s.start_us, s.end_us) for s in trace.stages)),
+        trace.whole.end_us,
+    ]
     assert times == sorted(times)
 
 

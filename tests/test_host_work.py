@@ -52,9 +52,7 @@ def test_pairs_are_what_counting_gives(seqlen_q, seqlen_k, causal, query_stride,
 @pytest.mark.parametrize("causal", (True, False))
 def test_anchor_blocks_are_those_of_the_twin(seqlen_q, seqlen_k, causal):
     for (block_q, block_k), (sink, local) in itertools.product(BLOCKS, ((32, 128), (0, 0), (70, 10), (1000, 1000))):
-        plan = make_plan(
-            seqlen_q, seqlen_k, causal=causal, block_q=block_q, block_k=block_k, sink=sink, local=local
-        )
+        plan = make_plan(seqlen_q, seqlen_k, causal=causal, block_q=block_q, block_k=block_k, sink=sink, local=local)
         folded = reference.fold_blocks(reference.anchor_blocks(plan)[None, None], plan)
         assert work.anchor_blocks(plan) == folded.sum()
 
@@ -174,8 +172,16 @@ def test_launches_are_those_that_the_stages_make(recorded, arch, estimator, bloc
     attends = ("exact", "int8-fp8") if arch == "sm_90a" else ("exact",)
     for attend, query_stride, head_dim in itertools.product(attends, (1, 4), (64, 128)):
         plan = make_plan(
-            1300, 2100, arch=arch, estimator=estimator, attend=attend, query_stride=query_stride, head_dim=head_dim,
-            block_q=block[0], block_k=block[1], full_rows=300,
+            1300,
+            2100,
+            arch=arch,
+            estimator=estimator,
+            attend=attend,
+            query_stride=query_stride,
+            head_dim=head_dim,
+            block_q=block[0],
+            block_k=block[1],
+            full_rows=300,
         ).replace(dtype="float16")
         model = work.sparse_work(plan, work.pairs_at(plan, 0.3)[0])
         launched = recorded(plan)
