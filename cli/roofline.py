@@ -239,7 +239,7 @@ def _short(ms: float) -> str:
     return f"{ms:.1f}" if ms >= 10 else f"{ms:.3f}" if ms >= 0.01 else f"{ms:.4f}"
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------------
 def check_drawable(path: Path) -> None:
     """SalekitError when nothing here can draw that kind of file."""
     if path.suffix.lower() == ".png":

@@ -281,8 +281,8 @@ class Program:
 
     recorder: what was recorded. ports: arrays (symbols) whose addresses each run gets from outside, in this order;
     every other symbol lies in the workspace.
-    workspace_bytes: its size. operations: the launches and fills. stages: that of each. versions: for each of them, how often its arguments
-    changed. parameters: a float32 view for each :class:`Parameter`, in the order of their launches.
+    workspace_bytes: its size. operations: the launches and fills. stages: that of each. versions: for each of them, how
+    often its arguments changed. parameters: a float32 view for each :class:`Parameter`, in the order of their launches.
     """
 
     def __init__(self, recorder: Recorder, ports: Iterable[Any]):

@@ -1,9 +1,9 @@
 // How fast Hopper's tensor cores multiply: products of one kind, as many as fit, from operands that are there.
 //
 // checksums uint32 [grid, MEASURE_THREADS]: what depends on every product of a thread. A CTA does num_rounds *
-// MEASURE_WARPGROUPS * MEASURE_PRODUCTS products of 64 rows, Products::COLUMNS columns and Products::DEPTH deep; its two
-// warpgroups cover for each other's waits. Operands are random bits that are small, finite numbers: a chip at its power
-// cap multiplies zeros faster. Grid: any number of CTAs of MEASURE_THREADS threads, one fits a multiprocessor.
+// MEASURE_WARPGROUPS * MEASURE_PRODUCTS products of 64 rows, of a kind's columns and depth (salekit/ceilings.py); its
+// two warpgroups cover for each other's waits. Operands are random bits that are small, finite numbers: a chip at its
+// power cap multiplies zeros faster. Grid: a CTA of MEASURE_THREADS threads for each multiprocessor.
 #include "ptx/fence_proxy.cuh"
 #include "ptx/wgmma.cuh"
 #include "ptx/wgmma_e4m3.cuh"
