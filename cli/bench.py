@@ -95,8 +95,8 @@ def run_bench(
         block=block,
         dense_below=0,  # the sparse path is what is timed, at every length
     )
-    masks = _load_masks(masks_file, settings["block"]) if masks_file else None
-    cases = _cases(seqlen, heads, kv_heads, int(head_dim), dtype, input_file, masks, cuda, seed)
+    masks = load_masks(masks_file, settings["block"]) if masks_file else None
+    cases = cases_of(seqlen, heads, kv_heads, int(head_dim), dtype, input_file, masks, cuda, seed)
     if not cuda:
         render.note("no usable GPU: timing the NumPy twin")
         for case in cases:
@@ -255,7 +255,7 @@ def _has_gpu() -> bool:
     return True
 
 
-def _load_masks(path: str, block: tuple[int, int]):
+def load_masks(path: str, block: tuple[int, int]):
     """The file's mask on the host, ORed up to ``block``."""
     from salekit.block_mask import BlockMask
 
@@ -270,7 +270,9 @@ def _load_masks(path: str, block: tuple[int, int]):
     return masks.coarsen(*block)
 
 
-def _cases(seqlen, heads, kv_heads, head_dim: int, dtype: str, input_file, masks, cuda: bool, seed: int) -> list[dict]:
+def cases_of(
+    seqlen, heads, kv_heads, head_dim: int, dtype: str, input_file, masks, cuda: bool, seed: int
+) -> list[dict]:
     lengths = options.parse_seqlens(seqlen) if seqlen else None
     if input_file:
         cases = _cases_of_file(input_file, lengths, heads, kv_heads, cuda)

@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": "Say what this machine can run and what is missing.",
     "kernels": "Compile every kernel and show registers, shared memory and spills.",
     "mask-dump": "Draw or save the block mask of q, k and v.",
+    "profile": "Time each kernel and compare it with what the GPU can do; predict without one.",
     "validate": "Compare each stage with the twin and the whole with dense attention.",
 }
 

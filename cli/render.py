@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+MAX_TABLE_WIDTH = 1000
 SHADES = " .:-=+*#%@"  # lightest to darkest, where there is no colour
 _RAMP = ((13, 8, 35), (84, 15, 109), (187, 55, 84), (249, 142, 9), (252, 255, 164))  # dark to bright
 
@@ -47,6 +48,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
         drawn.add_row(*(Text(str(cell)) for cell in row))
     if not console.is_terminal:
         console.width = max(console.width, 400)  # a file or a pipe has no width to fit
+    needed = console.measure(drawn, options=console.options.update(max_width=MAX_TABLE_WIDTH)).maximum
+    console.width = max(console.width, needed)  # a narrow terminal wraps lines; cells stay whole
     console.print(drawn, crop=False)
 
 

@@ -130,6 +130,11 @@ def _sm80_spec(plan: Plan, block_q: int, stages: int) -> jit.KernelSpec:
     )
 
 
+def is_segment(spec: jit.KernelSpec) -> bool:
+    """Whether the kernel attends a segment of the keys: a call launches it once for each, one after another."""
+    return spec.source == "attend_sm90" and spec.template[-1] == "true"
+
+
 def _sm90_spec(plan: Plan, mask_rows: int, in_segments: bool = False) -> jit.KernelSpec:
     template = (str(plan.head_dim), plan.element, str(mask_rows), "true" if in_segments else "false")
     return jit.KernelSpec("attend_sm90", template, f"AttendSm90Storage<{plan.head_dim}>")

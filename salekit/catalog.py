@@ -7,6 +7,7 @@ from itertools import product
 from .anchors import kernel_specs as anchor_specs
 from .attend import kernel_specs as attend_specs
 from .block_scores import kernel_specs as scores_specs
+from .ceilings import kernel_specs as ceilings_specs
 from .estimate import kernel_specs as estimate_specs
 from .jit import KernelSpec
 from .output_difference import kernel_specs as difference_specs
@@ -23,7 +24,12 @@ STAGES = {
     "pipeline": pipeline_specs,
 }
 _LONG = 2**20  # tokens: the keys are attended in segments
-TOOLS = {"scores": scores_specs, "difference": difference_specs, "workload": workload_specs}  # outside of a call
+TOOLS = {  # outside of a call
+    "scores": scores_specs,
+    "difference": difference_specs,
+    "workload": workload_specs,
+    "ceilings": ceilings_specs,
+}
 
 
 def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:

@@ -239,7 +239,8 @@ def _load_entry(folder: Path, key: str) -> Compiled | None:
         return None
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file that appears at once, whole."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -254,9 +255,9 @@ def _store_entry(folder: Path, key: str, cubin: bytes, lowered: str, info: Kerne
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     sha = hashlib.sha256(cubin).hexdigest()
     path = folder / f"{key[:16]}-{sha}.cubin"
-    _write(path, cubin)
+    write_file(path, cubin)
     record = {"lowered_name": lowered, "cubin_sha256": sha, "info": asdict(info)}
-    _write(folder / f"{key}.json", json.dumps(record).encode())
+    write_file(folder / f"{key}.json", json.dumps(record).encode())
     _trim(folder)
     return Compiled(path, lowered, info)
 
@@ -372,6 +373,17 @@ class Kernel:
         else:
             self._function(grid, block, args, shared_mem=self.info.dynamic_shared_bytes)
 
+    @property
+    def handle(self) -> int:
+        """The driver's ``CUfunction``."""
+        return self._function.kernel.ptr
+
+    def blocks_per_multiprocessor(self, threads: int) -> int:
+        """How many blocks of that many threads a multiprocessor holds at once, by the driver."""
+        from cupy.cuda import driver
+
+        return driver.occupancyMaxActiveBlocksPerMultiprocessor(self.handle, threads, self.info.dynamic_shared_bytes)
+
 
 _loaded: dict[tuple, Kernel] = {}
 
@@ -385,3 +397,11 @@ def get_kernel(spec: KernelSpec, arch: str | None = None) -> Kernel:
     if kernel is None:
         kernel = _loaded.setdefault(key, Kernel(compile_kernel(spec, arch or device_arch())))
     return kernel
+
+
+def loaded_kernels() -> dict[int, tuple[KernelSpec, Kernel]]:
+    """The kernels that are loaded on CuPy's current device, by their handles."""
+    import cupy
+
+    current = cupy.cuda.runtime.getDevice()
+    return {kernel.handle: (spec, kernel) for (spec, device), kernel in list(_loaded.items()) if device == current}

@@ -13,6 +13,7 @@ from .block_mask import BlockMask
 from .estimate import estimate
 from .jit import KernelSpec, get_kernel
 from .plans import Plan, ceil_div
+from .programs import stage
 from .quantize import quantize
 
 _STORE_COUNT = 256  # values that one launch of store_floats writes
@@ -25,11 +26,15 @@ def run_stages(
     """bshd views in, (lse, mask) out."""
     mask = None
     if not (plan.is_dense or is_zero(thresholds)):
-        quantized = quantize(q, k, plan)
-        statistics = anchor_statistics(q, k, quantized.k_mean, plan)
-        limits = row_limits(*statistics, quantized, thresholds, plan)
-        mask = estimate(quantized, limits, plan)
-    lse = attend_stage(q, k, v, mask, plan, out=out, return_lse=return_lse)[1]
+        with stage("quantize"):
+            quantized = quantize(q, k, plan)
+        with stage("anchors"):
+            statistics = anchor_statistics(q, k, quantized.k_mean, plan)
+            limits = row_limits(*statistics, quantized, thresholds, plan)
+        with stage("estimate"):
+            mask = estimate(quantized, limits, plan)
+    with stage("attend"):
+        lse = attend_stage(q, k, v, mask, plan, out=out, return_lse=return_lse)[1]
     if return_mask and mask is None:
         mask = all_visible(q, plan)
     return lse, mask

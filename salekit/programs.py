@@ -16,11 +16,15 @@ from __future__ import annotations
 import math
 import sys
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from . import nvtx
 from .errors import GpuError
 from .graphs import LaunchGraph, stream_priority
 
@@ -114,6 +118,7 @@ class _Noted:
     args: tuple
     num_bytes: int = 0
     owner: Any = None  # what the function lives as long as
+    stage: str = ""
 
 
 _active = threading.local()
@@ -124,11 +129,28 @@ def active() -> "Recorder | None":
     return getattr(_active, "recorder", None)
 
 
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """What runs inside belongs to this stage: launches are noted with its name; those that run are in an NVTX range
+    of that name, where those are on (``salekit.nvtx``)."""
+    recorder = active()
+    if recorder is None:
+        with nvtx.span(name):
+            yield
+        return
+    outer, recorder.stage = recorder.stage, name
+    try:
+        yield
+    finally:
+        recorder.stage = outer
+
+
 class Recorder:
-    """Notes what the stages launch and allocate in this thread (a context manager)."""
+    """Notes what the stages launch and allocate in this thread (a context manager). stage: whose turn it is."""
 
     def __init__(self, device: int):
         self.device = device
+        self.stage = ""
         self.symbols: list[_Symbol] = []
         self.noted: list[_Noted] = []
 
@@ -157,7 +179,7 @@ class Recorder:
         """Like :meth:`array`; a run fills it with zeros at this point."""
         array = self.array(shape, dtype)
         if array.size:
-            self.noted.append(_Noted(None, (0, 0, 0), (0, 0, 0), 0, (array,), array.nbytes))
+            self.noted.append(_Noted(None, (0, 0, 0), (0, 0, 0), 0, (array,), array.nbytes, stage=self.stage))
         return array
 
     def launch(self, function: Any, grid: tuple, block: tuple, shared_bytes: int, args: tuple) -> None:
@@ -166,7 +188,7 @@ class Recorder:
         for arg in args:
             if is_gpu_array(arg):
                 check_symbol(arg)
-        self.noted.append(_Noted(function.ptr, grid, block, shared_bytes, args, owner=function))
+        self.noted.append(_Noted(function.ptr, grid, block, shared_bytes, args, owner=function, stage=self.stage))
 
 
 def is_gpu_array(x: Any) -> bool:
@@ -259,8 +281,8 @@ class Program:
 
     recorder: what was recorded. ports: arrays (symbols) whose addresses each run gets from outside, in this order;
     every other symbol lies in the workspace.
-    workspace_bytes: its size. operations: the launches and fills. versions: for each of them, how often its arguments
-    changed. parameters: a float32 view for each :class:`Parameter`, in the order of their launches.
+    workspace_bytes: its size. operations: the launches and fills. stages: that of each. versions: for each of them, how
+    often its arguments changed. parameters: a float32 view for each :class:`Parameter`, in the order of their launches.
     """
 
     def __init__(self, recorder: Recorder, ports: Iterable[Any]):
@@ -293,6 +315,7 @@ class Program:
 
         self._params = np.array([base + offset for each in offsets for offset in each], np.uint64)
         self._owners = [noted.owner for noted in recorder.noted]
+        self.stages = [noted.stage for noted in recorder.noted]
         self.operations: list[Launch | Fill] = []
         params = self._params.ctypes.data
         for noted, arguments in zip(recorder.noted, offsets):
@@ -304,6 +327,9 @@ class Program:
         self._has_fills = any(isinstance(operation, Fill) for operation in self.operations)
         self._calls: tuple[int | None, list[tuple]] = (None, [])
         self._graphs: dict[int, LaunchGraph | None] = {}
+        # A graph is one launch without stages: with ranges, each operation is launched by itself.
+        self._ranges = nvtx.functions()
+        self._min_graph = _MIN_GRAPH if self._ranges is None else len(self.operations) + 1
 
     def _link_symbols(
         self, recorder: Recorder, ports: list[Any], starts: list[int], deferred: dict[int, tuple[int, Deferred]]
@@ -364,7 +390,7 @@ class Program:
 
         is_captured: whether the stream is in capture mode, which wants the launches themselves.
         """
-        if not is_captured and len(self.operations) >= _MIN_GRAPH:
+        if not is_captured and len(self.operations) >= self._min_graph:
             graph = self._graphs.get(stream)
             if graph is None and stream not in self._graphs and len(self._graphs) < _MAX_GRAPHS:
                 graph = self._graphs[stream] = gpu.graph(self, stream)
@@ -379,6 +405,17 @@ class Program:
             function(*arguments)
 
     def _calls_on(self, gpu: Any, stream: int) -> list[tuple]:
+        calls = self.calls(gpu, stream)
+        if self._ranges is None:
+            return calls
+        push, pop = self._ranges
+        ranged: list[tuple] = []
+        for name, of_stage in groupby(zip(self.stages, calls), key=itemgetter(0)):
+            ranged += [(push, (name or "salekit",)), *(call for _, call in of_stage), (pop, ())]
+        return ranged
+
+    def calls(self, gpu: Any, stream: int) -> list[tuple]:
+        """For each operation (function, arguments), which launches it on a stream, as the program is linked now."""
         return [
             (gpu.fill, (self.address(x), 0, x.num_bytes, stream))
             if isinstance(x, Fill)

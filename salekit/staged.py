@@ -12,6 +12,7 @@ from .block_mask import BlockMask
 from .codes import Quantized
 from .estimate import estimate
 from .plans import Plan
+from .programs import stage
 from .quantize import quantize
 
 
@@ -42,7 +43,8 @@ class StagedCall:
         return self.estimate()
 
     def quantize(self) -> Quantized:
-        return quantize(self.q, self.k, self.plan)
+        with stage("quantize"):
+            return quantize(self.q, self.k, self.plan)
 
     def anchors(self) -> Any:
         """Anchor statistics and the rows' limits, from codes that are there."""
@@ -50,21 +52,21 @@ class StagedCall:
 
     def estimate(self) -> BlockMask:
         """From codes and limits that are there."""
-        return estimate(self.codes, self.limits, self.plan)
+        return self._mask_of(self.codes, self.limits)
 
     def attend(self) -> Any:
         """Through the given mask, or the estimated one that is there."""
-        return attend(self.q, self.k, self.v, self.mask or self.estimated, self.plan)[0]
+        return self._output_of(self.mask or self.estimated)
 
     def before_attention(self) -> BlockMask:
         """Everything up to the mask, one stage after another."""
         codes = self.quantize()
-        return estimate(codes, self._limits_of(codes), self.plan)
+        return self._mask_of(codes, self._limits_of(codes))
 
     def total(self) -> Any:
         """Every stage, one after another; attends through the given mask where there is one."""
         estimated = self.before_attention()
-        return attend(self.q, self.k, self.v, self.mask or estimated, self.plan)[0]
+        return self._output_of(self.mask or estimated)
 
     def timed(self) -> dict[str, Callable[[], Any]]:
         """The stages by the names under which they are reported."""
@@ -78,5 +80,14 @@ class StagedCall:
         }
 
     def _limits_of(self, codes: Quantized) -> Any:
-        statistics = anchor_statistics(self.q, self.k, codes.k_mean, self.plan)
-        return row_limits(*statistics, codes, self.thresholds, self.plan)
+        with stage("anchors"):
+            statistics = anchor_statistics(self.q, self.k, codes.k_mean, self.plan)
+            return row_limits(*statistics, codes, self.thresholds, self.plan)
+
+    def _mask_of(self, codes: Quantized, limits: Any) -> BlockMask:
+        with stage("estimate"):
+            return estimate(codes, limits, self.plan)
+
+    def _output_of(self, mask: BlockMask) -> Any:
+        with stage("attend"):
+            return attend(self.q, self.k, self.v, mask, self.plan)[0]
