@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 import salekit
+from salekit import attend_grid
 from salekit.jit import device_arch
 from salekit.output_difference import output_sums
 from salekit.plans import BLOCKS, ESTIMATORS, LOW_BIT_ARCHS
@@ -68,8 +69,27 @@ def main() -> None:
         dense = salekit.dense_attention(*gpu).get().astype(np.float32)
         twin = salekit.dense_attention(q, k, v).astype(np.float32)
         assert np.linalg.norm(dense - twin) <= 1e-2 * np.linalg.norm(twin)
+    if arch == "sm_90a":
+        calls += check_segments()
     cupy.cuda.Device().synchronize()
     print(f"{calls} calls")
+
+
+def check_segments() -> int:
+    """Attention over two segments of the keys, which a call this small does not have, and over one."""
+    rng = np.random.default_rng(1)
+    q, k, v = (
+        cupy.asarray(rng.standard_normal((1, seqlen, heads, 128), dtype=np.float32).astype(ml_dtypes.bfloat16))
+        for seqlen, heads in ((200, 2), (33_000, 1), (33_000, 1))
+    )
+    options = dict(estimator="int8", thresholds=1.0, dense_below=0)
+    whole = salekit.sparse_attention(q, k, v, **options).get().astype(np.float32)
+    attend_grid.WHOLE_BYTES = attend_grid.SEGMENTED_ITEMS = 0
+    attend_grid.SEGMENT_BYTES = attend_grid.SEGMENT_GRAIN * 128 * 4
+    plan = salekit.plan(q, k, v, **{name: x for name, x in options.items() if name != "thresholds"})
+    segmented = plan.run(q, k, v, thresholds=options["thresholds"]).get().astype(np.float32)
+    assert np.linalg.norm(segmented - whole) <= 2**-7 * np.linalg.norm(whole)
+    return 2
 
 
 if __name__ == "__main__":

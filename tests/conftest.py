@@ -1,4 +1,4 @@
-"""Marker ``gpu``: skipped without a usable GPU. A clean run of all of them leaves bench/results/gpu-suite.json."""
+"""Marker ``gpu``: skipped without a usable GPU; ``alone``: skipped in a worker of pytest-xdist, for it times the GPU. A clean run of all of them leaves bench/results/gpu-suite.json."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def gpu_problem() -> str | None:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU that salekit supports")
+    config.addinivalue_line("markers", "alone: times the GPU, so nothing else may use it")
     config.stash[_COUNTS] = {"passed": 0, "failed": 0, "skipped": 0}
     config.stash[_START] = time.time()
 
@@ -46,6 +47,10 @@ def pytest_collection_modifyitems(config, items):
     if gpu_items and gpu_problem():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=gpu_problem()))
+    if hasattr(config, "workerinput"):
+        for item in items:
+            if item.get_closest_marker("alone"):
+                item.add_marker(pytest.mark.skip(reason="times the GPU: run it without workers"))
 
 
 class _Counter:

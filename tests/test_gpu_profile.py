@@ -12,7 +12,7 @@ from salekit import ceilings, jit, occupancy, timing, work  # noqa: E402
 from salekit.block_mask import BlockMask  # noqa: E402
 from salekit.cli.main import cli  # noqa: E402
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 SMALL = ("--seqlen", "4k", "--heads", "8", "--kv-heads", "2")
 LEAST_SHARE_OF_DATA_SHEET = 0.4  # what a kernel of nothing but products reaches, by far, at any clock a test meets
 MOST_SHARE_OF_DATA_SHEET = 1.15  # data sheets count a boost clock that a short run may exceed
