@@ -38,10 +38,16 @@ def _methods(ctx: Any, param: Any, text: str) -> list[Any]:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False), required=False)
 @click.option("--sample", is_flag=True, help="The built-in real sample instead of a file.")
 @click.option("--layer", type=click.IntRange(min=0), default=None, help="Layer of a file that holds several.")
-@click.option("--head", "heads", type=click.IntRange(min=0), multiple=True, help="Query head, repeatable. Default: all.")
+@click.option(
+    "--head", "heads", type=click.IntRange(min=0), multiple=True, help="Query head, repeatable. Default: all."
+)
 @click.option("--methods", default="all", show_default=True, callback=_methods, help="Names, with commas between them.")
-@click.option("--densities", default="0.05,0.1,0.2,0.3", show_default=True, callback=_densities, help="Compared at these.")
-@click.option("--shared", is_flag=True, help="One setting for all heads, the density as their mean; else each head's own.")
+@click.option(
+    "--densities", default="0.05,0.1,0.2,0.3", show_default=True, callback=_densities, help="Compared at these."
+)
+@click.option(
+    "--shared", is_flag=True, help="One setting for all heads, the density as their mean; else each head's own."
+)
 @click.option("--anchors", is_flag=True, help="SALE's sink and local window are kept by every method.")
 @click.option("--per-head", is_flag=True, help="A table for each head, too.")
 @options.block
@@ -171,7 +177,9 @@ def _print(result: dict[str, Any], densities: list[float], per_head: bool) -> No
     for index, head in enumerate(heads if per_head else []):
         for name in VALUES:
             _table(
-                f"{name.replace('_', ' ')}, head {head}", result, densities,
+                f"{name.replace('_', ' ')}, head {head}",
+                result,
+                densities,
                 lambda p, name=name, index=index: p["heads"][name][index],
             )
     if any(point["mean"]["recall"] is None for of in result["methods"].values() for point in of["points"]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,10 @@ def check(path: str, force: bool) -> None:
         raise click.UsageError(f"--plot {path}: wants a name that ends in {' or '.join(SUFFIXES)}")
     if Path(path).exists() and not force:
         raise click.UsageError(f"{path} exists; --force overwrites it")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise click.ClickException("--plot needs matplotlib: pip install 'salekit[plot]'; without it, leave out --plot")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise click.ClickException("--plot needs matplotlib: pip install 'salekit[plot]'") from None
 
 
 def _series(result: dict[str, Any], name: str) -> dict[str, tuple[list[float], list[float]]]:
@@ -62,9 +63,17 @@ def save(path: str, result: dict[str, Any]) -> None:
 
 _COLOURS = {"int4": "#8c510a", "int8": "#e66101", "int8-sp24": "#fdb863", "exact": "#000000", "oracle-mass": "#777777"}
 _OTHERS = {
-    "sink-local": "#999999", "minference": "#1b7837", "minference-v": "#7fbf7b", "flexprefill": "#2166ac",
-    "xattention-8": "#5e3c99", "xattention-16": "#b2abd2", "sparge": "#c51b7d", "sparge-cdf": "#de77ae",
-    "sparge-topk": "#f1b6da", "quest": "#01665e", "blasst": "#b2182b",
+    "sink-local": "#999999",
+    "minference": "#1b7837",
+    "minference-v": "#7fbf7b",
+    "flexprefill": "#2166ac",
+    "xattention-8": "#5e3c99",
+    "xattention-16": "#b2abd2",
+    "sparge": "#c51b7d",
+    "sparge-cdf": "#de77ae",
+    "sparge-topk": "#f1b6da",
+    "quest": "#01665e",
+    "blasst": "#b2182b",
 }
 
 

@@ -63,7 +63,7 @@ class Comparison:
             tick()
         return points, order.sparsest
 
-    def _point(self, selector: Selector, levels: Any, order: "Orders", wanted: float) -> Point:
+    def _point(self, selector: Selector, levels: Any, order: Orders, wanted: float) -> Point:
         low, high, weight = order.limits(wanted)
         at_high = self._group.measure(mask_at(levels, high, self.plan))
         if (weight < 1).any():
