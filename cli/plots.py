@@ -52,6 +52,8 @@ def save(path: str, result: dict[str, Any]) -> None:
         axis.set_ylabel(name.replace("_", " "))
         axis.grid(alpha=0.3)
     axes[1].set_yscale("log")
+    axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_minor_formatter("{x:g}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
     blocks = "x".join(map(str, result["block"]))
     figure.suptitle(

@@ -215,7 +215,7 @@ def quest_levels(q: Any, k: Any, plan: Plan) -> Any:
             position = block * plan.block_q + xp.arange(len(rows)) + plan.offset
             visible = starts[None, :seen] <= position[:, None]
             place = xp.where(visible, grid.ranks(xp.where(visible, bound, -np.inf)) + 1, np.inf)
-            levels[block, :seen] = place.min(axis=0, initial=np.inf)
+            levels[block, :seen] = place.min(axis=0)
         return grid.finish(levels, plan)
 
     return grid.each_head(q, k, plan, of_head)
