@@ -15,6 +15,7 @@ from salekit.errors import CompileError, GpuError, SalekitError
 COMMANDS = {
     "bench": "Time dense and sparse attention and each stage.",
     "calibrate": "Find each head's threshold for a target, from dumps of q, k and v.",
+    "compare": "Compare SALE's masks with other ways to choose blocks, at equal density.",
     "doctor": "Say what this machine can run and what is missing.",
     "kernels": "Compile every kernel and show registers, shared memory and spills.",
     "mask-dump": "Draw or save the block mask of q, k and v.",
