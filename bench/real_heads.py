@@ -3,8 +3,8 @@
     python bench/real_heads.py MODEL.gguf TEXT.txt --tokens 8192 --layers 3,9,15 -o heads.safetensors
 
 The file holds bfloat16 ``layers.N.q`` [1, tokens, heads, head_dim] and so on, as ``salekit calibrate`` reads them. It
-appears whole or not at all, as soon as the last wanted layer is there; the layers after it then run for the mean
-negative log-likelihood of the text, which shows whether the forward pass is right. Weights are dequantised (package
+is replaced, whole, each time a wanted layer is there; the layers after the last one run for the mean negative
+log-likelihood of the text, which shows whether the forward pass is right. Weights are dequantised (package
 ``gguf``), everything else is float32.
 """
 
@@ -213,12 +213,11 @@ def main() -> None:
         if layer in layers:
             for name, x, some in zip("qkv", results, (heads, list(kv_heads), list(kv_heads))):
                 tensors[f"layers.{layer}.{name}"] = np.ascontiguousarray(x[None, :, some]).astype(ml_dtypes.bfloat16)
+            write(tensors, options.output)
+            if layer == max(layers) and options.no_nll:
+                return
         seconds = time.perf_counter() - started
         print(f"{layer} of {model.num_layers} layers, {seconds:.0f} s", file=sys.stderr, flush=True)
-        if layer == max(layers):
-            write(tensors, options.output)
-            if options.no_nll:
-                return
     nll = mean_nll(model, results[0], ids)
     print(json.dumps({"file": str(options.output), "tokens": len(ids), "layers": sorted(layers), "mean_nll": nll}))
 
