@@ -16,10 +16,11 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,10 +45,10 @@ class Sums(NamedTuple):
     mass: np.ndarray
     values: np.ndarray
 
-    def __add__(self, other: "Sums") -> "Sums":
+    def __add__(self, other: Sums) -> Sums:
         return Sums(self.mass + other.mass, self.values + other.values)
 
-    def scaled(self, factor: float) -> "Sums":
+    def scaled(self, factor: float) -> Sums:
         return Sums(factor * self.mass, factor * self.values)
 
     def output(self) -> np.ndarray:
@@ -367,7 +368,7 @@ class Head:
         mask = salekit.mask_from_scores(self.scores, float(np.exp(np.float64(log_tau))), self.plan)
         return mask.to_dense()[0, 0], float(log_tau)
 
-    def tile(self, block: int) -> "TileScores":
+    def tile(self, block: int) -> TileScores:
         return TileScores(self, block)
 
 
@@ -436,16 +437,16 @@ def measure_head(head: Head, densities: list[float], every: int) -> list[dict]:
     for density, (bits, _) in masks.items():
         measured = bits.sum() / head.num_visible
         forms = {}
-        for name in FORMS:
+        for name, form in FORMS.items():
             halves = sums[density][name]
             best = halves[::-1].argmin(axis=1)  # of the other half
             total = halves[[0, 1], best].sum()
             forms[name] = {"error": math.sqrt(total / norm), "ratio": math.sqrt(total / without[density])}
-            if FORMS[name].calibrated:
+            if form.calibrated:
                 forms[name]["factors"] = FACTORS[best].tolist()
             forms[name]["worth"] = density_of(forms[name]["error"], plain_at, np.sqrt(plain / norm)) - measured
-            if not math.isnan(FORMS[name].cost):
-                equal = measured + FORMS[name].cost * (1 - measured)
+            if not math.isnan(form.cost):
+                equal = measured + form.cost * (1 - measured)
                 instead = plain_error(equal, plain_at, np.sqrt(plain / norm))
                 forms[name]["ratio_equal_cost"] = forms[name]["error"] / instead
         records.append(

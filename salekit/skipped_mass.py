@@ -1,4 +1,4 @@
-"""Attention that estimates what the mask skips: one pooled key and value for each skipped block (beyond the paper).
+"""Attention that estimates what the mask skips: pooled keys and values of skipped blocks (beyond the paper).
 
 A NumPy reference; no kernel does this yet. What it gains and costs is measured in docs/skipped-mass.md.
 
@@ -24,16 +24,16 @@ MOST_VARIANCE = 1.0  # of the second order, in the exponent
 
 
 class Pools(NamedTuple):
-    """One extra key for each skipped block of a query block; float32."""
+    """Extra keys of a query block; float32."""
 
-    key: np.ndarray  # [blocks, head_dim]
-    value: np.ndarray  # [blocks, head_dim]
-    bias: np.ndarray  # [blocks], added to softmax_scale * q.key
-    spread: np.ndarray  # [blocks], s^2 / 2
+    key: np.ndarray  # [pools, head_dim]
+    value: np.ndarray  # [pools, head_dim]
+    bias: np.ndarray  # [pools], added to softmax_scale * q.key
+    spread: np.ndarray  # [pools], s^2 / 2
     mean: np.ndarray  # [head_dim], softmax_scale * q'
 
     def scores(self, q: np.ndarray) -> np.ndarray:
-        """[rows, blocks], of q times softmax_scale."""
+        """[rows, pools], of q times softmax_scale."""
         second_order = np.square(q - self.mean).sum(axis=1)[:, None] * self.spread
         return q @ self.key.T + self.bias + np.minimum(second_order, np.float32(MOST_VARIANCE))
 
@@ -48,10 +48,17 @@ def skipped_blocks(bits: np.ndarray, block: int, mask: BlockMask) -> np.ndarray:
     return np.flatnonzero(~bits & (ends <= seen))
 
 
-def pool(q: np.ndarray, keys: np.ndarray, values: np.ndarray, blocks: np.ndarray, block_k: int) -> Pools:
-    """Pools of these blocks for the mean of q (times softmax_scale); float32 [rows, head_dim], [seqlen_k, head_dim]."""
+def pool(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, blocks: np.ndarray, block_k: int, blocks_each: int
+) -> Pools:
+    """Pools of these blocks, ``blocks_each`` after one another in a pool, for the mean of q (times softmax_scale).
+
+    float32 [rows, head_dim], [seqlen_k, head_dim] of one head.
+    """
     index = blocks[:, None] * block_k + np.arange(block_k)
-    absent = index >= len(keys)  # of the last block
+    index = np.pad(index, ((0, -len(blocks) % blocks_each), (0, 0)), constant_values=len(keys))
+    index = index.reshape(-1, blocks_each * block_k)
+    absent = index >= len(keys)  # of the last block, and of the last pool
     index = np.where(absent, 0, index)
     k, v = keys[index], values[index]
     mean = q.mean(axis=0)
@@ -65,8 +72,10 @@ def pool(q: np.ndarray, keys: np.ndarray, values: np.ndarray, blocks: np.ndarray
     return Pools(key, (share @ v)[:, 0], (top + np.log(total))[:, 0] - key @ mean, variance / 2, mean)
 
 
-def attend_with_pools(q: Any, k: Any, v: Any, mask: BlockMask, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """Softmax attention over the selected blocks and a pool for each skipped one, query block by query block.
+def attend_with_pools(
+    q: Any, k: Any, v: Any, mask: BlockMask, plan: Plan, blocks_each: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax attention over the selected blocks and pools of the skipped ones, query block by query block.
 
     q: [batch, seqlen_q, num_heads, head_dim]; k, v: [batch, seqlen_k, num_kv_heads, head_dim]; NumPy. mask: its own
         block counts, not the plan's. Blocks that only some rows of a query block see are not pooled (a mask of
@@ -89,7 +98,7 @@ def attend_with_pools(q: Any, k: Any, v: Any, mask: BlockMask, plan: Plan) -> tu
                 of = bits[b, head, block]
                 cols = np.flatnonzero(np.repeat(of, mask.block_k)[: max(0, seen.max())])
                 queries = scale * q[b, rows, head].astype(np.float32)
-                pools = pool(queries, keys, values, skipped_blocks(of, block, mask), mask.block_k)
+                pools = pool(queries, keys, values, skipped_blocks(of, block, mask), mask.block_k, blocks_each)
                 if cols.size + pools.bias.size == 0:
                     continue
                 with np.errstate(all="ignore"):

@@ -48,25 +48,28 @@ def random_mask(plan, share=0.4, seed=1):
     )
 
 
-def oracle(q, k, v, bits, plan):
+def oracle(q, k, v, bits, plan, blocks_each):
     """out, lse of one head in float64, row by row and key by key."""
     nq, nk, scale = plan.seqlen_q, plan.seqlen_k, plan.softmax_scale
     out, lse = np.zeros((nq, DIM)), np.full(nq, -np.inf)
     for block in range(plan.num_q_blocks):
         first, last = block * plan.block_q, min((block + 1) * plan.block_q, nq)
         mean = q[first:last].mean(axis=0)
-        selected, pools = [], []
+        selected, skipped, pools = [], [], []
         for j in range(plan.num_k_blocks):
             keys = range(j * plan.block_k, min((j + 1) * plan.block_k, nk))
             if bits[block, j]:
                 selected += keys
             elif all(sees(first, key, nq, nk, plan.causal) for key in keys):
-                masses = [math.exp(scale * (mean @ k[key])) for key in keys]
-                total = sum(masses)
-                pooled = sum(mass * k[key] for mass, key in zip(masses, keys)) / total
-                value = sum(mass * v[key] for mass, key in zip(masses, keys)) / total
-                variance = sum(mass * np.sum((k[key] - pooled) ** 2) for mass, key in zip(masses, keys)) / total / DIM
-                pools.append((math.log(total), pooled, value, variance))
+                skipped.append(keys)
+        for j in range(0, len(skipped), blocks_each):
+            keys = [key for block_keys in skipped[j : j + blocks_each] for key in block_keys]
+            masses = [math.exp(scale * (mean @ k[key])) for key in keys]
+            total = sum(masses)
+            pooled = sum(mass * k[key] for mass, key in zip(masses, keys)) / total
+            value = sum(mass * v[key] for mass, key in zip(masses, keys)) / total
+            variance = sum(mass * np.sum((k[key] - pooled) ** 2) for mass, key in zip(masses, keys)) / total / DIM
+            pools.append((math.log(total), pooled, value, variance))
         for i in range(first, last):
             seen = [key for key in selected if sees(i, key, nq, nk, plan.causal)]
             scores, values = [scale * (q[i] @ k[key]) for key in seen], [v[key] for key in seen]
@@ -81,16 +84,17 @@ def oracle(q, k, v, bits, plan):
 
 
 @pytest.mark.parametrize("spread", (0.5, 2.0))  # the second order stays below its limit, or reaches it
+@pytest.mark.parametrize("blocks_each", (1, 3))
 @pytest.mark.parametrize("case", CASES)
-def test_against_float64(case, spread):
+def test_against_float64(case, blocks_each, spread):
     plan = plan_of(*CASES[case])
     q, k, v = draw(plan.seqlen_q, plan.seqlen_k, spread=spread)
     mask = random_mask(plan)
-    out, lse = attend_with_pools(q, k, v, mask, plan)
+    out, lse = attend_with_pools(q, k, v, mask, plan, blocks_each)
     bits = mask.to_dense()
     for b, head in np.ndindex(2, HEADS):
         exact = (x.astype(np.float64)[b, :, h] for x, h in ((q, head), (k, head // 2), (v, head // 2)))
-        theirs, their_lse = oracle(*exact, bits[b, head], plan)
+        theirs, their_lse = oracle(*exact, bits[b, head], plan, blocks_each)
         # float16 keeps 11 bits of the output; float32 sums of up to 301 products of size 10 are off by 1e-5 at most.
         assert np.all(np.abs(out[b, :, head].astype(np.float64) - theirs) <= 2.0**-11 * np.abs(theirs) + 1e-4)
         assert np.array_equal(np.isneginf(lse[b, head]), np.isneginf(their_lse))
@@ -107,14 +111,15 @@ def test_everything_selected_is_dense_attention():
     assert np.abs(lse - dense_lse).max() <= 1e-5
 
 
-def test_a_block_of_equal_rows_loses_nothing():
+@pytest.mark.parametrize("blocks_each", (1, 4, 1000))
+def test_a_block_of_equal_rows_loses_nothing(blocks_each):
     plan = plan_of(130, 600, True, 64, 32)
     q, k, v = draw(130, 600, spread=2.0)
     q = np.repeat(q[:, ::64], 64, axis=1)[:, :130]
     mask = random_mask(plan, share=0.2)
     dense, dense_lse = reference.dense_attention(q, k, v, plan)
     _, plain_lse = reference.attend(q, k, v, mask, plan)
-    out, lse = attend_with_pools(q, k, v, mask, plan)
+    out, lse = attend_with_pools(q, k, v, mask, plan, blocks_each)
     assert np.abs(plain_lse - dense_lse).max() > 0.5  # there is much to lose
     assert np.abs(lse - dense_lse).max() <= 2e-5
     assert np.abs(out.astype(np.float32) - dense.astype(np.float32)).max() <= 2.0**-9
