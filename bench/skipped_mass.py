@@ -222,22 +222,28 @@ def one_direction_sloped(tile: Tile) -> Sums:
     )
 
 
-def tilted(tile: Tile, size: int, group: int | None = 1, variance: float = 0.0, capped: bool = True) -> Sums:
+def tilted(
+    tile: Tile, size: int, group: int | None = 1, variance: float = 0.0, capped: bool = True, aligned: bool = False
+) -> Sums:
     """Keys and values pooled for the mean query of each ``size`` rows, over ``group`` skipped blocks (None: all).
 
     With weights softmax(mean . k): mass, its first order in q and the value are exact for that query. variance: the
-    most that the mass's second order, by one variance for all channels, may add to the exponent.
+    most that the mass's second order, by one variance for all channels, may add to the exponent. aligned: a pool is what
+    is skipped of ``group`` neighbouring blocks, not so many skipped ones after one another.
     """
     group = len(tile.blocks) if group is None else group
-    absent = -len(tile.blocks) % group
-    blocks = np.r_[tile.blocks, np.zeros(absent, int)]
-    k, v = (x[blocks].reshape(-1, group * BLOCK, tile.q.shape[1]) for x in (tile.facts.k, tile.facts.v))
-    num_keys = np.full(len(k), group * BLOCK, np.float32)
-    num_keys[-1] -= absent * BLOCK
+    blocks = np.full(
+        -(-tile.facts.num_blocks // group) * group if aligned else -(-len(tile.blocks) // group) * group, -1
+    )
+    blocks[tile.blocks if aligned else slice(len(tile.blocks))] = tile.blocks
+    blocks = blocks.reshape(-1, group)
+    blocks = blocks[(blocks >= 0).any(axis=1)]
+    k, v = (x[blocks].reshape(len(blocks), group * BLOCK, -1) for x in (tile.facts.k, tile.facts.v))
+    absent = np.repeat(blocks < 0, BLOCK, axis=1)
+    num_keys = (~absent).sum(axis=1).astype(np.float32)
     mass, values = np.zeros(len(tile.q), np.float32), np.zeros_like(tile.q)
     for rows, mean in tile.row_means[size]:
-        scores = k @ mean
-        scores[-1, int(num_keys[-1]) :] = -np.inf
+        scores = np.where(absent, np.float32(-np.inf), k @ mean)
         largest = scores.max(axis=1, keepdims=True)
         weight = np.exp(scores - largest)
         total = weight.sum(axis=1, keepdims=True)
@@ -333,6 +339,10 @@ FORMS = {
         )
         for keys in (32, 64, 128)
     },
+    # A pool for 128 keys of which two thirds or more are skipped: 1.5 / 128 of those.
+    "tilted, 128 rows, skipped of 128 keys, variance up to 1": Form(
+        1.5 / 128 + 1.5 / ROWS, partial(tilted, size=ROWS, group=4, variance=1.0, capped=False, aligned=True)
+    ),
     "tilted, 128 rows, 32 keys, calibrated": Form(POOL + 1.5 / ROWS, partial(tilted, size=ROWS), True),
     "tilted, 128 rows, 128 keys, calibrated": Form(POOL / 4 + 1.5 / ROWS, partial(tilted, size=ROWS, group=4), True),
     "tilted, 128 rows, all keys, calibrated": Form(1.5 / ROWS, partial(tilted, size=ROWS, group=None), True),

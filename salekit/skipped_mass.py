@@ -51,16 +51,17 @@ def skipped_blocks(bits: np.ndarray, block: int, mask: BlockMask) -> np.ndarray:
 def pool(
     q: np.ndarray, keys: np.ndarray, values: np.ndarray, blocks: np.ndarray, block_k: int, blocks_each: int
 ) -> Pools:
-    """Pools of these blocks, ``blocks_each`` after one another in a pool, for the mean of q (times softmax_scale).
+    """Pools of these blocks, for the mean of q (times softmax_scale); float32 [rows, head_dim], [seqlen_k, head_dim].
 
-    float32 [rows, head_dim], [seqlen_k, head_dim] of one head.
+    Neighbours, as far as they are among the blocks, share a pool: blocks 0 to blocks_each - 1, and so on.
     """
-    index = blocks[:, None] * block_k + np.arange(block_k)
-    index = np.pad(index, ((0, -len(blocks) % blocks_each), (0, 0)), constant_values=len(keys))
-    index = index.reshape(-1, blocks_each * block_k)
-    absent = index >= len(keys)  # of the last block, and of the last pool
+    groups, place = np.unique(blocks // blocks_each, return_inverse=True)
+    member = np.zeros((len(groups), blocks_each), bool)
+    member[place, blocks % blocks_each] = True
+    index = groups[:, None] * (blocks_each * block_k) + np.arange(blocks_each * block_k)
+    absent = (index >= len(keys)) | ~np.repeat(member, block_k, axis=1)
     index = np.where(absent, 0, index)
-    k, v = keys[index], values[index]
+    k, v = (np.where(absent[..., None], np.float32(0), x[index]) for x in (keys, values))
     mean = q.mean(axis=0)
     s = np.where(absent, np.float32(-np.inf), k @ mean)
     top = s.max(axis=1, keepdims=True)
@@ -79,7 +80,7 @@ def attend_with_pools(
 
     q: [batch, seqlen_q, num_heads, head_dim]; k, v: [batch, seqlen_k, num_kv_heads, head_dim]; NumPy. mask: its own
         block counts, not the plan's. Blocks that only some rows of a query block see are not pooled (a mask of
-        ``estimate`` selects them: they are anchors).
+        ``estimate`` selects them: they are anchors). blocks_each: what is skipped of so many neighbours shares a pool.
 
     Returns (out, lse): out like q; lse float32 [batch, num_heads, seqlen_q], natural log, of the selected keys' mass
     and the estimated one together. A row without a selected key or a pool has out 0 and lse -inf. A value that is not

@@ -59,7 +59,7 @@ def test_pools_of_single_keys_are_exact(parts):
 @pytest.mark.parametrize("group", (1, 4))
 def test_the_chosen_form_is_the_package_s(head, parts, group):
     bits, selected, rest, _ = parts
-    mine = (selected + study.tilted(rest, size=128, group=group, variance=1.0, capped=False)).output()
+    mine = (selected + study.tilted(rest, size=128, group=group, variance=1.0, capped=False, aligned=True)).output()
     q, k, v = (x[:, :KEYS, :1] for x in load_sample().values())
     mask = BlockMask.from_dense(bits[None, None], 128, 32, KEYS, KEYS, True)
     theirs, _ = attend_with_pools(q, k, v, mask, head.plan, group)

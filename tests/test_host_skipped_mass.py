@@ -55,15 +55,14 @@ def oracle(q, k, v, bits, plan, blocks_each):
     for block in range(plan.num_q_blocks):
         first, last = block * plan.block_q, min((block + 1) * plan.block_q, nq)
         mean = q[first:last].mean(axis=0)
-        selected, skipped, pools = [], [], []
+        selected, skipped, pools = [], {}, []
         for j in range(plan.num_k_blocks):
             keys = range(j * plan.block_k, min((j + 1) * plan.block_k, nk))
             if bits[block, j]:
                 selected += keys
             elif all(sees(first, key, nq, nk, plan.causal) for key in keys):
-                skipped.append(keys)
-        for j in range(0, len(skipped), blocks_each):
-            keys = [key for block_keys in skipped[j : j + blocks_each] for key in block_keys]
+                skipped.setdefault(j // blocks_each, []).extend(keys)
+        for keys in skipped.values():
             masses = [math.exp(scale * (mean @ k[key])) for key in keys]
             total = sum(masses)
             pooled = sum(mass * k[key] for mass, key in zip(masses, keys)) / total
