@@ -9,8 +9,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is part of the checkout, not of the package
 
-from bench import skipped_mass as study  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
+
+from bench import skipped_mass as study  # noqa: E402
 from salekit import load_sample, reference  # noqa: E402
 from salekit.block_mask import BlockMask  # noqa: E402
 from salekit.skipped_mass import attend_with_pools  # noqa: E402
