@@ -56,7 +56,8 @@ def test_json_says_what_the_api_measures(folder):
         assert [point["wanted"] for point in of["points"]] == [0.6, 0.8]
         for got, want in zip(of["points"], points):
             for value in ("density", "recall", "relative_error", "knob"):
-                np.testing.assert_array_equal(np.array(got["heads"][value], float), getattr(want, value))
+                # The command's process has one BLAS thread, this one more: float32 sums in another order.
+                np.testing.assert_allclose(np.array(got["heads"][value], float), getattr(want, value), rtol=1e-5)
             assert got["work"] == SELECTORS[name].work(plan, got["wanted"])
     recalls = [point["mean"]["recall"] for point in result["methods"]["oracle-mass"]["points"]]
     assert 0.5 < recalls[0] < recalls[1] < 1
