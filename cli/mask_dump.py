@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Callable
 
@@ -12,6 +13,7 @@ import numpy as np
 from . import backends, options, render
 
 PICTURES = ("term", "png", "svg", "html")
+SHEETS = ("png", "svg", "html")  # what draws several layers
 LISTS = ("csr", "flex", "flashinfer", "fa4")
 TAU_STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of --tau, for --overlay tau
 
@@ -21,6 +23,13 @@ TAU_STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of --tau, for --overlay tau
 @click.option("--sample", is_flag=True, help="The built-in real sample instead of a file.")
 @click.option(
     "--head", "heads", type=click.IntRange(min=0), multiple=True, help="Head to draw, repeatable. Default: all."
+)
+@click.option(
+    "--layer",
+    "layers",
+    type=click.IntRange(min=0),
+    multiple=True,
+    help="Layer of a file that holds several, repeatable (png, svg, html). Default: all.",
 )
 @click.option(
     "--format",
@@ -55,13 +64,14 @@ TAU_STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of --tau, for --overlay tau
 @options.as_json
 @options.output
 def mask_dump(
-    file, sample, heads, form, overlay, other_file, diff_estimator, width, tau, block, estimator, query_stride, backend,
+    file, sample, heads, layers, form, overlay, other_file, diff_estimator, width, tau, block, estimator, query_stride, backend,
     force, as_json, output,
 ) -> None:
     """Draw or save the block mask of q, k, v (FILE: .safetensors or .npz) or a mask file (.npz).
 
     A cell that stands for several blocks shows their density, and is never blank when one of them is set. Several heads
-    make a contact sheet (png, svg) or a list to choose from (html, one file that needs no network).
+    make a contact sheet (png, svg) or a list to choose from (html, one file that needs no network); so do several layers,
+    a row each. The other formats hold one layer.
     """
     if sample == (file is not None):
         raise click.UsageError("give either FILE or --sample")
@@ -74,6 +84,7 @@ def mask_dump(
     if (overlay != "none" or other_file or diff_estimator) and form not in PICTURES:
         raise click.UsageError(f"--format {form} holds one mask; overlays and differences are for pictures")
     source = _Source(file, block, query_stride, backend)
+    source.choose(layers, heads, f"--format {form}" if form not in SHEETS else other_file and "--diff")
     if source.is_mask and (overlay == "tau" or diff_estimator):
         raise click.UsageError(f"{file} is a mask: --overlay tau and --diff-estimator need q, k and v")
 
@@ -85,49 +96,109 @@ def mask_dump(
         (other,) = source.masks(diff_estimator, [tau])
     if other is not None and _shape(other) != _shape(mask):
         raise click.UsageError(f"the masks differ in shape: {_shape(mask)} and {_shape(other)} (heads, tokens, blocks)")
-    num_heads = mask.words.shape[0] * mask.words.shape[1]
-    for head in heads:
-        if head >= num_heads:
-            raise click.UsageError(f"--head {head}: there are heads 0 to {num_heads - 1}")
-    chosen = list(heads) or list(range(num_heads))
-    metadata = {"source": source.name, "tau": tau, "estimator": estimator, "query_stride": query_stride}
+    chosen, labels = source.panels()
+    metadata = {"source": source.name, **source.layer, "tau": tau, "estimator": estimator, "query_stride": query_stride}
 
     scores = source.scores(estimator) if form == "html" else None
-    drawing = _drawing(mask, source.labels(num_heads), overlay, masks, tau, other, scores)
-    title = f"{source.name}: {mask.seqlen_q} x {mask.seqlen_k} tokens, blocks {mask.block_q}x{mask.block_k}"
+    drawing = _drawing(mask, labels, overlay, masks, tau, other, scores, source.rows)
+    title = f"{source.title}: {mask.seqlen_q} x {mask.seqlen_k} tokens, blocks {mask.block_q}x{mask.block_k}"
     if output:
         _save(Path(output), form, mask, drawing, chosen, title, metadata)
         render.note(f"wrote {output}")
     if as_json:
-        render.print_json(_summary(mask, drawing, chosen, metadata))
+        render.print_json(_summary(mask, drawing, chosen, metadata, source))
     elif form == "term":
         _draw(mask, drawing, chosen, width or max(8, min(96, render.terminal_width())))
 
 
 class _Source:
-    """Where masks come from: a mask file, or q, k and v."""
+    """Where masks come from: a mask file, or q, k and v of one or several layers, of which one is held at a time.
+
+    The heads of several layers are counted through: those of the first layer, those of the second, and so on.
+    """
 
     def __init__(self, file: str | None, block: tuple[int, int], query_stride: int, backend: str):
         self.file, self.block, self.query_stride, self.backend = file, block, query_stride, backend
         self.name = "built-in sample" if file is None else Path(file).name
         self.is_mask = file is not None and file.endswith(".npz") and not _holds_qkv(file)
+        self.held: dict[tuple[str, str], Any] = {}
 
-    def labels(self, num_heads: int) -> list[str]:
+    def choose(self, layers: tuple[int, ...], heads: tuple[int, ...], of_one_layer: str | None) -> None:
+        """Which layers and heads are wanted. of_one_layer: the option that takes no more than one. click.UsageError."""
+        shapes = self._shapes()
+        missing = [str(layer) for layer in layers if str(layer) not in shapes]
+        if missing:
+            raise click.UsageError(f"--layer {missing[0]}: {self.name} holds {', '.join(shapes)}")
+        self.layers = list(dict.fromkeys(map(str, layers))) or list(shapes)
+        self.several = len(self.layers) > 1
+        if self.several and of_one_layer:
+            raise click.UsageError(
+                f"{of_one_layer} takes one layer, not {', '.join(self.layers)} of {self.name}; --layer chooses one"
+            )
+        if len({shapes[layer] for layer in self.layers}) > 1:
+            raise click.UsageError(f"{self.name}: the layers differ in shape; --layer chooses those that are alike")
+        (batch, *_, self.heads_a_batch, _) = shapes[self.layers[0]][0]
+        self.num_heads = batch * self.heads_a_batch
+        for head in heads:
+            if head >= self.num_heads:
+                raise click.UsageError(f"--head {head}: there are heads 0 to {self.num_heads - 1}")
+        self.heads = list(heads) or list(range(self.num_heads))
+        self.rows = tuple(f"layer {layer}" for layer in self.layers) if self.several else ()
+        self.layer = {"layer": self.layers[0]} if len(shapes) > 1 and not self.several else {}
+        self.title = self.name
+        if len(shapes) > 1:
+            self.title += f", {len(self.rows)} layers" if self.several else f", layer {self.layers[0]}"
+
+    def _shapes(self) -> dict[str, tuple[Any, ...]]:
+        """Shapes of q and k by layer; a mask is layer 0."""
+        if self.is_mask:
+            batch, heads, *_ = _load_mask(self.file).words.shape
+            return {"0": ((batch, heads, 0),)}
+        from salekit.data_files import iter_layers, load_sample
+
+        if self.file is None:
+            sample = load_sample()
+            return {"0": (sample["q"].shape, sample["k"].shape)}
+        return {layer: (q.shape, k.shape) for layer, (q, k, *_) in iter_layers(self.file)}
+
+    def panels(self) -> tuple[list[int], list[str]]:
+        """(the heads to draw, a label for every head), counted through the layers."""
+        if not self.several:
+            return self.heads, self._labels()
+        labels = [f"{row}, head {head}" for row in self.rows for head in self.heads]
+        return list(range(len(labels))), labels
+
+    def numbers(self, chosen: list[int]) -> dict[str, Any]:
+        """Of the heads in a summary; of several layers, the layer of each, too."""
+        if not self.several:
+            return {"heads": chosen}
+        return {
+            "layers": [layer for layer in self.layers for _ in self.heads],
+            "heads": self.heads * len(self.layers),
+        }
+
+    def _labels(self) -> list[str]:
         """A mask file's own names, where it has one for each head."""
         if self.is_mask:
             with np.load(self.file, allow_pickle=False) as archive:
                 names = [name for name in archive.files if name != "__meta__"]
-            if len(names) == num_heads and not all(name == f"h{i}" for i, name in enumerate(names)):
+            if len(names) == self.num_heads and not all(name == f"h{i}" for i, name in enumerate(names)):
                 return names
-        return [f"head {head}" for head in range(num_heads)]
+        return [f"head {head}" for head in range(self.num_heads)]
 
     def masks(self, estimator: str, taus: list[float]) -> list[Any]:
-        """A mask on the host for each tau; a mask file is what it is."""
+        """A mask on the host for each tau; a mask file is what it is. Several layers lie one after another."""
         if self.is_mask:
             return [_load_mask(self.file)]
+        of_layers = [self._masks_of(layer, estimator, taus) for layer in self.layers]
+        if not self.several:
+            return of_layers[0]
+        return [replace(of[0], words=np.concatenate([mask.words for mask in of])) for of in zip(*of_layers)]
+
+    def _masks_of(self, layer: str, estimator: str, taus: list[float]) -> list[Any]:
         import salekit
 
-        _, _, plan, codes, statistics = self._prepared(estimator)
+        _, _, plan, codes, statistics = self._prepared(layer, estimator)
         masks = []
         for tau in taus:
             limits = salekit.row_limits(*statistics, codes, float(tau), plan)
@@ -135,37 +206,69 @@ class _Source:
         return masks
 
     def scores(self, estimator: str) -> Callable[[int], np.ndarray] | None:
-        """Block scores of a head, counted through the batches: float32 [num_q_blocks, num_k_blocks]. A mask: None."""
+        """Block scores of a head, counted through: float32 [num_q_blocks, num_k_blocks]. A mask: None."""
         if self.is_mask:
             return None
-        import salekit
-
-        q, k, plan, codes, statistics = self._prepared(estimator)
-        wanted = salekit.scores_plan(plan)
-        if wanted is not plan:
-            codes = salekit.quantize(q, k, wanted)
-        scores = salekit.block_scores(codes, *statistics, wanted)
+        held: dict[str, Any] = {}
 
         def of_head(head: int) -> np.ndarray:
-            one = scores[divmod(head, plan.num_heads)]
+            index, head = divmod(head, len(self.heads)) if self.several else (0, head)
+            layer = self.layers[index]
+            if layer not in held:
+                held.clear()
+                held[layer] = self._scores_of(layer, estimator)
+            scores = held[layer]
+            one = scores[divmod(head, scores.shape[1])]
             return one if isinstance(one, np.ndarray) else one.get()
 
         return of_head
 
-    @lru_cache(maxsize=2)
-    def _prepared(self, estimator: str) -> tuple[Any, ...]:
-        """q, k, plan, codes, anchor statistics."""
+    def _scores_of(self, layer: str, estimator: str):
         import salekit
-        from salekit.data_files import load_qkv, load_sample
 
-        q, k, v = load_sample().values() if self.file is None else load_qkv(self.file)[:3]
-        if backends.use_gpu(self.backend, "the NumPy twin computes the mask"):
+        q, k, plan, codes, statistics = self._prepared(layer, estimator)
+        wanted = salekit.scores_plan(plan)
+        if wanted is not plan:
+            codes = salekit.quantize(q, k, wanted)
+        return salekit.block_scores(codes, *statistics, wanted)
+
+    def _prepared(self, layer: str, estimator: str) -> tuple[Any, ...]:
+        """q, k, plan, codes, anchor statistics. What another layer had is let go first."""
+        if (layer, estimator) not in self.held:
+            self.held = {key: value for key, value in self.held.items() if key[0] == layer}
+            self.held[layer, estimator] = self._prepare(layer, estimator)
+        return self.held[layer, estimator]
+
+    def _prepare(self, layer: str, estimator: str) -> tuple[Any, ...]:
+        import salekit
+
+        q, k, v = self._load(layer)
+        if self._use_gpu:
             q, k, v = backends.on_gpu(q, k, v)
         plan = salekit.make_plan(
             q, k, v, block=self.block, estimator=estimator, query_stride=self.query_stride, dense_below=0
         )
         codes = salekit.quantize(q, k, plan)
         return q, k, plan, codes, salekit.anchor_statistics(q, k, codes.k_mean, plan)
+
+    @cached_property
+    def _use_gpu(self) -> bool:
+        return backends.use_gpu(self.backend, "the NumPy twin computes the mask")
+
+    def _load(self, layer: str) -> tuple[np.ndarray, ...]:
+        """q, k and v; of several layers, only what the chosen heads need."""
+        from salekit.data_files import iter_layers, load_sample
+
+        if self.file is None:
+            return tuple(load_sample().values())
+        (_, (q, k, v, _)), = iter_layers(self.file, layer)
+        if not self.several or self.heads == list(range(self.num_heads)):
+            return q, k, v
+        size = self.heads_a_batch // k.shape[2]
+        at = [divmod(head, self.heads_a_batch) for head in self.heads]
+        chosen = [[q[batch, :, head] for batch, head in at]]
+        chosen += [[x[batch, :, head // size] for batch, head in at] for x in (k, v)]
+        return tuple(np.stack(heads, axis=1)[None] for heads in chosen)
 
 
 def _load_mask(file: str):
@@ -177,7 +280,7 @@ def _load_mask(file: str):
 def _holds_qkv(file: str) -> bool:
     try:
         with np.load(file, allow_pickle=False) as archive:
-            return {"q", "k", "v"} <= set(archive.files)
+            return {"q", "k", "v"} <= {name.rpartition(".")[2] for name in archive.files}
     except Exception:
         return False  # the mask reader says what is wrong with it
 
@@ -187,7 +290,7 @@ def _shape(mask) -> tuple[int, ...]:
 
 
 # --- what is drawn -------------------------------------------------------------------------------------------------
-def _drawing(mask, labels: list[str], overlay: str, tau_masks: list[Any], tau: float, other, scores):
+def _drawing(mask, labels: list[str], overlay: str, tau_masks: list[Any], tau: float, other, scores, rows: tuple[str, ...]):
     from salekit import mask_lists
 
     from . import mask_pictures as pictures
@@ -208,7 +311,7 @@ def _drawing(mask, labels: list[str], overlay: str, tau_masks: list[Any], tau: f
         kinds = lambda bits, head: sum(_head(m, head).astype(np.uint8) for m in tau_masks)  # noqa: E731
     return pictures.Drawing(
         layers, lambda head: kinds(_head(mask, head), head), labels, mask.visible(), mask.block_q, mask.block_k,
-        mask.seqlen_q, mask.seqlen_k, scores,
+        mask.seqlen_q, mask.seqlen_k, scores, rows,
     )
 
 
@@ -278,7 +381,7 @@ def _flashinfer_arrays(mask) -> dict[str, np.ndarray]:
     }
 
 
-def _summary(mask, drawing, chosen: list[int], metadata: dict[str, Any]) -> dict[str, Any]:
+def _summary(mask, drawing, chosen: list[int], metadata: dict[str, Any], source) -> dict[str, Any]:
     density, tau = mask.density().ravel(), metadata["tau"]
     summary = {
         "schema": 1,
@@ -289,7 +392,7 @@ def _summary(mask, drawing, chosen: list[int], metadata: dict[str, Any]) -> dict
         "seqlen_q": mask.seqlen_q,
         "seqlen_k": mask.seqlen_k,
         "causal": mask.causal,
-        "heads": chosen,
+        **source.numbers(chosen),
         "density": [float(density[h]) for h in chosen],
     }
     if len(drawing.layers) > 1:

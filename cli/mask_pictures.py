@@ -51,6 +51,7 @@ class Drawing:
 
     labels: a text a head. Where a cell stands for several blocks the last layer that is in it gives the colour.
     scores(head): float32 like kinds(head), salekit.block_scores, for pages; None where they are not known.
+    rows: names of a sheet's rows, each with as many heads, one row after another; empty: about as many rows as columns.
     """
 
     layers: tuple[Layer, ...]
@@ -62,6 +63,11 @@ class Drawing:
     seqlen_q: int
     seqlen_k: int
     scores: Callable[[int], np.ndarray] | None = None
+    rows: tuple[str, ...] = ()
+
+    def columns(self, heads: list[int]) -> int:
+        """Of a sheet of these heads."""
+        return len(heads) // len(self.rows) if self.rows else int(np.ceil(np.sqrt(len(heads))))
 
 
 def pooled(values: np.ndarray, rows: int, columns: int, reduce: Any = np.add) -> np.ndarray:
@@ -97,12 +103,12 @@ def head_picture(drawing: Drawing, head: int, max_rows: int, max_columns: int) -
 
 
 def sheet(drawing: Drawing, heads: list[int]) -> np.ndarray:
-    """uint8 RGB of several heads in rows, about as many rows as columns."""
-    columns = int(np.ceil(np.sqrt(len(heads))))
-    size = MAX_PIXELS // columns - GAP if len(heads) > 1 else MAX_PIXELS
+    """uint8 RGB of several heads in rows."""
+    columns = drawing.columns(heads)
+    rows = -(-len(heads) // columns)
+    size = MAX_PIXELS // max(rows, columns) - GAP if len(heads) > 1 else MAX_PIXELS
     pictures = [head_picture(drawing, head, size, size) for head in heads]
     height, width = pictures[0].shape[:2]
-    rows = -(-len(heads) // columns)
     whole = np.zeros((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), np.uint8)
     for i, picture in enumerate(pictures):
         top, left = i // columns * (height + GAP), i % columns * (width + GAP)
@@ -130,7 +136,7 @@ def encode_png(rgb: np.ndarray) -> bytes:
 
 def encode_svg(drawing: Drawing, heads: list[int], title: str) -> str:
     """Panels with axes in tokens and a legend; the cells are PNGs inside."""
-    columns = int(np.ceil(np.sqrt(len(heads))))
+    columns = drawing.columns(heads)
     height = max(40, round(_PANEL * drawing.visible.shape[0] * drawing.block_q / max(1, drawing.seqlen_k)))
     height = min(height, 2 * _PANEL)
     step_x, step_y = _PANEL + 70, height + 70
@@ -201,7 +207,7 @@ def _add_scores(data: dict[str, Any], drawing: Drawing, heads: list[int], shape:
 
 
 def encode_html(drawing: Drawing, heads: list[int], title: str) -> str:
-    """One page that needs nothing else: choose a head, zoom, drag, and read what is under the pointer."""
+    """One page that needs nothing else: choose layer and head, zoom, drag, and read what is under the pointer."""
     shape = tuple(min(size, most) for size, most in zip(drawing.visible.shape, MAX_CELLS))
     data = {
         "title": title,
@@ -215,6 +221,7 @@ def encode_html(drawing: Drawing, heads: list[int], title: str) -> str:
         "seqlen_k": drawing.seqlen_k,
         "visible": [int(count) for count in drawing.visible.sum(axis=1)],
         "layers": [{"name": layer.name, "colour": layer.colour} for layer in drawing.layers],
+        "sheet": drawing.rows,
         "heads": [],
     }
     for head in heads:

@@ -57,8 +57,13 @@ def load_layers(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.
     return dict(iter_layers(path))
 
 
-def iter_layers(path: str | Path) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, str]]]]:
-    """The same layer by layer, so that a long dump need not fit in memory; the names are checked before the first."""
+def iter_layers(
+    path: str | Path, only: str | None = None
+) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, str]]]]:
+    """The same layer by layer, so that a long dump need not fit in memory; the names are checked before the first.
+
+    only: the one layer to read.
+    """
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
@@ -83,7 +88,7 @@ def iter_layers(path: str | Path) -> Iterator[tuple[str, tuple[np.ndarray, np.nd
             raise FileFormatError(f"{path}: has no tensors named q, k and v, or layers.N.q and so on")
         for layer, of in layers.items():
             _check_names(of, list(of), f"{path}, layer {layer}")
-        for layer in sorted(layers, key=int):
+        for layer in sorted(layers, key=int) if only is None else [only]:
             tensors = read(set(layers[layer].values()))
             tensors = {tensor: tensors[key] for tensor, key in layers[layer].items()}
             yield layer, _check(tensors, metadata, list(tensors), f"{path}, layer {layer}")

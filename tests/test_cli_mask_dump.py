@@ -266,6 +266,114 @@ def test_hover_shows_best_scores(files, tmp_path):
     assert "not visible" in seen[2] and "best" not in seen[2]
 
 
+@pytest.fixture(scope="module")
+def layered(files):
+    """layers.4 and layers.12 with 4 query heads and 2 KV heads, in one file and in one file each."""
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(1)
+    folder, whole = files[0], {}
+    for layer in (4, 12):
+        tensors = {
+            name: (2 * rng.standard_normal((1, 1500, heads, 64))).astype(np.float16)
+            for name, heads in zip("qkv", (4, 2, 2))
+        }
+        save_file(tensors, folder / f"layer{layer}.safetensors")
+        whole.update({f"layers.{layer}.{name}": x for name, x in tensors.items()})
+    save_file(whole, folder / "layers.safetensors")
+    np.savez(folder / "layers.npz", **whole)
+    return folder
+
+
+def test_sheet_of_layers(layered, tmp_path):
+    """A row a layer; each panel is what the layer's own file gives."""
+    args = ("--estimator", "int8", "--format", "svg", "--json")
+    heads = ("--head", 1, "--head", 3, "--head", 2)
+    data = json.loads(dump(layered / "layers.npz", *args, "-o", tmp_path / "all.svg", *heads).stdout)
+    assert data["layers"] == ["4"] * 3 + ["12"] * 3 and data["heads"] == [1, 3, 2, 1, 3, 2]
+    of_files, own = [], []
+    for layer in (4, 12):
+        one = tmp_path / f"{layer}.svg"
+        summary = json.loads(dump(layered / f"layer{layer}.safetensors", *args, "-o", one, *heads).stdout)
+        assert "layer" not in summary
+        of_files += summary["density"]
+        own += [image.get("href") for image in ElementTree.parse(one).getroot().iter() if image.get("href")]
+    assert data["density"] == of_files and len(set(own)) == 6
+    root = ElementTree.parse(tmp_path / "all.svg").getroot()
+    images = [image for image in root.iter() if image.get("href")]
+    assert [image.get("href") for image in images] == own
+    assert [len({image.get(side) for image in images}) for side in "xy"] == [3, 2]
+    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert [text.partition(", density")[0] for text in texts if ", density" in text] == [
+        f"layer {layer}, head {head}" for layer in (4, 12) for head in (1, 3, 2)
+    ]
+    dump(layered / "layers.safetensors", "--format", "png", "-o", tmp_path / "all.png")
+    assert decode_png((tmp_path / "all.png").read_bytes()).shape == (2 * 12 + 4, 4 * 47 + 3 * 4, 3)
+
+
+def test_one_layer_of_several(layered, tmp_path):
+    args = ("--estimator", "int8", "--format", "npz", "-o", tmp_path / "m.npz", "--force")
+    dump(layered / "layers.safetensors", "--layer", 12, *args)
+    chosen = BlockMask.load_npz(tmp_path / "m.npz")
+    dump(layered / "layer12.safetensors", *args)
+    assert np.array_equal(chosen.words, BlockMask.load_npz(tmp_path / "m.npz").words)
+    assert json.loads(dump(layered / "layers.safetensors", "--layer", 12, "--json").stdout)["layer"] == "12"
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        ((), "--format term takes one layer, not 4, 12 of layers.safetensors; --layer chooses one"),
+        (("--format", "npz", "-o", "{free}"), "--format npz takes one layer"),
+        (("--format", "flex", "-o", "{free}", "--layer", 4, "--layer", 12), "--format flex takes one layer"),
+        (("--format", "png", "-o", "{free}", "--diff", "{mask}"), "--diff takes one layer"),
+        (("--format", "png", "-o", "{free}", "--head", 4), "there are heads 0 to 3"),
+        (("--layer", 5), "--layer 5: layers.safetensors holds 4, 12"),
+    ],
+)
+def test_usage_of_layers(layered, tmp_path, args, said):
+    places = {"{free}": tmp_path / "free", "{mask}": layered / "one.npz"}
+    result = dump(layered / "layers.safetensors", *(places.get(arg, arg) for arg in args), ok=False)
+    assert result.returncode == 2 and said in " ".join(result.stderr.split()) and not (tmp_path / "free").exists()
+
+
+LAYERS = """<script>
+const waiting = setInterval(async () => {
+  if (!document.body.dataset.ready) return;
+  clearInterval(waiting);
+  const found = [layerChooser.parentElement.hidden, [...layerChooser.options].map((option) => option.text),
+                 [...chooser.options].map((option) => option.text), under.textContent];
+  const settle = () => new Promise((resolve) => setTimeout(resolve, 300));
+  layerChooser.value = 1; layerChooser.dispatchEvent(new Event("change")); await settle();
+  found.push(under.textContent);
+  document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft", bubbles: true })); await settle();
+  document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowDown", bubbles: true })); await settle();
+  found.push(under.textContent);
+  document.body.dataset.found = JSON.stringify(found);
+}, 10);
+</script>"""
+
+
+@pytest.mark.parametrize("several", (True, False))
+@needs_browser
+def test_page_of_layers(layered, tmp_path, several):
+    file = layered / ("layers.safetensors" if several else "layer4.safetensors")
+    dump(file, "--estimator", "int8", "--format", "html", "-o", tmp_path / "m.html", "--head", 1, "--head", 3)
+    data = page_data(tmp_path / "m.html")
+    assert data["sheet"] == (["layer 4", "layer 12"] if several else []) and all("best" in x for x in data["heads"])
+    page = (tmp_path / "m.html").read_text().replace("</body>", LAYERS + "</body>")
+    (tmp_path / "try.html").write_text(page)
+    document = html.unescape(open_in_browser(tmp_path / "try.html", tmp_path / "profile"))
+    hidden, layers, heads, *under = json.loads(re.search(r'data-found="(\[.*?\])"', document).group(1))
+    assert hidden != several and layers == data["sheet"]
+    assert [head.partition(",")[0] for head in heads] == ["head 1", "head 3"]
+    texts = [text.partition(", density")[0] for text in under]
+    if several:
+        assert texts == ["layer 4, head 1", "layer 12, head 1", "layer 12, head 3"]
+    else:
+        assert texts[0] == "head 1"
+
+
 def test_large_masks_keep_isolated_blocks(tmp_path):
     """A million tokens: 8,192 x 32,768 blocks."""
     from salekit.cli import mask_pictures
