@@ -64,14 +64,14 @@ TAU_STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of --tau, for --overlay tau
 @options.as_json
 @options.output
 def mask_dump(
-    file, sample, heads, layers, form, overlay, other_file, diff_estimator, width, tau, block, estimator, query_stride, backend,
-    force, as_json, output,
+    file, sample, heads, layers, form, overlay, other_file, diff_estimator, width, tau, block, estimator, query_stride,
+    backend, force, as_json, output,
 ) -> None:
     """Draw or save the block mask of q, k, v (FILE: .safetensors or .npz) or a mask file (.npz).
 
     A cell that stands for several blocks shows their density, and is never blank when one of them is set. Several heads
-    make a contact sheet (png, svg) or a list to choose from (html, one file that needs no network); so do several layers,
-    a row each. The other formats hold one layer.
+    make a contact sheet (png, svg) or a list to choose from (html, one file that needs no network); so do several
+    layers, a row each. The other formats hold one layer.
     """
     if sample == (file is not None):
         raise click.UsageError("give either FILE or --sample")
@@ -290,7 +290,7 @@ def _shape(mask) -> tuple[int, ...]:
 
 
 # --- what is drawn -------------------------------------------------------------------------------------------------
-def _drawing(mask, labels: list[str], overlay: str, tau_masks: list[Any], tau: float, other, scores, rows: tuple[str, ...]):
+def _drawing(mask, labels: list[str], overlay: str, tau_masks: list[Any], tau: float, other, scores, rows):
     from salekit import mask_lists
 
     from . import mask_pictures as pictures

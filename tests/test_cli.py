@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -54,7 +55,12 @@ def test_every_command_has_help_and_is_in_the_readme(command):
     assert result.exit_code == 0 and "Usage" in result.output
     readme = ROOT / "README.md"
     if readme.exists():
-        assert f"salekit {command}" in readme.read_text()
+        text = readme.read_text()
+        assert f"salekit {command}" in text
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| `salekit {command}` |"))
+        pages = [ROOT / page for page in re.findall(r"\]\((docs/[\w-]+\.md)\)", row)]
+        titles = [page.read_text().partition("\n")[0] for page in pages]
+        assert any(title.startswith(f"# `salekit {command}`") for title in titles), f"{row} links no page of its own"
 
 
 def test_version():

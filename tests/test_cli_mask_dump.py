@@ -287,7 +287,7 @@ def layered(files):
 
 def test_sheet_of_layers(layered, tmp_path):
     """A row a layer; each panel is what the layer's own file gives."""
-    args = ("--estimator", "int8", "--format", "svg", "--json")
+    args = ("--estimator", "int8", "--tau", 30, "--format", "svg", "--json")
     heads = ("--head", 1, "--head", 3, "--head", 2)
     data = json.loads(dump(layered / "layers.npz", *args, "-o", tmp_path / "all.svg", *heads).stdout)
     assert data["layers"] == ["4"] * 3 + ["12"] * 3 and data["heads"] == [1, 3, 2, 1, 3, 2]
