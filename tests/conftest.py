@@ -1,4 +1,7 @@
-"""Marker ``gpu``: skipped without a usable GPU; ``alone``: skipped in a worker of pytest-xdist, for it times the GPU. A clean run of all of them leaves bench/results/gpu-suite.json."""
+"""Marker ``gpu``: skipped without a usable GPU; ``alone``: skipped in a worker of pytest-xdist, for it times the GPU.
+
+A clean run of all ``gpu`` tests leaves bench/results/gpu-suite.json.
+"""
 
 from __future__ import annotations
 
