@@ -25,6 +25,7 @@ from .plans import (
     HEAD_DIMS,
     LOW_BIT_ARCHS,
     QUERY_STRIDES,
+    SKIPPED,
     Plan,
     default_softmax_scale,
     resolve_estimator,
@@ -94,6 +95,14 @@ def tensor_view(array: Any) -> np.ndarray:
     item = array.dtype.itemsize
     batch, row, head = (stride // item for stride in array.strides[:3])
     return np.array([(array.data.ptr, batch, row, head)], dtype=TENSOR_VIEW)
+
+
+def row_view(array: Any) -> np.ndarray:
+    """The same for kernels that also address absent rows: those lie where an address is aligned."""
+    view = tensor_view(array)
+    if array.shape[1] == 1:
+        view["stride_row"] = 0  # DLPack may give a single row any stride
+    return view
 
 
 # --- where arrays are ----------------------------------------------------------------------------------------------
@@ -355,10 +364,12 @@ def plan_of_views(
     sink: int = 32,
     local: int = 128,
     dense_below: int = DENSE_BELOW,
+    skipped: str = "drop",
 ) -> Plan:
     """The Plan of checked bshd views."""
     _check_choice("estimator", estimator, ("auto", *ESTIMATORS))
     _check_choice("attend", attend, ("exact", "int8-fp8"))
+    _check_choice("skipped", skipped, SKIPPED)
     block_q, block_k = _check_block(block)
     stride = _check_count("query_stride", query_stride)
     _check_choice("query_stride", stride, QUERY_STRIDES)
@@ -391,6 +402,7 @@ def plan_of_views(
         sink=_check_count("sink", sink),
         local=_check_count("local", local),
         dense_below=_check_count("dense_below", dense_below),
+        skipped=skipped,
     )
 
 
@@ -398,7 +410,7 @@ def make_plan(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -
     """The Plan of a call, for the stages.
 
     q, k, v, layout and options (causal, softmax_scale, estimator, attend, block, query_stride, full_rows, sink, local,
-    dense_below) are those of ``sparse_attention``, checked in the same way. Raises ArgumentError, DtypeError; GpuError
+    dense_below, skipped) are those of ``sparse_attention``, checked in the same way. Raises ArgumentError, DtypeError; GpuError
     for a GPU that no kernel supports.
     """
     with on_stream(q, None):

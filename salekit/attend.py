@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, jit, low_bit, reference, tensor_map
+from . import arrays, jit, low_bit, reference, skipped_mass, tensor_map
 from .attend_grid import (
     DENSE_BLOCK_Q,
     NULL,
@@ -20,6 +20,7 @@ from .attend_grid import (
 )
 from .block_mask import BlockMask
 from .plans import KEY_BLOCK, Plan, ceil_div
+from .programs import stage
 
 _SM90_TILE_K = 128  # keys of a tile of attend_sm90
 # Stages of K and V in attend_sm80. On an H100 two gain 1% on dense calls of 128 rows and lose 1% (128 rows) and 30% (64
@@ -30,7 +31,8 @@ STAGES = 1
 def attend(
     q: Any, k: Any, v: Any, mask: BlockMask | None, plan: Plan, out: Any = None, return_lse: bool = False
 ) -> tuple[Any, Any]:
-    """Softmax attention over the selected blocks, float32 accumulation; by ``plan.attend`` from 8-bit products.
+    """Softmax attention over the selected blocks, float32 accumulation; by ``plan.attend`` from 8-bit products. With
+    ``plan.skipped == "pool"`` over pools of the skipped blocks, too (``skipped_mass``).
 
     q: [batch, seqlen_q, num_heads, head_dim]; k, v: [batch, seqlen_k, num_kv_heads, head_dim]; bshd views, NumPy's (the
         twin runs) or CuPy's (16-byte aligned rows). mask: on the same backend; its own block counts, not the plan's.
@@ -39,24 +41,33 @@ def attend(
     Returns (out, lse): lse float32 [batch, num_heads, seqlen_q], natural log, over what was attended, or None without
     ``return_lse``. A row without a selected, visible key has out 0 and lse -inf. Nothing is checked here.
     """
+    pooled = mask is not None and plan.skipped == "pool"
     if not arrays.is_cuda(q):
-        result, lse = reference.attend(q, k, v, mask, plan)
+        if pooled:
+            each = skipped_mass.blocks_of_a_pool(mask)
+            result, lse = skipped_mass.attend_with_pools(q, k, v, mask, plan, each)
+        else:
+            result, lse = reference.attend(q, k, v, mask, plan)
         if out is not None:
             out[...] = result
             result = out
         return result, lse if return_lse else None
     if out is None:
         out = arrays.empty(q.shape, q.dtype)
-    lse = arrays.empty((plan.batch, plan.num_heads, plan.seqlen_q), np.float32) if return_lse else None
+    with_lse = return_lse or pooled
+    lse = arrays.empty((plan.batch, plan.num_heads, plan.seqlen_q), np.float32) if with_lse else None
     if out.size and plan.attend == "int8-fp8":
-        low = low_bit.quantize_low_bit(q, k, v, plan, with_shift=return_lse)
+        low = low_bit.quantize_low_bit(q, k, v, plan, with_shift=with_lse)
         low_bit.attend_low_bit(low, mask, plan, out, lse)
     elif out.size:
         if (plan.arch or jit.device_arch()) == "sm_90a" and all(tensor_map.can_encode(x) for x in (q, k, v)):
             _launch_sm90(q, k, v, mask, plan, out, lse)
         else:
             _launch_sm80(q, k, v, mask, plan, out, lse)
-    return out, lse
+    if out.size and pooled:
+        with stage("pool"):
+            skipped_mass.add_pools(q, k, v, mask, plan, out, lse)
+    return out, lse if return_lse else None
 
 
 def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
@@ -105,7 +116,7 @@ def _launch_sm80(
         (plan.batch * plan.num_heads * ceil_div(plan.seqlen_q, block_q),),
         (block_q,),
         (
-            *(_view(x) for x in (q, k, v, out)),
+            *(arrays.row_view(x) for x in (q, k, v, out)),
             NULL if lse is None else lse,
             NULL if mask is None else mask.words,
             np.int32(expand_log2(mask)),
@@ -113,13 +124,6 @@ def _launch_sm80(
             np.float32(plan.softmax_scale),
         ),
     )
-
-
-def _view(array: Any) -> np.ndarray:
-    view = arrays.tensor_view(array)
-    if array.shape[1] == 1:
-        view["stride_row"] = 0  # DLPack may give a single row any stride, and absent rows need aligned addresses, too
-    return view
 
 
 def _sm80_spec(plan: Plan, block_q: int, stages: int) -> jit.KernelSpec:

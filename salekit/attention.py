@@ -26,6 +26,7 @@ def sparse_attention(
     sink: int = 32,
     local: int = 128,
     dense_below: int = DENSE_BELOW,
+    skipped: str = "drop",
     return_lse: bool = False,
     return_mask: bool = False,
     out: Any = None,
@@ -46,11 +47,13 @@ def sparse_attention(
     query_stride: test every 1st, 2nd or 4th row of a block; the last ``full_rows`` rows are always tested.
     sink, local: keys at the start and before each query tile that are always kept.
     dense_below: up to this many keys the call is dense.
+    skipped: "drop", as in the paper, or "pool": what is skipped of 128 neighbouring keys joins the softmax as one pooled
+        key and value (docs/skipped-mass.md); thresholds are to be calibrated with the same choice.
     out: where to write, like q and apart from q, k and v; it is returned.
     stream: a CuPy stream, a ``cudaStream_t`` as int, or None for CuPy's current one.
 
     Returns out (like q, in its layout), or a tuple (out[, lse][, mask]): lse float32 [batch, num_heads, seqlen_q],
-    natural log, over what was computed; mask a BlockMask. A row without a visible key has out 0 and lse -inf. NaN and
+    natural log, over what was computed (pools included); mask a BlockMask. A row without a visible key has out 0 and lse -inf. NaN and
     inf in q and k reach the output as in dense attention; those in v where their block is selected.
     On the GPU the first call of a kind (shapes, strides, dtype, options) compiles and plans; later ones reuse that and
     the stream's workspace, see :func:`plan`, which also says how to capture calls into a CUDA graph.
@@ -67,6 +70,7 @@ def sparse_attention(
         sink=sink,
         local=local,
         dense_below=dense_below,
+        skipped=skipped,
     )
     return _call(q, k, v, thresholds, layout, options, return_lse, return_mask, out, stream)
 
@@ -95,7 +99,7 @@ def plan(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -> "At
     """What :func:`sparse_attention` prepares for calls of one kind, to hold and to run.
 
     q, k, v, layout and options (causal, softmax_scale, estimator, attend, block, query_stride, full_rows, sink, local,
-    dense_below) are those of ``sparse_attention``. The arrays are examples: their shapes, strides, dtype and GPU count,
+    dense_below, skipped) are those of ``sparse_attention``. The arrays are examples: their shapes, strides, dtype and GPU count,
     they are neither read nor kept. Raises what ``sparse_attention`` raises.
     """
     with arrays.on_stream(q, None) as device:

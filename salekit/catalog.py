@@ -14,6 +14,7 @@ from .output_difference import kernel_specs as difference_specs
 from .pipeline import kernel_specs as pipeline_specs
 from .plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, LOW_BIT_ARCHS, Plan
 from .quantize import kernel_specs as quantize_specs
+from .skipped_mass import kernel_specs as pool_specs
 from .workloads import kernel_specs as workload_specs
 
 STAGES = {
@@ -60,6 +61,8 @@ def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
         if arch in LOW_BIT_ARCHS:
             for spec in attend_specs(plan.replace(attend="int8-fp8")):
                 found.setdefault(spec, "attend")
+        for spec in pool_specs(plan):
+            found.setdefault(spec, "pool")
         for stage, specs in TOOLS.items():
             for spec in specs(plan):
                 found.setdefault(spec, stage)
@@ -68,4 +71,5 @@ def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
 
 def call_specs(plan: Plan) -> list[KernelSpec]:
     """What one ``sparse_attention`` call of this plan launches."""
-    return [spec for specs in STAGES.values() for spec in specs(plan)]
+    pools = pool_specs(plan) if plan.skipped == "pool" else []
+    return [spec for specs in STAGES.values() for spec in specs(plan)] + pools

@@ -16,6 +16,7 @@ ESTIMATORS = ("int4", "int8", "int8-sp24")
 HEAD_DIMS = (64, 128)
 DTYPES = ("float16", "bfloat16")
 QUERY_STRIDES = (1, 2, 4)
+SKIPPED = ("drop", "pool")  # what becomes of skipped blocks
 # Up to this many keys a call is dense unless it says otherwise: on an H100 sparse calls overtake dense ones between 4K
 # and 6K keys with 32 and 8 heads, between 8K and 10K with 8 and 2.
 DENSE_BELOW = 8192
@@ -80,6 +81,7 @@ class Plan:
     sink: int = 32
     local: int = 128
     dense_below: int = DENSE_BELOW
+    skipped: str = "drop"
     arch: str | None = None  # "sm_90a", ...; None on the NumPy twin
 
     # --- sizes -------------------------------------------------------------------------------------------------

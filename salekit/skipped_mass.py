@@ -1,14 +1,16 @@
-"""Attention that estimates what the mask skips: pooled keys and values of skipped blocks (beyond the paper).
+"""Skipped mass, estimated (beyond the paper): pooled keys and values of skipped blocks join the softmax.
 
-A NumPy reference; no kernel does this yet. What it gains and costs is measured in docs/skipped-mass.md.
-
-For a query block with mean query q' and a skipped block of keys j, visible to all of its rows: with the weights
+For a query block with mean query q' and some skipped keys j, visible to all of its rows: with the weights
 ``w_j = softmax(softmax_scale * q'.k_j)`` the pooled key is ``sum w_j k_j``, the pooled value ``sum w_j v_j``, and the
 pair joins the softmax of each row q like another key, its score raised by
 ``logsumexp(softmax_scale * q'.k_j) - softmax_scale * q'.(pooled key)`` and by a second order,
 ``softmax_scale^2 |q - q'|^2 s^2 / 2``, s^2 the variance of the k_j by those weights, the same for all channels, at most
 MOST_VARIANCE. For q' itself both mass and value are the skipped keys' own. For any other row the first order is at most
-their mass (Jensen's inequality), so the estimate exceeds it by a factor of exp(MOST_VARIANCE) at most.
+their mass (Jensen's inequality), so the estimate exceeds it by a factor of exp(MOST_VARIANCE) at most. What it gains and
+costs is measured in docs/skipped-mass.md.
+
+A call with ``skipped="pool"`` has one pool for what is skipped of POOL_KEYS neighbours. q' is the mean of the block's
+rows without a NaN or an infinity, rounded to q's type; elements of v that are not finite count as 0.
 """
 
 from __future__ import annotations
@@ -17,12 +19,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import arrays, jit, reference
+from .attend_grid import expand_log2
 from .block_mask import BlockMask
-from .plans import Plan
+from .plans import Plan, ceil_div
 
-MOST_VARIANCE = 1.0  # of the second order, in the exponent
+MOST_VARIANCE = 1.0  # of the second order, in the exponent; MOST_SECOND_ORDER of tile/pools.cuh
+POOL_KEYS = 128  # of tile/pools.cuh
+STRIP = 128  # mean queries; POOL_STRIP of tile/pools.cuh
+RUN = 4  # strips of a CTA of pool_skipped; POOL_RUN there
+POOL_TILE = 32  # pools that attend_pools takes at a time
+# Of the pools that are held at once; more are made and attended to in turns. At least a strip's: 528 MB at a million
+# tokens and head_dim 128.
+POOL_BYTES = 512 * 2**20
+HEAD_DIMS = (64, 128)  # that the kernels pool
+
+_POOL_THREADS = 128
+_TERMS = np.dtype([("bias", "<f4"), ("spread", "<f4")])  # PoolTerms of tile/pools.cuh
 
 
+# --- NumPy ---------------------------------------------------------------------------------------------------------
 class Pools(NamedTuple):
     """Extra keys of a query block; float32."""
 
@@ -30,12 +46,19 @@ class Pools(NamedTuple):
     value: np.ndarray  # [pools, head_dim]
     bias: np.ndarray  # [pools], added to softmax_scale * q.key
     spread: np.ndarray  # [pools], s^2 / 2
-    mean: np.ndarray  # [head_dim], softmax_scale * q'
 
-    def scores(self, q: np.ndarray) -> np.ndarray:
-        """[rows, pools], of q times softmax_scale."""
-        second_order = np.square(q - self.mean).sum(axis=1)[:, None] * self.spread
-        return q @ self.key.T + self.bias + np.minimum(second_order, np.float32(MOST_VARIANCE))
+    def scores(self, q: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        """[rows, pools], of q and its mean, both times softmax_scale."""
+        second_order = np.square(q - mean).sum(axis=1)[:, None] * self.spread
+        return q @ self.key.T + self.bias + np.fmin(second_order, np.float32(MOST_VARIANCE))
+
+
+def mean_query(q: np.ndarray) -> np.ndarray:
+    """q' of a block's rows, [rows, head_dim], in q's type: the mean of those that are finite, 0 if none is."""
+    rows = q.astype(np.float32)
+    rows = rows[np.isfinite(rows).all(axis=1)]
+    mean = rows.mean(axis=0) if len(rows) else np.zeros(q.shape[1], np.float32)
+    return mean.astype(q.dtype)
 
 
 def skipped_blocks(bits: np.ndarray, block: int, mask: BlockMask) -> np.ndarray:
@@ -49,9 +72,9 @@ def skipped_blocks(bits: np.ndarray, block: int, mask: BlockMask) -> np.ndarray:
 
 
 def pool(
-    q: np.ndarray, keys: np.ndarray, values: np.ndarray, blocks: np.ndarray, block_k: int, blocks_each: int
+    mean: np.ndarray, keys: np.ndarray, values: np.ndarray, blocks: np.ndarray, block_k: int, blocks_each: int
 ) -> Pools:
-    """Pools of these blocks, for the mean of q (times softmax_scale); float32 [rows, head_dim], [seqlen_k, head_dim].
+    """Pools of these blocks, for a mean query (times softmax_scale); float32 [head_dim], [seqlen_k, head_dim].
 
     Neighbours, as far as they are among the blocks, share a pool: blocks 0 to blocks_each - 1, and so on.
     """
@@ -62,7 +85,6 @@ def pool(
     absent = (index >= len(keys)) | ~np.repeat(member, block_k, axis=1)
     index = np.where(absent, 0, index)
     k, v = (np.where(absent[..., None], np.float32(0), x[index]) for x in (keys, values))
-    mean = q.mean(axis=0)
     s = np.where(absent, np.float32(-np.inf), k @ mean)
     top = s.max(axis=1, keepdims=True)
     weight = np.exp(s - top)
@@ -70,46 +92,135 @@ def pool(
     share = (weight / total)[:, None]
     key = (share @ k)[:, 0]
     variance = (share[:, 0] * np.square(k - key[:, None]).sum(axis=2)).sum(axis=1) / k.shape[2]
-    return Pools(key, (share @ v)[:, 0], (top + np.log(total))[:, 0] - key @ mean, variance / 2, mean)
+    return Pools(key, (share @ v)[:, 0], (top + np.log(total))[:, 0] - key @ mean, variance / 2)
 
 
 def attend_with_pools(
     q: Any, k: Any, v: Any, mask: BlockMask, plan: Plan, blocks_each: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Softmax attention over the selected blocks and pools of the skipped ones, query block by query block.
+    """Softmax attention over the selected blocks, as ``plan.attend`` says, and over pools of the skipped ones.
 
     q: [batch, seqlen_q, num_heads, head_dim]; k, v: [batch, seqlen_k, num_kv_heads, head_dim]; NumPy. mask: its own
         block counts, not the plan's. Blocks that only some rows of a query block see are not pooled (a mask of
         ``estimate`` selects them: they are anchors). blocks_each: what is skipped of so many neighbours shares a pool.
 
     Returns (out, lse): out like q; lse float32 [batch, num_heads, seqlen_q], natural log, of the selected keys' mass
-    and the estimated one together. A row without a selected key or a pool has out 0 and lse -inf. A value that is not
-    finite reaches the output from skipped blocks too, as in dense attention. Nothing is checked here.
+    and the estimated one together. A row without a selected key or a pool has out 0 and lse -inf. Nothing is checked
+    here.
     """
-    out = np.zeros(q.shape, q.dtype)
-    lse = np.full((plan.batch, plan.num_heads, plan.seqlen_q), -np.inf, np.float32)
+    out, lse = reference.attend(q, k, v, mask, plan)
     bits = mask.to_dense()
     scale = np.float32(plan.softmax_scale)
     for b, kv in np.ndindex(plan.batch, plan.num_kv_heads):
         keys, values = (np.ascontiguousarray(x[b, :, kv]).astype(np.float32) for x in (k, v))
-        for head in range(kv * plan.group_size, (kv + 1) * plan.group_size):
-            for block in range(mask.num_q_blocks):
-                rows = np.arange(block * mask.block_q, min((block + 1) * mask.block_q, plan.seqlen_q))
-                seen = rows + plan.offset + 1 if plan.causal else np.full(rows.shape, plan.seqlen_k)
-                of = bits[b, head, block]
-                cols = np.flatnonzero(np.repeat(of, mask.block_k)[: max(0, seen.max())])
-                queries = scale * q[b, rows, head].astype(np.float32)
-                pools = pool(queries, keys, values, skipped_blocks(of, block, mask), mask.block_k, blocks_each)
-                if cols.size + pools.bias.size == 0:
-                    continue
-                with np.errstate(all="ignore"):
-                    exact = np.where(cols < seen[:, None], queries @ keys[cols].T, np.float32(-np.inf))
-                    s = np.concatenate([exact, pools.scores(queries)], axis=1)
-                    top = s.max(axis=1, keepdims=True)
-                    p = np.exp(s - np.where(np.isneginf(top), np.float32(0), top))
-                    total = p.sum(axis=1, keepdims=True)
-                    some = ~(total == 0)
-                    weighted = p[:, : cols.size] @ values[cols] + p[:, cols.size :] @ pools.value
-                    out[b, rows, head] = np.where(some, weighted / total, 0).astype(q.dtype)
-                    lse[b, head, rows] = np.where(some, top + np.log(total), -np.inf)[:, 0]
+        values = np.where(np.isfinite(values), values, np.float32(0))
+        for head, block in np.ndindex(plan.group_size, mask.num_q_blocks):
+            head += kv * plan.group_size
+            blocks = skipped_blocks(bits[b, head, block], block, mask)
+            if blocks.size == 0:
+                continue
+            rows = np.arange(block * mask.block_q, min((block + 1) * mask.block_q, plan.seqlen_q))
+            mean = scale * mean_query(q[b, rows, head]).astype(np.float32)
+            with np.errstate(all="ignore"):
+                pools = pool(mean, keys, values, blocks, mask.block_k, blocks_each)
+                s = pools.scores(scale * q[b, rows, head].astype(np.float32), mean)
+                own = lse[b, head, rows][:, None]
+                top = np.fmax(s.max(axis=1, keepdims=True), own)
+                p, keep = np.exp(s - top), np.exp(own - top)
+                total = p.sum(axis=1, keepdims=True) + keep
+                merged = (p @ pools.value + keep * out[b, rows, head].astype(np.float32)) / total
+                out[b, rows, head] = merged.astype(q.dtype)
+                lse[b, head, rows] = (top + np.log(total))[:, 0]
     return out, lse
+
+
+def blocks_of_a_pool(mask: BlockMask) -> int:
+    """``blocks_each`` of a call with ``skipped="pool"``."""
+    return POOL_KEYS // mask.block_k
+
+
+# --- CUDA ----------------------------------------------------------------------------------------------------------
+class Turn(NamedTuple):
+    """Strips whose pools are held together. num_pools: that the last of their blocks sees; padded: room for a row."""
+
+    first_strip: int
+    num_strips: int
+    num_pools: int
+    padded: int
+
+    @property
+    def places(self) -> int:
+        """Pools that there is room for."""
+        return self.num_strips * STRIP * self.padded
+
+
+def strips_of_kv_head(plan: Plan, block_q: int) -> int:
+    return ceil_div(ceil_div(plan.seqlen_q, block_q) * plan.group_size, STRIP)
+
+
+def turns(plan: Plan, block_q: int) -> list[Turn]:
+    """Neighbouring strips, KV head by KV head, for as long as their pools fit POOL_BYTES."""
+    queries = ceil_div(plan.seqlen_q, block_q) * plan.group_size
+    strips = strips_of_kv_head(plan, block_q)
+    last_blocks = (min((i + 1) * STRIP, queries) - 1 for i in range(strips))
+    # Keys that all rows of a block see are those that its first row sees.
+    pools = [ceil_div(plan.visible_keys(query // plan.group_size * block_q + 1), POOL_KEYS) for query in last_blocks]
+    row_bytes = 4 * plan.head_dim + _TERMS.itemsize
+    found: list[Turn] = []
+    for strip in range(plan.batch * plan.num_kv_heads * strips):
+        here = pools[strip % strips]
+        if found:
+            last = found[-1]
+            most = max(last.num_pools, here)
+            longer = Turn(last.first_strip, last.num_strips + 1, most, ceil_div(most, POOL_TILE) * POOL_TILE)
+            if longer.places * row_bytes <= POOL_BYTES:
+                found[-1] = longer
+                continue
+        found.append(Turn(strip, 1, here, ceil_div(here, POOL_TILE) * POOL_TILE))
+    return [turn for turn in found if turn.num_pools]
+
+
+def add_pools(q: Any, k: Any, v: Any, mask: BlockMask, plan: Plan, out: Any, lse: Any) -> None:
+    """Make out and lse of the selected blocks those of the selected blocks and of pools of the skipped ones.
+
+    q, out: [batch, seqlen_q, num_heads, head_dim]; k, v: [batch, seqlen_k, num_kv_heads, head_dim]; CuPy bshd views;
+    lse: float32 [batch, num_heads, seqlen_q]. On the GPU alone; NumPy: :func:`attend_with_pools`.
+    """
+    steps = turns(plan, mask.block_q)
+    if not steps:
+        return
+    mean_spec, pool_spec, attend_spec = kernel_specs(plan, mask.block_q)
+    num_q_blocks = ceil_div(plan.seqlen_q, mask.block_q)
+    means = arrays.empty((plan.batch, plan.num_heads, num_q_blocks, plan.head_dim), q.dtype)
+    jit.get_kernel(mean_spec)(
+        (num_q_blocks, plan.num_heads, plan.batch), (128,), (arrays.tensor_view(q), means, plan.shape_record)
+    )
+    places = max(turn.places for turn in steps)
+    keys, values = (arrays.empty((places, plan.head_dim), q.dtype) for _ in range(2))
+    terms = arrays.empty((places, 2), np.float32)
+    pooling, attending = jit.get_kernel(pool_spec), jit.get_kernel(attend_spec)
+    shape = (plan.shape_record, np.float32(plan.softmax_scale))
+    for turn in steps:
+        pooling(
+            (turn.num_pools, ceil_div(turn.num_strips, RUN)), (_POOL_THREADS,),
+            (
+                means, *(arrays.row_view(x) for x in (k, v)), mask.words, np.int32(expand_log2(mask)), keys, values,
+                terms, *shape, np.int32(turn.first_strip), np.int32(turn.num_strips), np.int32(turn.padded),
+            ),
+        )
+        attending(
+            (turn.num_strips * STRIP,), (mask.block_q,),
+            (*(arrays.row_view(x) for x in (q, out)), lse, means, keys, values, terms, *shape, np.int32(turn.first_strip),
+             np.int32(turn.padded)),
+        )
+
+
+def kernel_specs(plan: Plan, block_q: int | None = None) -> list[jit.KernelSpec]:
+    """The kernels of :func:`add_pools`, in the order of their launches."""
+    block_q = block_q or plan.block_q
+    template = (str(plan.head_dim), str(block_q), plan.element)
+    return [
+        jit.KernelSpec("mean_queries", template),
+        jit.KernelSpec("pool_skipped", template, f"PoolStorage<{plan.head_dim}>"),
+        jit.KernelSpec("attend_pools", template, f"AttendPoolsStorage<{plan.head_dim}, {block_q}>"),
+    ]
