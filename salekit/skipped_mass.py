@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import arrays, jit, reference
+from . import arrays, jit, reference, tensor_map
 from .attend_grid import expand_log2
 from .block_mask import BlockMask
 from .plans import Plan, ceil_div
@@ -27,7 +27,7 @@ from .plans import Plan, ceil_div
 MOST_VARIANCE = 1.0  # of the second order, in the exponent; MOST_SECOND_ORDER of tile/pools.cuh
 POOL_KEYS = 128  # of tile/pools.cuh
 STRIP = 128  # mean queries; POOL_STRIP of tile/pools.cuh
-RUN = 4  # strips of a CTA of pool_skipped; POOL_RUN there
+RUN = 8  # strips that a CTA takes one after the other; POOL_RUN of tile/pools.cuh
 POOL_TILE = 32  # pools that attend_pools takes at a time
 # Of the pools that are held at once; more are made and attended to in turns. At least a strip's: 528 MB at a million
 # tokens and head_dim 128.
@@ -35,6 +35,9 @@ POOL_BYTES = 512 * 2**20
 HEAD_DIMS = (64, 128)  # that the kernels pool
 
 _POOL_THREADS = 128
+_SM90_THREADS = 512
+_UNIT = 64  # mean queries of a warpgroup; POOL_UNIT of pool_skipped_sm90.cu
+_KEY_FACTS = POOL_KEYS + 4  # KEY_FACTS of tile/pools.cuh
 _TERMS = np.dtype([("bias", "<f4"), ("spread", "<f4")])  # PoolTerms of tile/pools.cuh
 
 
@@ -189,38 +192,95 @@ def add_pools(q: Any, k: Any, v: Any, mask: BlockMask, plan: Plan, out: Any, lse
     steps = turns(plan, mask.block_q)
     if not steps:
         return
-    mean_spec, pool_spec, attend_spec = kernel_specs(plan, mask.block_q)
     num_q_blocks = ceil_div(plan.seqlen_q, mask.block_q)
     means = arrays.empty((plan.batch, plan.num_heads, num_q_blocks, plan.head_dim), q.dtype)
-    jit.get_kernel(mean_spec)(
+    jit.get_kernel(_mean_spec(plan, mask.block_q))(
         (num_q_blocks, plan.num_heads, plan.batch), (128,), (arrays.tensor_view(q), means, plan.shape_record)
     )
     places = max(turn.places for turn in steps)
     keys, values = (arrays.empty((places, plan.head_dim), q.dtype) for _ in range(2))
     terms = arrays.empty((places, 2), np.float32)
-    pooling, attending = jit.get_kernel(pool_spec), jit.get_kernel(attend_spec)
     shape = (plan.shape_record, np.float32(plan.softmax_scale))
+    on_hopper = (plan.arch or jit.device_arch()) == "sm_90a" and all(tensor_map.can_encode(x) for x in (k, v))
+    if on_hopper:
+        facts = _measure_keys(k, v, plan)
+    attending = jit.get_kernel(_attend_spec(plan, mask.block_q))
     for turn in steps:
-        pooling(
-            (turn.num_pools, ceil_div(turn.num_strips, RUN)), (_POOL_THREADS,),
-            (
-                means, *(arrays.row_view(x) for x in (k, v)), mask.words, np.int32(expand_log2(mask)), keys, values,
-                terms, *shape, np.int32(turn.first_strip), np.int32(turn.num_strips), np.int32(turn.padded),
-            ),
-        )
+        if on_hopper:
+            _pool_sm90(k, v, mask, plan, turn, means, facts, keys, values, terms)
+        else:
+            jit.get_kernel(_pool_spec(plan, mask.block_q))(
+                (turn.num_pools, ceil_div(turn.num_strips, RUN)), (_POOL_THREADS,),
+                (
+                    means, *(arrays.row_view(x) for x in (k, v)), mask.words, np.int32(expand_log2(mask)), keys, values,
+                    terms, *shape, np.int32(turn.first_strip), np.int32(turn.num_strips), np.int32(turn.padded),
+                ),
+            )
         attending(
             (turn.num_strips * STRIP,), (mask.block_q,),
-            (*(arrays.row_view(x) for x in (q, out)), lse, means, keys, values, terms, *shape, np.int32(turn.first_strip),
-             np.int32(turn.padded)),
+            (
+                *(arrays.row_view(x) for x in (q, out)), lse, means, keys, values, terms, *shape,
+                np.int32(turn.first_strip), np.int32(turn.padded),
+            ),
         )
 
 
-def kernel_specs(plan: Plan, block_q: int | None = None) -> list[jit.KernelSpec]:
-    """The kernels of :func:`add_pools`, in the order of their launches."""
-    block_q = block_q or plan.block_q
-    template = (str(plan.head_dim), str(block_q), plan.element)
-    return [
-        jit.KernelSpec("mean_queries", template),
-        jit.KernelSpec("pool_skipped", template, f"PoolStorage<{plan.head_dim}>"),
-        jit.KernelSpec("attend_pools", template, f"AttendPoolsStorage<{plan.head_dim}, {block_q}>"),
-    ]
+def _measure_keys(k: Any, v: Any, plan: Plan) -> Any:
+    groups = ceil_div(plan.seqlen_k, POOL_KEYS)
+    facts = arrays.empty((plan.batch, plan.num_kv_heads, groups, _KEY_FACTS), np.float32)
+    jit.get_kernel(_facts_spec(plan))(
+        (groups, plan.num_kv_heads, plan.batch), (128,),
+        (*(arrays.tensor_view(x) for x in (k, v)), facts, np.int32(plan.seqlen_k)),
+    )
+    return facts
+
+
+def _pool_sm90(k, v, mask: BlockMask, plan: Plan, turn: Turn, means, facts, keys, values, terms) -> None:
+    rows = turn.num_strips * STRIP
+    shape = (1, rows, turn.padded, plan.head_dim)
+    pools = (x[: rows * turn.padded].reshape(shape) for x in (keys, values))
+    items = ceil_div(turn.num_strips, RUN) * turn.num_pools
+    jit.get_kernel(_pool_sm90_spec(plan, mask.block_q))(
+        (min(items, jit.multiprocessors()),), (_SM90_THREADS,),
+        (
+            tensor_map.tensor_map(means.reshape(1, -1, 1, plan.head_dim), _UNIT),
+            *(tensor_map.tensor_map(x, POOL_KEYS) for x in (k, v)),
+            *(tensor_map.tensor_map(x, _UNIT) for x in pools),
+            facts, mask.words, np.int32(expand_log2(mask)), terms, plan.shape_record, np.float32(plan.softmax_scale),
+            *(np.int32(x) for x in (turn.first_strip, turn.num_strips, turn.num_pools, turn.padded)),
+        ),
+    )
+
+
+def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
+    """The kernels that :func:`add_pools` launches for this plan."""
+    hopper = (plan.arch or jit.device_arch()) == "sm_90a"
+    pooling = [_facts_spec(plan), _pool_sm90_spec(plan, plan.block_q)] if hopper else []
+    of_block = (spec(plan, plan.block_q) for spec in (_mean_spec, _pool_spec, _attend_spec))
+    return [*pooling, *of_block]
+
+
+def _mean_spec(plan: Plan, block_q: int) -> jit.KernelSpec:
+    return jit.KernelSpec("mean_queries", _template(plan, block_q))
+
+
+def _pool_spec(plan: Plan, block_q: int) -> jit.KernelSpec:
+    return jit.KernelSpec("pool_skipped", _template(plan, block_q), f"PoolStorage<{plan.head_dim}>")
+
+
+def _pool_sm90_spec(plan: Plan, block_q: int) -> jit.KernelSpec:
+    return jit.KernelSpec("pool_skipped_sm90", _template(plan, block_q), f"PoolSm90Storage<{plan.head_dim}>")
+
+
+def _facts_spec(plan: Plan) -> jit.KernelSpec:
+    return jit.KernelSpec("measure_keys", (str(plan.head_dim), plan.element))
+
+
+def _attend_spec(plan: Plan, block_q: int) -> jit.KernelSpec:
+    return jit.KernelSpec(
+        "attend_pools", _template(plan, block_q), f"AttendPoolsStorage<{plan.head_dim}, {block_q}>"
+    )
+
+
+def _template(plan: Plan, block_q: int) -> tuple[str, ...]:
+    return (str(plan.head_dim), str(block_q), plan.element)

@@ -16,10 +16,8 @@
 
 constexpr int POOL_THREADS = 128;
 constexpr int POOL_HALF = 64;                  // mean queries at a time: half a strip
-constexpr int POOL_RUN = 4;                    // strips of a CTA
 constexpr int POOL_TILES = POOL_KEYS / 8;      // n8 tiles of the scores
 constexpr int POOL_STEPS = POOL_KEYS / 16;     // of the products with keys and values
-constexpr int POOL_SLOTS = POOL_KEYS / KEY_BLOCK;
 
 template <int HEAD_DIM>
 struct PoolStorage {
@@ -29,26 +27,6 @@ struct PoolStorage {
   alignas(128) uint16_t V_smem[POOL_KEYS * HEAD_DIM];
   alignas(16) float norms_smem[POOL_KEYS];  // |k_j|^2
 };
-
-// Bit i: the mean query's block skips 32-key slot i of the group, and all of its rows see the mask's whole block.
-template <int BLOCK_Q>
-__device__ __forceinline__ uint32_t skipped_slots(const PoolQuery<BLOCK_Q>& query, const uint32_t* mask_gmem,
-                                                  int expand_log2, int group, const Shape& shape) {
-  if (!query.exists) return 0;
-  const int num_words = ceil_div(ceil_div(shape.seqlen_k, KEY_BLOCK << expand_log2), 32);
-  const int num_q_blocks = ceil_div(shape.seqlen_q, BLOCK_Q), seen = query.visible_to_all(shape);
-  const int first = group * POOL_SLOTS >> expand_log2;  // block of the mask
-  const int64_t row = int64_t(query.batch * shape.num_heads + query.head) * num_q_blocks + query.block;
-  const uint32_t bits = mask_gmem[row * num_words + first / 32] >> first % 32;
-  uint32_t slots = 0;
-#pragma unroll
-  for (int i = 0; i < POOL_SLOTS; ++i) {
-    const int place = i >> expand_log2;
-    const int end = min((first + place + 1) * (KEY_BLOCK << expand_log2), shape.seqlen_k);
-    if (!(bits >> place & 1) && end <= seen) slots |= 1u << i;
-  }
-  return slots;
-}
 
 // |k_j|^2 of this thread's key.
 template <int HEAD_DIM, typename Element>
@@ -102,11 +80,8 @@ __device__ __forceinline__ void finish_rows(float (&o)[HEAD_DIM / 8][4], const f
       const float2 now = unpack<Element>(*place);
       dot[r] = fmaf(before.x, now.x, fmaf(before.y, now.y, dot[r]));
     }
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-      dot[r] += __shfl_xor_sync(~0u, dot[r], step);
-      squares[r] += __shfl_xor_sync(~0u, squares[r], step);
-    }
+    dot[r] = quad_sum(dot[r]);
+    squares[r] = quad_sum(squares[r]);
   }
 }
 
@@ -232,13 +207,16 @@ __global__ void __launch_bounds__(POOL_THREADS, 2)
         total[r] += weight.x + weight.y;
         norm[r] = fmaf(weight.x, squares.x, fmaf(weight.y, squares.y, norm[r]));
       }
-#pragma unroll
-      for (int step = 1; step < 4; step *= 2) {
-        total[r] += __shfl_xor_sync(~0u, total[r], step);
-        norm[r] += __shfl_xor_sync(~0u, norm[r], step);
-      }
+      total[r] = quad_sum(total[r]);
+      norm[r] = quad_sum(norm[r]);
     }
-    const float factor[2] = {total[0] == 0.f ? 0.f : 1.f / total[0], total[1] == 0.f ? 0.f : 1.f / total[1]};
+    float factor[2], mass[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      factor[r] = total[r] == 0.f ? 0.f : 1.f / total[r];
+      norm[r] *= factor[r];
+      mass[r] = pool_mass(total[r], base[r]);
+    }
     const int64_t stride = int64_t(padded_pools) * HEAD_DIM;
     const int64_t place = (int64_t(half / 2) * POOL_STRIP + row) * padded_pools + group;  // of the first row's pool
 
@@ -247,13 +225,12 @@ __global__ void __launch_bounds__(POOL_THREADS, 2)
     multiply_pv<HEAD_DIM, Element>(o, p, k_smem);
     finish_rows<HEAD_DIM, Element>(o[0], factor, rows_smem, dot, squares);
     store_rows<HEAD_DIM>(pool_keys_gmem + place * HEAD_DIM, stride, num_queries - row, rows_smem);
-    if (lane % 4 < 2) {
-      const int r = lane % 4, own = lane / 4 + 8 * r;
-      const float variance = fmaxf(norm[r] * factor[r] - squares[r], 0.f) / HEAD_DIM;
-      if (row + own < num_queries)
-        terms_gmem[place + int64_t(own) * padded_pools] = {
-            total[r] == 0.f ? -INFINITY : base[r] + __log2f(total[r]) - dot[r] * scale_log2,
-            variance * (0.5f * LOG2_E * softmax_scale * softmax_scale)};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int own = lane / 4 + 8 * r;
+      if (lane % 4 == r && row + own < num_queries)
+        terms_gmem[place + int64_t(own) * padded_pools] =
+            pool_terms(mass[r], dot[r], norm[r], squares[r], HEAD_DIM, softmax_scale);
     }
 
     clear(o);

@@ -36,6 +36,11 @@ __device__ __forceinline__ void wgmma_m64n128k16_ss(float (&d)[64], uint64_t a_d
 template <typename Element, int NUM_REGS>
 __device__ __forceinline__ void wgmma_m64k16_rs(float (&d)[NUM_REGS], const uint32_t (&a)[4], uint64_t b_desc);
 
+// The same, d = or += A * B.
+template <typename Element, int NUM_REGS>
+__device__ __forceinline__ void wgmma_m64k16_rs(float (&d)[NUM_REGS], const uint32_t (&a)[4], uint64_t b_desc,
+                                                bool accumulate);
+
 // d (64 x 64) = or += A (64 x 16, registers) * B (64 x 16, shared memory, K-major).
 template <typename Element>
 __device__ __forceinline__ void wgmma_m64n64k16_rs(float (&d)[32], const uint32_t (&a)[4], uint64_t b_desc,
@@ -67,6 +72,26 @@ __device__ __forceinline__ void wgmma_m64n64k16_rs(float (&d)[32], const uint32_
                  "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;" \
                  : SALEKIT_D32_OUT \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc)); \
+  } \
+  template <> \
+  __device__ __forceinline__ void wgmma_m64k16_rs<ELEMENT, 64>(float (&d)[64], const uint32_t (&a)[4], \
+                                                              uint64_t b_desc, bool accumulate) { \
+    asm volatile( \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n" \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " {" SALEKIT_D64_TEXT \
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}" \
+        : SALEKIT_D64_OUT \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(int(accumulate))); \
+  } \
+  template <> \
+  __device__ __forceinline__ void wgmma_m64k16_rs<ELEMENT, 32>(float (&d)[32], const uint32_t (&a)[4], \
+                                                              uint64_t b_desc, bool accumulate) { \
+    asm volatile( \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n" \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" SALEKIT_D32_TEXT \
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}" \
+        : SALEKIT_D32_OUT \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(int(accumulate))); \
   } \
   template <> \
   __device__ __forceinline__ void wgmma_m64n64k16_rs<ELEMENT>(float (&d)[32], const uint32_t (&a)[4], uint64_t b_desc, \

@@ -19,7 +19,7 @@ __device__ __forceinline__ void load_rows(int thread, uint32_t smem_address, con
   asm volatile("" : "+r"(thread), "+l"(stride_row));  // so that no address is kept, in registers, across a main loop
   const int row = thread / CHUNKS, chunk = thread % CHUNKS;
   const uint16_t* source = gmem + row * stride_row + chunk * 8;
-#pragma unroll 4
+#pragma unroll 2
   for (int i = 0; i < NUM_ROWS; i += STEP) {
     cp_async_16(smem_address + chunk_offset<HEAD_DIM>(row + i, chunk), source, row + i < present);
     source += STEP * stride_row;

@@ -1,0 +1,38 @@
+// The two matrix products of attention for one warpgroup: 64 rows, 128 keys, tiles of 64 elements a swizzled row.
+#pragma once
+#include "ptx/wgmma.cuh"
+#include "ptx/wgmma_f16.cuh"
+
+constexpr int HALF_BYTES = 128;  // a swizzled row: 64 elements
+constexpr int WGMMA_KEYS = 128;  // keys of a tile
+
+// Shared-memory matrix descriptors, 128-byte swizzle: 8-row groups are 1024 bytes apart (PTX ISA, "matrix descriptor").
+__device__ __forceinline__ uint64_t descriptor(uint32_t smem_address, uint32_t leading_bytes) {
+  constexpr uint64_t SWIZZLE_128B = 1ull << 62, GROUP = uint64_t(1024 >> 4) << 32;
+  return uint64_t((smem_address & 0x3FFFF) >> 4) | uint64_t(leading_bytes >> 4) << 16 | GROUP | SWIZZLE_128B;
+}
+
+// Q_ROWS: rows of a half of q's tile.
+template <int HEAD_DIM, typename Element, int Q_ROWS>
+__device__ __forceinline__ void multiply_qk(float (&s)[64], uint64_t q_desc, uint64_t k_desc) {
+#pragma unroll
+  for (int step = 0; step < HEAD_DIM / 16; ++step) {
+    const uint64_t in_row = uint64_t(step % 4) * (32 >> 4);
+    wgmma_m64n128k16_ss<Element>(s, q_desc + (step / 4) * (Q_ROWS * HALF_BYTES >> 4) + in_row,
+                                 k_desc + (step / 4) * (WGMMA_KEYS * HALF_BYTES >> 4) + in_row, step != 0);
+  }
+}
+
+// o = p . values.
+template <int HEAD_DIM, typename Element>
+__device__ __forceinline__ void multiply_pv(float (&o)[HEAD_DIM / 2], const uint32_t (&p)[8][4], uint64_t v_desc) {
+#pragma unroll
+  for (int step = 0; step < WGMMA_KEYS / 16; ++step)
+    wgmma_m64k16_rs<Element, HEAD_DIM / 2>(o, p[step], v_desc + uint64_t(step * (16 * HALF_BYTES >> 4)), step != 0);
+}
+
+template <typename Element>
+__device__ __forceinline__ void round_p(uint32_t (&p)[8][4], const float (&s)[64]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) p[i / 4][i % 4] = Element::pack(s[2 * i], s[2 * i + 1]);
+}
