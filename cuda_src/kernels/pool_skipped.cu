@@ -35,10 +35,11 @@ __device__ __forceinline__ float squared_norm(const uint8_t* tile, int row) {
 #pragma unroll
   for (int chunk = 0; chunk < HEAD_DIM / 8; ++chunk) {
     const uint4 words = *reinterpret_cast<const uint4*>(tile + chunk_offset<HEAD_DIM>(row, chunk));
-    for (uint32_t word : {words.x, words.y, words.z, words.w}) {
+    auto add = [&](uint32_t word) {
       const float2 x = unpack<Element>(word);
       sum = fmaf(x.x, x.x, fmaf(x.y, x.y, sum));
-    }
+    };
+    add(words.x), add(words.y), add(words.z), add(words.w);
   }
   return sum;
 }
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(POOL_THREADS, 2)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int own = lane / 4 + 8 * r;
-      if (lane % 4 == r && row + own < num_queries)
+      if (lane % 4 == 0 && row + own < num_queries)
         terms_gmem[place + int64_t(own) * padded_pools] =
             pool_terms(mass[r], dot[r], norm[r], squares[r], HEAD_DIM, softmax_scale);
     }

@@ -260,10 +260,6 @@ __global__ void __launch_bounds__(512, 1)
     // The sums are those of the rounded weights, which the products use.
     uint32_t p[8][4];
     round_p<Element>(p, s);
-    float o[HEAD_DIM / 2];
-    wgmma_fence();
-    multiply_pv<HEAD_DIM, Element>(o, p, key_desc + uint64_t(kv.index * (TILE_BYTES >> 4)));
-    wgmma_commit();
     const uint32_t facts_smem = shared_address(&smem.facts_smem[kv.index][lane % 4 * 2]);
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
@@ -283,6 +279,11 @@ __global__ void __launch_bounds__(512, 1)
       norm[r] = quad_sum(norm[r]) * factor[r];
       if (lane % 4 == r) smem.sums_smem[consumer][row + 8 * r] = {pool_mass(total[r], base[r]), norm[r]};
     }
+
+    float o[HEAD_DIM / 2];
+    wgmma_fence();
+    multiply_pv<HEAD_DIM, Element>(o, p, key_desc + uint64_t(kv.index * (TILE_BYTES >> 4)));
+    wgmma_commit();
 
     // Pooled keys take the place of the mean queries.
     uint8_t* rows_smem = smem.Q_smem[q.index][0];
