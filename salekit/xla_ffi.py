@@ -267,7 +267,8 @@ def make_handler(execute: Callable[[Call], None], describe: Callable[[BaseExcept
             execute(read_call(frame))
             return None
         except BaseException as error:  # an exception that leaves this function would be lost, and XLA none the wiser
-            return _new_error(frame[_API], *describe(error))
+            # Without an API it is a query of metadata, and XLA will miss the version.
+            return _new_error(frame[_API], *describe(error)) if frame[_API] else None
 
     handler = _HANDLER(handle)
     _handlers.append(handler)
