@@ -68,19 +68,14 @@ def sparse_attention(
     for name in options:
         if name not in _OPTIONS:
             raise TypeError(f"sparse_attention() got an unexpected keyword argument {name!r}")
-    arguments = {name: _as_jax(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
-    plan = arrays.make_plan(*(_stand_in(name, x) for name, x in arguments.items()), layout=layout, **options)
-    operands = list(arguments.values())
+    operands = [_as_jax(name, x) for name, x in (("q", q), ("k", k), ("v", v))]
+    plan = _plan(operands, layout, options)
     tau = _as_thresholds(thresholds, plan.num_heads)
     is_static = isinstance(tau, float)
     if not is_static:
         operands.append(tau)
     config = Config(tau if is_static else None, layout, bool(return_lse), bool(return_mask), options)
-    if plan.is_empty:
-        out, *extras = (jnp.full(x.shape, fill, x.dtype) for x, fill in zip(_results(operands, config), (0, -jnp.inf)))
-        extras += [jnp.zeros(plan.words_shape, jnp.uint32)] * config.return_mask
-    else:
-        out, *extras = _attention(config.encode())(*_varying_alike(operands))
+    out, *extras = _attention(config.encode())(*_varying_alike(operands))
     lse = extras[0] if return_lse else None
     mask = BlockMask(extras[-1], *_mask_fields(plan)) if return_mask else None
     return pack(out, lse, mask, return_lse, return_mask)
@@ -106,12 +101,15 @@ def dense_attention(
 
 # --- checks, when a call is traced ---------------------------------------------------------------------------------
 def _as_jax(name: str, x: Any) -> jax.Array:
-    if isinstance(x, (jax.Array, np.ndarray)):
-        return jnp.asarray(x)
     try:
         return jnp.asarray(x)
     except Exception as error:  # of whatever protocol x has
         raise DtypeError(f"{name}: got {type(x).__name__}; wants a JAX or NumPy array ({error})") from error
+
+
+def _plan(operands: Any, layout: str, options: dict) -> Plan:
+    """The plan of a call with these operands, which is checked."""
+    return arrays.make_plan(*(_stand_in(name, x) for name, x in zip("qkv", operands)), layout=layout, **options)
 
 
 def _stand_in(name: str, x: jax.Array) -> np.ndarray:
@@ -159,21 +157,13 @@ def _vary(x: jax.Array, axes: tuple) -> jax.Array:
 
 
 # --- the call ------------------------------------------------------------------------------------------------------
-def _results(operands: Any, config: Config) -> list[jax.ShapeDtypeStruct]:
-    """The results of a call with these operands."""
-    q, k, v = operands[:3]
-    plan = arrays.make_plan(
-        *(_stand_in(name, x) for name, x in (("q", q), ("k", k), ("v", v))), layout=config.layout, **config.options
-    )
+def _results(operands: Any, plan: Plan, config: Config) -> list[jax.ShapeDtypeStruct]:
     axes = _axes_of(operands)
     varying = {"vma": axes} if axes else {}
-    results = [jax.ShapeDtypeStruct(q.shape, q.dtype, **varying)]
-    if config.return_lse:
-        shape = (plan.batch, plan.num_heads, plan.seqlen_q)
-        results.append(jax.ShapeDtypeStruct(shape, jnp.float32, **varying))
-    if config.return_mask:
-        results.append(jax.ShapeDtypeStruct(plan.words_shape, jnp.uint32, **varying))
-    return results
+    shapes = [(operands[0].shape, operands[0].dtype)]
+    shapes += [((plan.batch, plan.num_heads, plan.seqlen_q), jnp.float32)] * config.return_lse
+    shapes += [(plan.words_shape, jnp.uint32)] * config.return_mask
+    return [jax.ShapeDtypeStruct(shape, dtype, **varying) for shape, dtype in shapes]
 
 
 @lru_cache(maxsize=256)
@@ -183,7 +173,11 @@ def _attention(config_text: str) -> Any:
 
     @custom_vmap
     def call(*operands):
-        return jax.ffi.ffi_call(TARGET, _results(operands, config))(*operands, **{ATTRIBUTE: config_text})
+        plan = _plan(operands, config.layout, config.options)
+        results = _results(operands, plan, config)
+        if plan.is_empty:  # of the results lse alone is float32
+            return [jnp.full(x.shape, -jnp.inf if x.dtype == jnp.float32 else 0, x.dtype) for x in results]
+        return jax.ffi.ffi_call(TARGET, results)(*operands, **{ATTRIBUTE: config_text})
 
     @call.def_vmap
     def map_over_batch(axis_size, in_batched, *operands):
@@ -191,8 +185,9 @@ def _attention(config_text: str) -> Any:
             mapped = jax.lax.map(lambda each: call(*_merge(in_batched, operands, each)), _mapped(in_batched, operands))
             return mapped, [True] * len(mapped)
         qkv = [x if is_batched else _repeat(x, axis_size) for x, is_batched in zip(operands[:3], in_batched)]
-        results = call(*(x.reshape(-1, *x.shape[2:]) for x in qkv), *operands[3:])
-        return [x.reshape(axis_size, -1, *x.shape[1:]) for x in results], [True] * len(results)
+        batch = qkv[0].shape[1]
+        results = call(*(x.reshape(axis_size * x.shape[1], *x.shape[2:]) for x in qkv), *operands[3:])
+        return [x.reshape(axis_size, batch, *x.shape[1:]) for x in results], [True] * len(results)
 
     @jax.custom_jvp
     def attention(*operands):
