@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+import salekit
 from salekit import xla_attention, xla_ffi
 from salekit.errors import ArgumentError
 
@@ -276,8 +279,6 @@ def test_config_goes_through_json(values):
 
 
 def test_the_twin_runs_on_the_buffers():
-    import salekit
-
     q, k, v = make()
     out = np.full_like(q, 7)
     lse, words = np.full((1, 2, 70), np.nan, np.float32), np.full((1, 2, 1, 1), 99, np.uint32)
@@ -370,3 +371,56 @@ def test_what_a_gpu_call_passes_on(monkeypatch):
     frame = xla.frame(operands, results, attributes)
     code, message = xla.errors[xla_attention.handlers()["CUDA"](ctypes.addressof(frame))]
     assert code == xla_ffi.INTERNAL and b"there is no stream" in message
+
+
+def test_where_lse_and_mask_go(monkeypatch):
+    """AttentionPlan writes them where it is told to; the addresses a program is linked with, without a GPU."""
+    cupy = pytest.importorskip("cupy")
+    import threading
+    from types import SimpleNamespace
+
+    from salekit import attention_plan
+    from salekit.plans import Plan
+
+    def array(code, shape, address):
+        return xla_attention._array(0, (code, *shape), address)
+
+    linked = []
+    program = SimpleNamespace(
+        workspace_bytes=0, write_values=lambda values: None, submit=lambda *args: None,
+        link=lambda *addresses: linked.append(addresses),
+    )
+    prepared = attention_plan.AttentionPlan.__new__(attention_plan.AttentionPlan)
+    prepared.plan, prepared.layout = Plan(1, 70, 70, 2, 1, 64, "bfloat16", 0.125, dense_below=0), "bshd"
+    prepared._device, prepared._gpu, prepared._lock = 0, None, threading.Lock()
+    prepared._programs = SimpleNamespace(get=lambda key: program)
+    monkeypatch.setattr(attention_plan.programs, "bind_context", lambda device: None)
+    monkeypatch.setattr(attention_plan.workspaces, "is_capturing", lambda stream: False)
+    base = 0x7E0000000000
+    shapes = [(16, (1, 70, 2, 64)), (16, (1, 70, 1, 64)), (16, (1, 70, 1, 64)), (16, (1, 70, 2, 64)), (11, (2,)),
+              (11, (1, 2, 70)), (8, (1, 2, 1, 1))]
+    q, k, v, out, taus, lse, words = (array(*shape, base + 4096 * i) for i, shape in enumerate(shapes))
+    stream = SimpleNamespace(ptr=5)
+    fake = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: stream, memory=cupy.cuda.memory))
+    monkeypatch.setattr(attention_plan.arrays, "import_cupy", lambda: fake)  # has nothing that allocates
+    result = prepared._run(q, k, v, taus, True, True, out, None, lse, words)
+    assert result[0] is out and result[1] is lse and result[2].words is words
+    assert linked == [(0, *(base + 4096 * i for i in range(7)))]
+    prepared._run(q, k, v, 0.25, False, True, out, None, None, words)
+    assert linked[1] == (0, *(base + 4096 * i for i in (0, 1, 2, 3, 6)))
+
+
+# --- without JAX ---------------------------------------------------------------------------------------------------
+def test_without_jax():
+    code = (
+        "import sys, salekit\n"
+        "assert 'jax' not in sys.modules\n"
+        "sys.modules['jax'] = None\n"
+        "try:\n"
+        "    import salekit.jax\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    root = Path(salekit.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert "salekit.jax needs JAX 0.5 or newer: pip install 'salekit[jax]'" in done.stdout, done.stderr
