@@ -32,7 +32,7 @@ TARGET = "salekit_attention"
 ATTRIBUTE = "config"
 SCHEMA = 1
 _MAX_STREAMS = 64
-_MAX_ARRAYS = 1024  # addresses that calls have used, each with its CuPy array: some 400 bytes
+_MAX_ARRAYS = 1024  # buffers that calls have had, each with its CuPy array
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _array(device: int, kind: tuple, address: int) -> Any:
 
 
 # --- for XLA -------------------------------------------------------------------------------------------------------
-def _describe(error: BaseException) -> tuple[int, str]:
+def _explain(error: BaseException) -> tuple[int, str]:
     code, text = INTERNAL, f"salekit: {type(error).__name__}: {error}"
     if isinstance(error, (ArgumentError, DtypeError)):
         code = INVALID_ARGUMENT
@@ -193,6 +193,6 @@ def _describe(error: BaseException) -> tuple[int, str]:
 def handlers() -> dict[str, Any]:
     """The handler of each of XLA's platforms, a C function. It looks up what it runs at each call."""
     return {
-        "cpu": make_handler(lambda call: run_on_host(call), _describe),
-        "CUDA": make_handler(lambda call: run_on_gpu(call), _describe),
+        "cpu": make_handler(lambda call: run_on_host(call), _explain),
+        "CUDA": make_handler(lambda call: run_on_gpu(call), _explain),
     }

@@ -1,9 +1,9 @@
 """XLA's custom calls in Python: of its FFI (``xla/ffi/api/c_api.h``, API 0.1 to 0.3), what a handler needs.
 
 XLA calls a handler with the address of a call frame, from a thread of its own; ctypes takes Python's lock for it. A
-handler has the stage "execute" alone and says so little of itself that XLA never records it into a command
-buffer (a CUDA graph of XLA's). The structures are the header's; a frame is read word by word, because each attribute
-of a ctypes structure costs as much as several words.
+handler has the stage "execute" alone, and no trait that would let XLA record it into a command buffer (a CUDA graph of
+XLA's). The structures are the header's; a frame is read as words, because each attribute of a ctypes structure costs as
+much as several of them.
 """
 
 from __future__ import annotations
@@ -142,6 +142,7 @@ def _word(structure: type, *path: str) -> int:
 
 _FRAME_WORDS = ctypes.sizeof(CallFrame) // 8
 _BUFFER_WORDS = ctypes.sizeof(Buffer) // 8
+_STRUCT_SIZE = _word(CallFrame, "struct_size")
 _EXTENSION, _API, _CTX, _STAGE = (_word(CallFrame, name) for name in ("extension_start", "api", "ctx", "stage"))
 _NUM_ARGS, _ARGS = (_word(CallFrame, "args", name) for name in ("size", "args"))
 _NUM_RETS, _RETS = (_word(CallFrame, "rets", name) for name in ("size", "rets"))
@@ -192,8 +193,7 @@ def host_array(kind: tuple, address: int) -> np.ndarray:
     dtype, shape, num_bytes = describe(kind)
     if num_bytes == 0:
         return np.empty(shape, dtype)
-    memory = (ctypes.c_uint8 * num_bytes).from_address(address)
-    return np.frombuffer(memory, dtype).reshape(shape)
+    return np.frombuffer(_MEMORY[address : address + num_bytes], dtype).reshape(shape)
 
 
 # --- XLA's functions -----------------------------------------------------------------------------------------------
@@ -254,16 +254,18 @@ def _is_metadata_query(frame: tuple[int, ...]) -> bool:
     return bool(extension) and ExtensionBase.from_address(extension).type == _METADATA_EXTENSION
 
 
-def make_handler(execute: Callable[[Call], None], describe: Callable[[BaseException], tuple[int, str]]) -> Any:
+def make_handler(execute: Callable[[Call], None], explain: Callable[[BaseException], tuple[int, str]]) -> Any:
     """A C function that runs ``execute`` for each call, for ``jax.ffi.pycapsule``; never freed.
 
-    Whatever ``execute`` raises becomes XLA's error; ``describe(exception)`` is its code and message.
+    Whatever ``execute`` raises becomes XLA's error; ``explain(exception)`` is its code and message.
     """
 
     def handle(address: int) -> int | None:
         frame: tuple[int, ...] = ()
         try:
             frame = _words(address, _FRAME_WORDS)
+            if frame[_STRUCT_SIZE] < 8 * _FRAME_WORDS:
+                raise FfiError(f"the call frame has {frame[_STRUCT_SIZE]} bytes; wants {8 * _FRAME_WORDS}")
             if _is_metadata_query(frame):
                 _answer_metadata(frame)
                 return None
@@ -273,7 +275,7 @@ def make_handler(execute: Callable[[Call], None], describe: Callable[[BaseExcept
             return None
         except BaseException as error:  # an exception that leaves this function would be lost, and XLA none the wiser
             # Without an API it is a query of metadata, and XLA will miss the version.
-            return _new_error(frame[_API], *describe(error)) if frame[_API] else None
+            return _new_error(frame[_API], *explain(error)) if frame[_API] else None
 
     handler = _HANDLER(handle)
     _handlers.append(handler)

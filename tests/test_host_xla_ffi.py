@@ -225,6 +225,14 @@ def test_another_stage():
     assert b"stage 1" in xla.errors[handle][1]
 
 
+def test_a_smaller_frame():
+    xla = FakeXla()
+    frame = xla.frame()
+    frame.struct_size = 64
+    handle = handler_of(lambda call: None)(ctypes.addressof(frame))
+    assert b"the call frame has 64 bytes; wants 168" in xla.errors[handle][1]
+
+
 @pytest.mark.parametrize("version, want", [((0, 1), (0, 1)), ((0, 3), (0, 3)), ((0, 9), xla_ffi.API_VERSION)])
 def test_metadata(version, want):
     frame, metadata = FakeXla(version).metadata_query()
@@ -354,7 +362,7 @@ def test_what_a_gpu_call_passes_on(monkeypatch):
     attributes = config(thresholds=None, return_lse=True, return_mask=True, options={"dense_below": 0})
     xla = FakeXla(stream=4242)
     frame = xla.frame(operands, results, attributes)
-    for _ in range(3):
+    for _ in range(3):  # the same buffers, as in a loop
         assert xla_attention.handlers()["CUDA"](ctypes.addressof(frame)) is None, xla.errors
     assert plans == [("bshd", {"dense_below": 0})] and streams == [(0, 4242)] * 3
     q, k, v, thresholds, return_lse, return_mask, out, workspace, lse, words = runs[0]
