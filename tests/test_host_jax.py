@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -322,6 +323,14 @@ Q, K, V = make(70)
 def test_bad_arguments(arguments, options, error, match):
     with pytest.raises(error, match=match):
         salekit_jax.sparse_attention(*arguments, **options)
+
+
+def test_every_option_is_there():
+    """An option of sparse_attention that a plan does not take shows here: salekit.jax has to learn it."""
+    here = set(salekit_jax._OPTIONS) | {"thresholds", "layout", "return_lse", "return_mask"}
+    parameters = inspect.signature(salekit.sparse_attention).parameters
+    there = {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
+    assert there - {"out", "stream"} == here
 
 
 def test_bad_arguments_show_when_traced():
