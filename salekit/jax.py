@@ -54,8 +54,8 @@ def sparse_attention(
         ``layout="bhsd"`` swaps the middle axes. JAX arrays, or what ``jnp.asarray`` takes.
     thresholds: tau, a number, or float32 [num_heads] (or a scalar) as an array, which may be traced. Values on the host
         are checked; in a JAX array NaN or a negative value means a dense head.
-    options: the other ones of ``salekit.sparse_attention`` (causal, softmax_scale, estimator, block, dense_below, ...) but
-        out and stream: values of Python, which are part of the compiled program.
+    options: the other ones of ``salekit.sparse_attention`` (causal, softmax_scale, estimator, block, dense_below, ...)
+        but out and stream: values of Python, which are part of the compiled program.
 
     Returns out (like q, in its layout), or a tuple (out[, lse][, mask]): lse float32 [batch, num_heads, seqlen_q];
     mask a BlockMask, a pytree with its words as the leaf.
