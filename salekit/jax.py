@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     raise ImportError(f"salekit.jax needs JAX 0.5 or newer: pip install 'salekit[jax]' ({error})") from error
 
-from . import arrays
+from . import arrays, attention
 from .block_mask import BlockMask
 from .errors import ArgumentError, DtypeError
 from .pipeline import pack
@@ -29,13 +29,6 @@ from .thresholds import check_thresholds
 from .xla_attention import ATTRIBUTE, TARGET, Config, handlers
 
 __all__ = ["dense_attention", "sparse_attention"]
-
-_OPTIONS = tuple(
-    name
-    for name, parameter in inspect.signature(arrays.plan_of_views).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY
-)
-
 
 def sparse_attention(
     q: Any,
@@ -65,9 +58,7 @@ def sparse_attention(
     Raises ArgumentError and DtypeError when it is traced. What shows only on the GPU (no CuPy, attend="int8-fp8"
     elsewhere than on Hopper, no memory) comes as JAX's error from the running program, with salekit's message.
     """
-    for name in options:
-        if name not in _OPTIONS:
-            raise TypeError(f"sparse_attention() got an unexpected keyword argument {name!r}")
+    _check_names(attention.sparse_attention, options)
     operands = [_as_jax(name, x) for name, x in (("q", q), ("k", k), ("v", v))]
     plan = _plan(operands, layout, options)
     tau = _as_thresholds(thresholds, plan.num_heads)
@@ -86,20 +77,37 @@ def dense_attention(
     k: Any,
     v: Any,
     *,
-    causal: bool = True,
-    softmax_scale: float | None = None,
     layout: str = "bshd",
     return_lse: bool = False,
+    **options: Any,
 ) -> Any:
     """Exact attention over every visible key: :func:`sparse_attention` with every block selected.
 
-    Arguments, result (out, or (out, lse)) and errors are those of :func:`sparse_attention`.
+    Arguments, result (out, or (out, lse)) and errors are those of :func:`sparse_attention`; options are those of
+    ``salekit.dense_attention`` (causal, softmax_scale).
     """
-    options = dict(causal=causal, softmax_scale=softmax_scale)
+    _check_names(attention.dense_attention, options)
     return sparse_attention(q, k, v, thresholds=0.0, layout=layout, return_lse=return_lse, **options)
 
 
 # --- checks, when a call is traced ---------------------------------------------------------------------------------
+@lru_cache(maxsize=None)
+def _option_names(function: Any) -> frozenset[str]:
+    """The options of a function of ``salekit`` that are values, part of a plan."""
+    of_plans = set(inspect.signature(arrays.plan_of_views).parameters)
+    return frozenset(
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name in of_plans
+    )
+
+
+def _check_names(function: Any, options: dict) -> None:
+    for name in options:
+        if name not in _option_names(function):
+            raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
+
+
 def _as_jax(name: str, x: Any) -> jax.Array:
     try:
         return jnp.asarray(x)
@@ -190,17 +198,17 @@ def _attention(config_text: str) -> Any:
         return [x.reshape(axis_size, batch, *x.shape[1:]) for x in results], [True] * len(results)
 
     @jax.custom_jvp
-    def attention(*operands):
+    def without_derivative(*operands):
         return call(*operands)
 
-    @attention.defjvp
+    @without_derivative.defjvp
     def refuse(primals, tangents):
         raise ArgumentError(
             "salekit.jax has no backward pass: no derivative goes through it; stop it with jax.lax.stop_gradient, on "
             "q, k, v and thresholds"
         )
 
-    return jax.jit(attention)
+    return jax.jit(without_derivative)
 
 
 def _repeat(x: jax.Array, count: int) -> jax.Array:

@@ -138,7 +138,8 @@ def run_on_gpu(call: Call) -> None:
         lse = extras.pop(0) if config.return_lse else None
         words = extras.pop() if config.return_mask else None
         thresholds = others[0] if others else config.thresholds
-        plan._run(q, k, v, thresholds, config.return_lse, config.return_mask, out, None, lse, words)
+        wanted = (config.return_lse, config.return_mask)
+        plan._run(q, k, v, thresholds, *wanted, out, None, lse_out=lse, words_out=words)
 
 
 def _plan(device: int, call: Call, config: Config, q: Any, k: Any, v: Any) -> AttentionPlan:

@@ -326,11 +326,14 @@ def test_bad_arguments(arguments, options, error, match):
 
 
 def test_every_option_is_there():
-    """An option of sparse_attention that a plan does not take shows here: salekit.jax has to learn it."""
-    here = set(salekit_jax._OPTIONS) | {"thresholds", "layout", "return_lse", "return_mask"}
-    parameters = inspect.signature(salekit.sparse_attention).parameters
-    there = {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
-    assert there - {"out", "stream"} == here
+    """An option of salekit's functions that a plan does not take shows here: salekit.jax has to learn it."""
+    for name in ("sparse_attention", "dense_attention"):
+        there, here = getattr(salekit, name), getattr(salekit_jax, name)
+        want = {x.name for x in inspect.signature(there).parameters.values() if x.kind is x.KEYWORD_ONLY}
+        got = {x.name for x in inspect.signature(here).parameters.values() if x.kind is x.KEYWORD_ONLY}
+        assert got | salekit_jax._option_names(there) == want - {"out", "stream"}
+    with pytest.raises(TypeError, match=r"dense_attention\(\) got an unexpected keyword argument 'block'"):
+        salekit_jax.dense_attention(Q, K, V, block=(64, 32))
 
 
 def test_bad_arguments_show_when_traced():

@@ -337,8 +337,8 @@ def test_what_a_gpu_call_passes_on(monkeypatch):
     class Plan:
         plan = SimpleNamespace(batch=1, num_heads=2, seqlen_q=70, words_shape=(1, 2, 1, 1))
 
-        def _run(self, *args):
-            runs.append(args)
+        def _run(self, *args, lse_out, words_out):
+            runs.append((*args, lse_out, words_out))
 
     def plan_of(q, k, v, layout, options):
         plans.append((layout, options))
@@ -411,10 +411,10 @@ def test_where_lse_and_mask_go(monkeypatch):
     stream = SimpleNamespace(ptr=5)
     fake = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: stream, memory=cupy.cuda.memory))
     monkeypatch.setattr(attention_plan.arrays, "import_cupy", lambda: fake)  # has nothing that allocates
-    result = prepared._run(q, k, v, taus, True, True, out, None, lse, words)
+    result = prepared._run(q, k, v, taus, True, True, out, None, lse_out=lse, words_out=words)
     assert result[0] is out and result[1] is lse and result[2].words is words
     assert linked == [(0, *(base + 4096 * i for i in range(7)))]
-    prepared._run(q, k, v, 0.25, False, True, out, None, None, words)
+    prepared._run(q, k, v, 0.25, False, True, out, None, words_out=words)
     assert linked[1] == (0, *(base + 4096 * i for i in (0, 1, 2, 3, 6)))
 
 
