@@ -127,9 +127,9 @@ _plans: workspaces.RecentlyUsed[AttentionPlan] = workspaces.RecentlyUsed(MAX_PLA
 def run_on_gpu(call: Call) -> None:
     """Launch the call on XLA's stream; the workspace is that of the stream, from CuPy's memory."""
     config = _config_of(call)
-    runtime = arrays.import_cupy().cuda.runtime
-    device = runtime.pointerGetAttributes(call.addresses[0]).device  # XLA's ordinals need not be CUDA's
-    with arrays.on_stream(_array(device, call.operands[0], call.addresses[0]), _stream(device, call.stream())):
+    cuda = arrays.import_cupy().cuda
+    device = cuda.runtime.pointerGetAttributes(call.addresses[0]).device  # XLA's ordinals need not be CUDA's
+    with cuda.Device(device), _stream(device, call.stream()):
         kinds = call.operands + call.results
         buffers = [_array(device, kind, address) for kind, address in zip(kinds, call.addresses)]
         q, k, v, *others = buffers[: config.num_operands]

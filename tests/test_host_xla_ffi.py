@@ -347,10 +347,10 @@ def test_what_a_gpu_call_passes_on(monkeypatch):
     runtime = SimpleNamespace(pointerGetAttributes=lambda address: SimpleNamespace(device=0))
     fake = SimpleNamespace(ndarray=cupy.ndarray, cuda=SimpleNamespace(
         runtime=runtime, UnownedMemory=cupy.cuda.UnownedMemory, MemoryPointer=cupy.cuda.MemoryPointer,
+        Device=lambda device: nullcontext(),
     ))
     monkeypatch.setattr(xla_attention.arrays, "import_cupy", lambda: fake)
-    monkeypatch.setattr(xla_attention.arrays, "on_stream", lambda q, stream: nullcontext(streams.append(stream)))
-    monkeypatch.setattr(xla_attention, "_stream", lambda device, pointer: (device, pointer))
+    monkeypatch.setattr(xla_attention, "_stream", lambda *stream: nullcontext(streams.append(stream)))
     monkeypatch.setattr(xla_attention, "plan_of", plan_of)
     for cache in ("_plans", "_arrays"):
         monkeypatch.setattr(xla_attention, cache, xla_attention.workspaces.RecentlyUsed(16))
