@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
@@ -112,6 +113,8 @@ def _place(name: str, x: Any) -> int | None:
         return None
     if programs.is_gpu_array(x):
         return x.data.device_id
+    if _is_tracer(x):
+        raise DtypeError(f"{name}: is traced by JAX and has no data; wants an array. Under jit, use salekit.jax")
     if hasattr(x, "__dlpack_device__"):
         kind, device = (int(part) for part in x.__dlpack_device__())
         if kind in _DLPACK_HOST:
@@ -127,6 +130,11 @@ def _place(name: str, x: Any) -> int | None:
         f"{name}: got {type(x).__name__}; wants a NumPy or CuPy array, or an object with DLPack or "
         "__cuda_array_interface__"
     )
+
+
+def _is_tracer(x: Any) -> bool:
+    jax = sys.modules.get("jax")
+    return hasattr(jax, "core") and isinstance(x, jax.core.Tracer)
 
 
 def place_name(device: int | None) -> str:

@@ -101,11 +101,22 @@ class AttentionPlan:
 
     # --- on the GPU ------------------------------------------------------------------------------------------------
     def _run(
-        self, q: Any, k: Any, v: Any, thresholds: Any, return_lse: Any, return_mask: Any, out: Any, workspace: Any
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        thresholds: Any,
+        return_lse: Any,
+        return_mask: Any,
+        out: Any,
+        workspace: Any,
+        lse_out: Any = None,
+        words_out: Any = None,
     ) -> Any:
         """A call with CuPy arrays of this plan's kind; q's GPU and the call's stream are current.
 
-        What the kind does not say is checked here each time: addresses, thresholds and out.
+        What the kind does not say is checked here each time: addresses, thresholds and out. lse_out, words_out: where
+        lse and the mask's words go, contiguous CuPy arrays of their shapes (not checked); None allocates them.
         """
         if (q.data.ptr | k.data.ptr | v.data.ptr) % arrays.ALIGNMENT:
             arrays.as_arrays(q, k, v, self.layout)  # says which it is; arrays without elements may have any address
@@ -124,7 +135,7 @@ class AttentionPlan:
             program = program or self._program(key)
             if workspace is not None:
                 workspace = arrays.check_workspace(workspace, self._device, program.workspace_bytes)
-            arguments = (program, key, (q, k, v), thresholds, view, workspace)
+            arguments = (program, key, (q, k, v), thresholds, view, workspace, lse_out, words_out)
             try:
                 result, lse, mask = self._submit(*arguments)
             except arrays.import_cupy().cuda.memory.OutOfMemoryError:
@@ -133,22 +144,31 @@ class AttentionPlan:
         return pipeline.pack(result if out is None else out, lse, mask, return_lse, return_mask)
 
     def _submit(
-        self, program: programs.Program, key: tuple, qkv: tuple, thresholds: Any, out: Any, workspace: Any
+        self,
+        program: programs.Program,
+        key: tuple,
+        qkv: tuple,
+        thresholds: Any,
+        out: Any,
+        workspace: Any,
+        lse: Any,
+        words: Any,
     ) -> tuple[Any, Any, BlockMask | None]:
         """Allocate what the caller gets and launch; (out, lse, mask)."""
         cupy, plan, (q, k, v) = arrays.import_cupy(), self.plan, qkv
         _, kind, return_lse, return_mask = key
-        lse = mask = None
+        mask = None
         if out is None:
             out = cupy.ndarray(q.shape, q.dtype)
         addresses = [q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr]
         if kind == "device":
             addresses.append(thresholds.data.ptr)
         if return_lse:
-            lse = cupy.ndarray((plan.batch, plan.num_heads, plan.seqlen_q), np.float32)
+            if lse is None:
+                lse = cupy.ndarray((plan.batch, plan.num_heads, plan.seqlen_q), np.float32)
             addresses.append(lse.data.ptr)
         if return_mask:
-            mask = pipeline.block_mask(cupy.ndarray(plan.words_shape, np.uint32), plan)
+            mask = pipeline.block_mask(cupy.ndarray(plan.words_shape, np.uint32) if words is None else words, plan)
             addresses.append(mask.words.data.ptr)
         stream = cupy.cuda.get_current_stream().ptr
         programs.bind_context(self._device)

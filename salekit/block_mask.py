@@ -19,8 +19,8 @@ SCHEMA = 1
 class BlockMask:
     """Which key blocks each query block attends to.
 
-    words: uint32 [batch, num_heads, num_q_blocks, ceil(num_k_blocks / 32)], NumPy or CuPy; bit j % 32 of word j // 32
-    is key block j. Bits past the last block and of blocks without a visible pair are 0.
+    words: uint32 [batch, num_heads, num_q_blocks, ceil(num_k_blocks / 32)], NumPy, CuPy or JAX; bit j % 32 of word
+    j // 32 is key block j. Bits past the last block and of blocks without a visible pair are 0.
     """
 
     words: Any
@@ -40,7 +40,7 @@ class BlockMask:
 
     def to_numpy(self) -> "BlockMask":
         """The same mask with its words on the host (copies from the GPU and synchronises)."""
-        words = self.words if isinstance(self.words, np.ndarray) else self.words.get()
+        words = self.words.get() if hasattr(self.words, "get") else np.asarray(self.words)
         return BlockMask(words, self.block_q, self.block_k, self.seqlen_q, self.seqlen_k, self.causal)
 
     def to_dense(self) -> np.ndarray:

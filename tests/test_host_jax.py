@@ -1,0 +1,380 @@
+"""salekit.jax on a CPU, where the twin runs on XLA's buffers: the same bits as ``salekit.sparse_attention``."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import salekit
+from salekit.errors import ArgumentError, DtypeError
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or other tests find no memory on a GPU
+jax = pytest.importorskip("jax")
+pytest.importorskip("jax.ffi", reason="needs JAX 0.5 or newer")
+import jax.numpy as jnp  # noqa: E402
+
+import salekit.jax as salekit_jax  # noqa: E402
+
+BF16, FP16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
+EVERYTHING = {"dense_below": 0, "return_lse": True, "return_mask": True}
+TAUS = np.array([0.1, 0.5, 2, np.inf], np.float32)
+
+
+@pytest.fixture(autouse=True)
+def on_cpu():
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+def make(seqlen_q=301, seqlen_k=None, heads=4, kv_heads=2, head_dim=64, batch=1, dtype=BF16, seed=0):
+    rng = np.random.default_rng(seed)
+    seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
+    sizes = ((seqlen_q, heads), (seqlen_k, kv_heads), (seqlen_k, kv_heads))
+    return [(2 * rng.standard_normal((batch, s, h, head_dim), np.float32)).astype(dtype) for s, h in sizes]
+
+
+def bits(result):
+    leaves = result if isinstance(result, tuple) else (result,)
+    return [np.asarray(getattr(x, "words", x)).tobytes() for x in leaves]
+
+
+# --- the same bits as the twin -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("options, lengths, dtype", [
+    ({}, (301, 301), BF16),
+    ({"layout": "bhsd"}, (130, 257), FP16),
+    ({"causal": False, "block": (64, 64), "estimator": "int4"}, (257, 130), BF16),
+    ({"estimator": "int8-sp24", "query_stride": 2, "full_rows": np.int64(64), "attend": "int8-fp8"}, (301, 301), BF16),
+    ({"softmax_scale": np.float32(0.2), "sink": 0, "local": 0}, (1, 300), FP16),
+])
+@pytest.mark.parametrize("thresholds", [1.5, TAUS])
+def test_under_jit(options, lengths, dtype, thresholds):
+    arrays = make(*lengths, batch=2, dtype=dtype)
+    if options.get("layout") == "bhsd":
+        arrays = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in arrays]
+    want = salekit.sparse_attention(*arrays, thresholds=thresholds, **options, **EVERYTHING)
+    got = jax.jit(
+        lambda q, k, v: salekit_jax.sparse_attention(q, k, v, thresholds=thresholds, **options, **EVERYTHING)
+    )(*arrays)
+    assert bits(got) == bits(want)
+    assert got[0].dtype == dtype and isinstance(got[2], salekit.BlockMask)
+    assert (got[2].density() == want[2].density()).all() and (got[2].to_dense() == want[2].to_dense()).all()
+    assert want[2].density().min() < 1 or lengths[0] == 1
+
+
+def test_what_is_returned():
+    arrays = make()
+    out, lse, mask = salekit_jax.sparse_attention(*arrays, thresholds=0.05, **EVERYTHING)
+    assert bits(salekit_jax.sparse_attention(*arrays, thresholds=0.05, dense_below=0)) == bits(out)
+    for name, want in (("return_lse", lse), ("return_mask", mask)):
+        pair = salekit_jax.sparse_attention(*arrays, thresholds=0.05, dense_below=0, **{name: True})
+        assert len(pair) == 2 and bits(pair) == bits((out, want))
+
+
+def test_dense():
+    arrays = make(70, 90)
+    for options in ({}, {"causal": False, "softmax_scale": 0.3, "return_lse": True}):
+        want = salekit.dense_attention(*arrays, **options)
+        assert bits(salekit_jax.dense_attention(*arrays, **options)) == bits(want)
+
+
+def test_thresholds_that_are_traced():
+    arrays = make()
+    call = jax.jit(lambda taus: salekit_jax.sparse_attention(*arrays, thresholds=taus, **EVERYTHING))
+    assert bits(call(TAUS)) == bits(salekit.sparse_attention(*arrays, thresholds=TAUS, **EVERYTHING))
+    assert bits(call(jnp.float32(0.05))) == bits(salekit.sparse_attention(*arrays, thresholds=0.05, **EVERYTHING))
+    odd = jnp.array([0.1, jnp.nan, -1, 0.3])
+    want = salekit.sparse_attention(*arrays, thresholds=[0.1, 0, 0, 0.3], **EVERYTHING)
+    assert bits(call(odd)) == bits(want)
+
+
+def test_one_program_for_calls_that_are_alike():
+    traces = []
+
+    @jax.jit
+    def call(q, k, v):
+        traces.append(q.shape)
+        return salekit_jax.sparse_attention(q, k, v, dense_below=0)
+
+    for seed in range(3):
+        arrays = make(90, seed=seed)
+        assert bits(call(*arrays)) == bits(salekit.sparse_attention(*arrays, dense_below=0))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)])
+def test_without_rows_or_keys(lengths):
+    for arrays in (make(*lengths), make(5, 5, batch=0)):
+        got = salekit_jax.sparse_attention(*arrays, **EVERYTHING)
+        assert bits(got) == bits(salekit.sparse_attention(*arrays, **EVERYTHING))
+        assert [x.shape for x in jax.tree.leaves(got)][0] == arrays[0].shape
+
+
+def test_nan_comes_out_as_in_dense_attention():
+    q, k, v = make(100)
+    q[0, 40, 1, 3] = np.nan
+    got = salekit_jax.sparse_attention(q, k, v, thresholds=1.0, dense_below=0)
+    assert bits(got) == bits(salekit.sparse_attention(q, k, v, thresholds=1.0, dense_below=0))
+    assert np.isnan(np.asarray(got, np.float32)[0, 40, 1]).all()
+
+
+# --- against JAX's own attention -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype, epsilon", [(FP16, 2.0**-11), (BF16, 2.0**-8)])
+def test_against_dot_product_attention(causal, dtype, epsilon):
+    q, k, v = make(200, batch=2, dtype=dtype)
+    want = jax.nn.dot_product_attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), is_causal=causal)
+    # Rounding of p and of out to their 16 bits, a half unit in the last place each: relative to sum p |v| and to out.
+    magnitude = jax.nn.dot_product_attention(
+        *(jnp.asarray(x, jnp.float32) for x in (q, k)), jnp.abs(jnp.asarray(v, jnp.float32)), is_causal=causal
+    )
+    bound = epsilon * np.asarray(magnitude) + 1e-5
+    for got in (
+        salekit_jax.dense_attention(q, k, v, causal=causal),
+        salekit_jax.sparse_attention(q, k, v, thresholds=0.0, dense_below=0, causal=causal),
+        salekit_jax.sparse_attention(q, k, v, thresholds=jnp.zeros(4), dense_below=0, causal=causal),
+    ):
+        assert (np.abs(np.asarray(got, np.float32) - np.asarray(want)) <= bound).all()
+
+
+def test_sparse_is_close_to_dot_product_attention():
+    """On real heads, where there is something to skip: what is skipped is what the mask says, and it is little."""
+    sample = salekit.load_sample()
+    q, k, v = (np.ascontiguousarray(sample[name][:, :1024]) for name in "qkv")
+    want = np.asarray(jax.nn.dot_product_attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), is_causal=True))
+    errors, densities = [], []
+    for tau in (0.0005, 0.008, 0.1):
+        out, mask = salekit_jax.sparse_attention(q, k, v, thresholds=tau, dense_below=0, return_mask=True)
+        errors.append(np.linalg.norm(np.asarray(out, np.float32) - want) / np.linalg.norm(want))
+        densities.append(mask.density().mean())
+    assert errors[0] <= 0.01 and errors[0] < errors[1] < errors[2] <= 0.3, errors
+    assert 1 >= densities[0] > densities[1] > densities[2], densities
+
+
+# --- vmap ----------------------------------------------------------------------------------------------------------
+def test_vmap():
+    many = [np.stack(xs) for xs in zip(*(make(90, batch=2, seed=seed) for seed in range(3)))]
+    want = [salekit.sparse_attention(*(x[i] for x in many), thresholds=TAUS, **EVERYTHING) for i in range(3)]
+
+    def call(q, k, v, taus=TAUS):
+        return salekit_jax.sparse_attention(q, k, v, thresholds=taus, **EVERYTHING)
+
+    mapped = jax.jit(jax.vmap(call))
+    got = mapped(*many)
+    assert [bits(jax.tree.map(lambda x: x[i], got)) for i in range(3)] == [bits(x) for x in want]
+    program = mapped.lower(*many).as_text()
+    assert program.count("@salekit_attention(") == 1  # the mapped axis joined the batch
+    got = jax.vmap(call, in_axes=(3, None, None), out_axes=1)(np.moveaxis(many[0], 0, 3), many[1][0], many[2][0])
+    for i in range(3):
+        one = salekit.sparse_attention(many[0][i], many[1][0], many[2][0], thresholds=TAUS, **EVERYTHING)
+        assert bits(jax.tree.map(lambda x: x[:, i], got)) == bits(one)
+
+
+def test_vmap_in_vmap():
+    q, k, v = (np.stack([np.stack([x, 2 * x]), np.stack([3 * x, x / 2])]) for x in make(70))
+    got = jax.vmap(jax.vmap(lambda q, k, v: salekit_jax.sparse_attention(q, k, v, dense_below=0)))(q, k, v)
+    for i, j in np.ndindex(2, 2):
+        assert bits(got[i, j]) == bits(salekit.sparse_attention(q[i, j], k[i, j], v[i, j], dense_below=0))
+
+
+def test_vmap_over_thresholds():
+    arrays = make(90)
+    many = np.stack([TAUS, TAUS / 2])
+    got = jax.vmap(lambda taus: salekit_jax.sparse_attention(*arrays, thresholds=taus, **EVERYTHING))(many)
+    for i in range(2):
+        want = salekit.sparse_attention(*arrays, thresholds=many[i], **EVERYTHING)
+        assert bits(jax.tree.map(lambda x: x[i], got)) == bits(want)
+
+
+def test_inside_control_flow():
+    q, k, v = make(70)
+    got = jax.jit(lambda q: jax.lax.fori_loop(0, 2, lambda _, q: salekit_jax.sparse_attention(q, k, v), q))(q)
+    assert bits(got) == bits(salekit.sparse_attention(salekit.sparse_attention(q, k, v), k, v))
+
+
+# --- many devices --------------------------------------------------------------------------------------------------
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+import salekit.jax
+
+shard_map = getattr(jax, "shard_map", None)
+options = {}
+if shard_map is None:  # before JAX 0.6, which has no rule for what salekit uses
+    from jax.experimental.shard_map import shard_map
+    options = {"check_rep": False}
+assert len(jax.devices()) == 8
+rng = np.random.default_rng(0)
+q, k, v = (jnp.asarray(2 * rng.standard_normal((2, 330, n, 64)), jnp.bfloat16) for n in (8, 4, 4))
+taus = jnp.linspace(1, 4, 8)
+want_all = {"dense_below": 0, "block": (64, 32), "return_lse": True, "return_mask": True}
+
+def call(q, k, v, taus):
+    return salekit.jax.sparse_attention(q, k, v, thresholds=taus, **want_all)
+
+whole = call(q, k, v, taus)
+assert whole[2].density().min() < 0.95, whole[2].density()
+mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("heads", "data"))
+places = P("data", None, "heads"), P("data", "heads")
+for data in ("data", None):
+    tensor, rows = P(data, None, "heads"), P(data, "heads")
+    specs = (tensor, tensor, tensor, P("heads"))
+    sharded = jax.jit(shard_map(call, mesh=mesh, in_specs=specs, out_specs=(tensor, rows, rows), **options))
+    arrays = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip((q, k, v, taus), specs)]
+    got = sharded(*arrays)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(whole)):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+    assert got[0].sharding.is_equivalent_to(NamedSharding(mesh, tensor), 4)
+    text = sharded.lower(*arrays).compile().as_text()
+    assert "salekit_attention" in text
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert collective not in text, collective
+
+# A number for all heads, and k and v that every device of an axis has.
+def call(q, k, v):
+    return salekit.jax.sparse_attention(q, k, v, thresholds=0.2, dense_below=0)
+
+specs = (P("data"), P(), P())
+got = jax.jit(shard_map(call, mesh=mesh, in_specs=specs, out_specs=P("data"), **options))(q, k[:1], v[:1])
+want = [call(q[i:i + 1], k[:1], v[:1]) for i in range(2)]
+assert np.array_equal(np.asarray(got), np.concatenate([np.asarray(x) for x in want]))
+mapped = jax.vmap(call)
+got = jax.jit(shard_map(mapped, mesh=mesh, in_specs=P(None, None, None, "heads"),
+                        out_specs=P(None, None, None, "heads"), **options))(q[:, None], k[:, None], v[:, None])
+assert np.array_equal(np.asarray(got)[:, 0], np.asarray(call(q, k, v)))
+
+# Without shard_map: XLA gathers, and the result is the same.
+arrays = [jax.device_put(x, NamedSharding(mesh, P(None, None, "heads"))) for x in (q, k, v)]
+assert np.array_equal(np.asarray(jax.jit(call)(*arrays)), np.asarray(call(q, k, v)))
+print("sharded is whole")
+"""
+
+
+def test_heads_sharded_over_devices():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # eight twins at a time
+    root = Path(salekit.__file__).parent.parent
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "sharded is whole" in done.stdout, done.stderr[-3000:]
+
+
+# --- other processes -----------------------------------------------------------------------------------------------
+def test_export():
+    pytest.importorskip("flatbuffers")
+    export = pytest.importorskip("jax.export")
+    arrays = make(90)
+
+    def call(q, k, v):
+        out, mask = salekit_jax.sparse_attention(q, k, v, thresholds=TAUS, dense_below=0, return_mask=True)
+        return out, mask.words
+
+    check = export.DisabledSafetyCheck.custom_call("salekit_attention")
+    exported = export.export(jax.jit(call), platforms=["cpu"], disabled_checks=[check])(*map(jnp.asarray, arrays))
+    got = export.deserialize(exported.serialize()).call(*arrays)
+    assert bits(tuple(got)) == bits(jax.jit(call)(*arrays))
+
+
+def test_it_ends_while_a_call_runs():
+    """A process that leaves without waiting for its last call: neither a crash nor a hang."""
+    code = (
+        "import jax, jax.numpy as jnp, salekit.jax\n"
+        "x = jnp.ones((1, 700, 1, 64), jnp.bfloat16)\n"
+        "jax.jit(salekit.jax.dense_attention)(x, x, x)\n"
+    )
+    root = Path(salekit.__file__).parent.parent
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and not done.stderr.strip(), done.stderr
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+Q, K, V = make(70)
+
+
+@pytest.mark.parametrize("arguments, options, error, match", [
+    ((Q.astype(np.float32), K, V), {}, DtypeError, "q: got dtype float32; wants float16 or bfloat16"),
+    ((Q, K, V.astype(FP16)), {}, DtypeError, "v: got dtype float16; wants bfloat16"),
+    ((Q, K[..., :32], V), {}, ArgumentError, "k: got head_dim 32"),
+    ((Q[0], K, V), {}, ArgumentError, "q: got 3 axes"),
+    ((Q, K, V[:, :3]), {}, ArgumentError, "v: got seqlen 3; wants 70"),
+    ((Q, "k", V), {}, DtypeError, "k: got str; wants a JAX or NumPy array"),
+    ((Q, K, None), {}, DtypeError, "v: got NoneType; wants a JAX or NumPy array"),
+    ((Q, K, V), {"layout": "sbhd"}, ArgumentError, "layout: got 'sbhd'"),
+    ((Q, K, V), {"estimator": "int5"}, ArgumentError, "estimator: got 'int5'"),
+    ((Q, K, V), {"block": (3, 4)}, ArgumentError, r"block: got \(3, 4\)"),
+    ((Q, K, V), {"thresholds": -0.5}, ArgumentError, "thresholds: got -0.5"),
+    ((Q, K, V), {"thresholds": [0.1, np.nan, 0.2, 0.3]}, ArgumentError, "thresholds: got nan for head 1"),
+    ((Q, K, V), {"thresholds": [0.1, 0.2]}, ArgumentError, r"thresholds: got shape \(2,\)"),
+    ((Q, K, V), {"thresholds": jnp.ones(3)}, ArgumentError, r"thresholds: got shape \(3,\)"),
+    ((Q, K, V), {"thresholds": jnp.ones(4, jnp.int32)}, DtypeError, "thresholds: got dtype int32"),
+    ((Q, K, V), {"thresholds": "high"}, DtypeError, "thresholds: got str"),
+    ((Q, K, V), {"blocks": (64, 32)}, TypeError, "unexpected keyword argument 'blocks'"),
+    ((Q, K, V), {"out": Q}, TypeError, "unexpected keyword argument 'out'"),
+])
+def test_bad_arguments(arguments, options, error, match):
+    with pytest.raises(error, match=match):
+        salekit_jax.sparse_attention(*arguments, **options)
+
+
+def test_every_option_is_there():
+    """An option of salekit's functions that a plan does not take shows here: salekit.jax has to learn it."""
+    for name in ("sparse_attention", "dense_attention"):
+        there, here = getattr(salekit, name), getattr(salekit_jax, name)
+        want = {x.name for x in inspect.signature(there).parameters.values() if x.kind is x.KEYWORD_ONLY}
+        got = {x.name for x in inspect.signature(here).parameters.values() if x.kind is x.KEYWORD_ONLY}
+        assert got | salekit_jax._option_names(there) == want - {"out", "stream"}
+    with pytest.raises(TypeError, match=r"dense_attention\(\) got an unexpected keyword argument 'block'"):
+        salekit_jax.dense_attention(Q, K, V, block=(64, 32))
+
+
+def test_bad_arguments_show_when_traced():
+    with pytest.raises(ArgumentError, match="k: got head_dim 32"):
+        jax.eval_shape(lambda k: salekit_jax.sparse_attention(Q, k, V), K[..., :32])
+    for name in ("causal", "softmax_scale", "query_stride", "sink"):
+        with pytest.raises(ArgumentError, match=f"{name}: got "):
+            jax.jit(lambda x, name=name: salekit_jax.sparse_attention(Q, K, V, **{name: x}))(1)
+
+
+def test_no_derivative():
+    def loss(q, stop):
+        return salekit_jax.sparse_attention(stop(q), K, V).astype(jnp.float32).sum() + q.astype(jnp.float32).sum()
+
+    for transform in (jax.grad, lambda f: jax.jit(jax.grad(f))):
+        with pytest.raises(ArgumentError, match="no backward pass.*stop_gradient"):
+            transform(lambda q: loss(q, lambda x: x))(jnp.asarray(Q))
+        assert (transform(lambda q: loss(q, jax.lax.stop_gradient))(jnp.asarray(Q)) == 1).all()
+    with pytest.raises(ArgumentError, match="no backward pass"):
+        jax.jvp(lambda taus: salekit_jax.sparse_attention(Q, K, V, thresholds=taus), (TAUS,), (TAUS,))
+
+
+def test_tracers_outside_salekit_jax():
+    for name, call in (
+        ("q", lambda x: salekit.sparse_attention(x, K, V)),
+        ("v", lambda x: salekit.dense_attention(Q, K, x)),
+        ("thresholds", lambda x: salekit.sparse_attention(Q, K, V, thresholds=x)),
+        ("out", lambda x: salekit.sparse_attention(Q, K, V, out=x)),
+    ):
+        with pytest.raises(DtypeError, match=f"{name}: is traced by JAX and has no data.*salekit.jax"):
+            jax.jit(call)(Q)
+
+
+def test_an_error_inside_a_running_program(monkeypatch):
+    from salekit import xla_attention
+
+    def fail(call):
+        raise ArgumentError("q: is not to our liking")
+
+    monkeypatch.setattr(xla_attention, "run_on_host", fail)
+    with pytest.raises(Exception, match="INVALID_ARGUMENT.*ArgumentError: q: is not to our liking"):
+        jax.block_until_ready(jax.jit(lambda q: salekit_jax.dense_attention(q, K, V))(Q))
+    monkeypatch.undo()
+    assert bits(salekit_jax.dense_attention(Q, K, V)) == bits(salekit.dense_attention(Q, K, V))
