@@ -1,0 +1,266 @@
+"""Export: kernels as cubins with a C host side (cuda_src/host), for programs without Python.
+
+The C host side computes what the Python stages launch, for any shape; what it has to know of the compiled kernels is in
+the header that :func:`export` generates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Callable, Iterable, Sequence
+
+import numpy as np
+
+from . import __version__, jit
+from .arrays import TENSOR_VIEW
+from .attend_grid import SEGMENT
+from .catalog import call_specs
+from .errors import ArgumentError, FileFormatError
+from .plans import (
+    BLOCKS,
+    DTYPES,
+    ESTIMATORS,
+    HEAD_DIMS,
+    QUERY_STRIDES,
+    ROW_MAP,
+    SHAPE_RECORD,
+    SUPPORTED_ARCHS,
+    Plan,
+    default_softmax_scale,
+    resolve_estimator,
+)
+
+SCHEMA = 1
+KIND = "salekit-export"
+HOST_FILES = ("salekit.h", "salekit.c", "CMakeLists.txt", "main.cpp")
+RECORDS = {  # structs of salekit.h, which kernels take by value
+    "salekit_tensor": TENSOR_VIEW,
+    "salekit_shape": SHAPE_RECORD,
+    "salekit_row_map": ROW_MAP,
+    "salekit_segment": SEGMENT,
+}
+NOT_CALLED = ("store_floats",)  # thresholds come from the GPU or as one number
+_SHORT = {"float16": "fp16", "bfloat16": "bf16"}
+_LENGTHS = (2**14, 2**20)  # the keys of the longer are attended in segments
+_LOCALS = (128, 192, 256, 320)  # each takes another number of slots in anchor_statistics_sm90
+_HASH_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one export is for. Raises ArgumentError when no kernels are."""
+
+    arch: str
+    head_dim: int
+    dtype: str  # "float16" | "bfloat16"
+    estimators: tuple[str, ...] = ESTIMATORS
+    blocks: tuple[tuple[int, int], ...] = BLOCKS
+
+    def __post_init__(self) -> None:
+        for name, values, choices in (
+            ("arch", (self.arch,), SUPPORTED_ARCHS),
+            ("head_dim", (self.head_dim,), HEAD_DIMS),
+            ("dtype", (self.dtype,), DTYPES),
+            ("estimators", self.estimators, ESTIMATORS),
+            ("blocks", self.blocks, BLOCKS),
+        ):
+            bad = [value for value in values if value not in choices]
+            if bad or not values:
+                got = repr(bad[0]) if bad else "none"
+                raise ArgumentError(f"{name}: got {got}; wants of {', '.join(map(str, choices))}")
+
+    @property
+    def tag(self) -> str:
+        """In the names of files and of C objects."""
+        return f"{self.arch}_d{self.head_dim}_{_SHORT[self.dtype]}"
+
+    def specs(self) -> list[jit.KernelSpec]:
+        """Every kernel that a call may launch, each once."""
+        found: dict[jit.KernelSpec, None] = {}
+        for estimator, (block_q, block_k), stride, group, length, local in product(
+            self.estimators, self.blocks, QUERY_STRIDES, (1, 2, 3, 4), _LENGTHS, _LOCALS
+        ):
+            plan = Plan(
+                1, length, length, group, 1, self.head_dim, self.dtype, default_softmax_scale(self.head_dim),
+                estimator=estimator, block_q=block_q, block_k=block_k, query_stride=stride, local=local,
+                arch=self.arch,
+            )
+            found.update(dict.fromkeys(call_specs(plan)))
+        return [spec for spec in found if spec.source not in NOT_CALLED]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One kernel of an export."""
+
+    spec: jit.KernelSpec
+    file: str
+    compiled: jit.Compiled
+
+
+def export(
+    folder: str | Path, target: Target, force: bool = False, advance: Callable[[], Any] = lambda: None
+) -> dict[str, Any]:
+    """Compile what ``target`` asks for and write it, with the C host side, to ``folder``. Needs NVRTC and no GPU.
+
+    folder: new or empty; with ``force``, what an earlier export wrote there goes first, and files may be written over.
+    advance: called once for each kernel that is compiled.
+    Returns what ``salekit_<tag>.json`` there holds. Raises ArgumentError, CompileError, GpuError (no NVRTC), OSError.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not force:
+        raise ArgumentError(f"{folder}: exists and is not an empty folder; wants a new one, or to be forced")
+    kernels = _compile(target, advance)
+    earlier = _earlier_files(folder)  # a damaged list stops here, before anything is written
+    report = _report(target, kernels)
+    (folder / "cubins").mkdir(parents=True, exist_ok=True)
+    for name in earlier:
+        (folder / name).unlink(missing_ok=True)
+    for kernel in kernels:
+        jit.write_file(folder / kernel.file, kernel.compiled.cubin)
+    for name in HOST_FILES:
+        text = (jit.source_root() / "host" / name).read_text()
+        jit.write_file(folder / name, text.replace("@TAG@", target.tag).encode())
+    jit.write_file(folder / f"salekit_{target.tag}.h", header(target, kernels).encode())
+    jit.write_file(folder / f"salekit_{target.tag}.json", (json.dumps(report, indent=2) + "\n").encode())
+    return report
+
+
+def _compile(target: Target, advance: Callable[[], Any]) -> list[Exported]:
+    def compile_one(spec: jit.KernelSpec) -> Exported:
+        compiled = jit.compile_kernel(spec, target.arch)
+        digest = hashlib.sha256(compiled.cubin).hexdigest()[:_HASH_DIGITS]
+        # The hash: a program that was built for other kernels of this name does not find its own, and says so.
+        name = "-".join((spec.source, *spec.template, digest))
+        advance()
+        return Exported(spec, f"cubins/{name}.cubin", compiled)
+
+    specs = target.specs()
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        return list(pool.map(compile_one, specs))
+
+
+def _earlier_files(folder: Path) -> list[str]:
+    """What earlier exports to this folder wrote, by their lists."""
+    names: list[str] = []
+    for path in sorted(folder.glob("salekit_*.json")):
+        try:
+            content = json.loads(path.read_text())
+            files = content["files"] if content["kind"] == KIND else []
+        except (ValueError, KeyError, TypeError) as error:
+            raise FileFormatError(f"{path}: is not the list of an export: {error}") from None
+        if not all(isinstance(name, str) and re.fullmatch(r"(cubins/)?[\w.-]+", name) for name in files):
+            raise FileFormatError(f"{path}: lists files outside of its folder")
+        names += files
+    return names
+
+
+def _report(target: Target, kernels: Sequence[Exported]) -> dict[str, Any]:
+    own = [f"salekit_{target.tag}.{suffix}" for suffix in ("h", "json")]
+    return {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "salekit": __version__,
+        "nvrtc": ".".join(map(str, jit.nvrtc_version())),
+        "tag": target.tag,
+        "arch": target.arch,
+        "head_dim": target.head_dim,
+        "dtype": target.dtype,
+        "estimators": list(target.estimators),
+        "blocks": [list(block) for block in target.blocks],
+        "records": {
+            name: {"bytes": dtype.itemsize, "fields": [[field, str(dtype[field]), offset] for field, offset in _fields(dtype)]}
+            for name, dtype in RECORDS.items()
+        },
+        "kernels": [
+            {
+                "name": kernel.spec.expression,
+                "file": kernel.file,
+                "symbol": kernel.compiled.lowered_name,
+                "dynamic_shared_bytes": kernel.compiled.info.dynamic_shared_bytes,
+                "static_shared_bytes": kernel.compiled.info.static_shared_bytes,
+                "registers": kernel.compiled.info.registers,
+            }
+            for kernel in kernels
+        ],
+        "files": [*HOST_FILES, *own, *(kernel.file for kernel in kernels)],
+    }
+
+
+def _fields(dtype: np.dtype) -> list[tuple[str, int]]:
+    return [(name, dtype.fields[name][1]) for name in dtype.names]
+
+
+# --- the generated header ------------------------------------------------------------------------------------------
+def header(target: Target, kernels: Iterable[Exported]) -> str:
+    """``salekit_<tag>.h``: the table of the kernels, what their sources say of them, and the layout of the records."""
+    kernels = list(kernels)
+    tag, capability = target.tag, re.fullmatch(r"sm_(\d+)(\d)(a?)", target.arch)
+    auto = resolve_estimator("auto", target.arch)
+    plan = Plan(
+        1, 1, 1, 1, 1, target.head_dim, target.dtype, default_softmax_scale(target.head_dim), estimator="int4",
+        arch=target.arch,
+    )
+    facts = [
+        _text(target.arch),
+        f"{capability[1]}, {capability[2]}, {int(bool(capability[3]))}",
+        str(target.head_dim),
+        str(int(target.dtype == "bfloat16")),
+        str(plan.code_bits),
+        "SALEKIT_" + auto.upper().replace("-", "_"),
+        repr(default_softmax_scale(target.head_dim)),
+        str(len(kernels)),
+        f"salekit_{tag}_kernels",
+    ]
+    parts = [
+        f"/* Written by salekit {__version__} (NVRTC {'.'.join(map(str, jit.nvrtc_version()))}): kernels for {target.arch}, "
+        f"head_dim {target.head_dim}, {target.dtype};\n * {', '.join(target.estimators)}; blocks of "
+        f"{', '.join(f'{q}x{k}' for q, k in target.blocks)}.\n *\n * What each kernel takes is below, as its source says it. "
+        "TensorView is salekit_tensor, Shape salekit_shape, RowMap\n * salekit_row_map, Segment salekit_segment, TensorMap "
+        "CUtensorMap; pointers are CUdeviceptr. salekit_visit_launches\n * gives the launches of a call with all arguments. */",
+        f"#ifndef SALEKIT_{tag.upper()}_H\n#define SALEKIT_{tag.upper()}_H\n",
+        '#include "salekit.h"\n',
+        "/* The records as these kernels were compiled with them. */",
+        *(_assertion(name, dtype) for name, dtype in RECORDS.items()),
+        "",
+        *(_contract(source) for source in dict.fromkeys(kernel.spec.source for kernel in kernels)),
+        f"static const salekit_kernel salekit_{tag}_kernels[] = {{",
+        *(_row(kernel) for kernel in kernels),
+        "};\n",
+        f"static const salekit_export salekit_{tag} = {{{', '.join(facts)}}};\n",
+        "#endif\n",
+    ]
+    return "\n".join(parts)
+
+
+def _text(value: str) -> str:
+    return json.dumps(value)  # a C string literal, too
+
+
+def _row(kernel: Exported) -> str:
+    info, names = kernel.compiled.info, (kernel.spec.expression, kernel.file, kernel.compiled.lowered_name)
+    numbers = (info.dynamic_shared_bytes, info.static_shared_bytes, info.registers)
+    return f"    {{{', '.join([*map(_text, names), *map(str, numbers)])}}},"
+
+
+def _assertion(name: str, dtype: np.dtype) -> str:
+    checks = [f"sizeof({name}) == {dtype.itemsize}"]
+    checks += [f"offsetof({name}, {field}) == {offset}" for field, offset in _fields(dtype)]
+    joined = " &&\n                   ".join(checks)
+    return f'SALEKIT_ASSERT({joined},\n               "{name} is not what the kernels take");'
+
+
+def _contract(source: str) -> str:
+    """The head comment and the signature of a kernel's source, as comments."""
+    text = (jit.source_root() / "kernels" / f"{source}.cu").read_text()
+    comment = text[: text.index("#include")].rstrip()
+    signature = re.search(rf"\b{source}\(([^{{]*?)\)\s*{{", text)
+    arguments = " ".join(signature[1].split())
+    return f"// {source}({arguments})\n//\n{comment}\n"
