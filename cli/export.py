@@ -14,7 +14,7 @@ DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float1
 @click.command("export")
 @click.option("--arch", type=click.Choice(SUPPORTED_ARCHS), required=True, help="The GPUs' architecture.")
 @click.option(
-    "--head-dim", type=click.Choice([str(x) for x in HEAD_DIMS]), default="128", show_default=True, help="Of q, k and v."
+    "--head-dim", type=click.Choice([str(x) for x in HEAD_DIMS]), default="128", show_default=True, help="Of q, k, v."
 )
 @click.option(
     "--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True, help="Of q, k, v and the output."

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -51,6 +52,7 @@ _SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 _LENGTHS = (2**14, 2**20)  # the keys of the longer are attended in segments
 _LOCALS = (128, 192, 256, 320)  # each takes another number of slots in anchor_statistics_sm90
 _HASH_DIGITS = 12
+_WIDTH = 120  # of a line in the generated header
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,10 @@ def _report(target: Target, kernels: Sequence[Exported]) -> dict[str, Any]:
         "estimators": list(target.estimators),
         "blocks": [list(block) for block in target.blocks],
         "records": {
-            name: {"bytes": dtype.itemsize, "fields": [[field, str(dtype[field]), offset] for field, offset in _fields(dtype)]}
+            name: {
+                "bytes": dtype.itemsize,
+                "fields": [[field, str(dtype[field]), offset] for field, offset in _fields(dtype)],
+            }
             for name, dtype in RECORDS.items()
         },
         "kernels": [
@@ -219,22 +224,27 @@ def header(target: Target, kernels: Iterable[Exported]) -> str:
         str(len(kernels)),
         f"salekit_{tag}_kernels",
     ]
+    about = (
+        f"Written by salekit {__version__} (NVRTC {'.'.join(map(str, jit.nvrtc_version()))}): kernels for "
+        f"{target.arch}, head_dim {target.head_dim}, {target.dtype}; {', '.join(target.estimators)}; blocks of "
+        f"{', '.join(f'{q}x{k}' for q, k in target.blocks)}. What each kernel takes is below, as its source says it: "
+        "TensorView is salekit_tensor, Shape salekit_shape, RowMap salekit_row_map, Segment salekit_segment, TensorMap "
+        "CUtensorMap, and pointers are CUdeviceptr. salekit_visit_launches gives a call's launches with all arguments."
+    )
     parts = [
-        f"/* Written by salekit {__version__} (NVRTC {'.'.join(map(str, jit.nvrtc_version()))}): kernels for {target.arch}, "
-        f"head_dim {target.head_dim}, {target.dtype};\n * {', '.join(target.estimators)}; blocks of "
-        f"{', '.join(f'{q}x{k}' for q, k in target.blocks)}.\n *\n * What each kernel takes is below, as its source says it. "
-        "TensorView is salekit_tensor, Shape salekit_shape, RowMap\n * salekit_row_map, Segment salekit_segment, TensorMap "
-        "CUtensorMap; pointers are CUdeviceptr. salekit_visit_launches\n * gives the launches of a call with all arguments. */",
+        textwrap.fill(about, _WIDTH, initial_indent="// ", subsequent_indent="// "),
         f"#ifndef SALEKIT_{tag.upper()}_H\n#define SALEKIT_{tag.upper()}_H\n",
         '#include "salekit.h"\n',
-        "/* The records as these kernels were compiled with them. */",
+        "// The records as these kernels were compiled with them.",
         *(_assertion(name, dtype) for name, dtype in RECORDS.items()),
         "",
         *(_contract(source) for source in dict.fromkeys(kernel.spec.source for kernel in kernels)),
         f"static const salekit_kernel salekit_{tag}_kernels[] = {{",
         *(_row(kernel) for kernel in kernels),
         "};\n",
-        f"static const salekit_export salekit_{tag} = {{{', '.join(facts)}}};\n",
+        f"static const salekit_export salekit_{tag} = {{",
+        *(f"    {fact}," for fact in facts),
+        "};\n",
         "#endif\n",
     ]
     return "\n".join(parts)
@@ -262,5 +272,6 @@ def _contract(source: str) -> str:
     text = (jit.source_root() / "kernels" / f"{source}.cu").read_text()
     comment = text[: text.index("#include")].rstrip()
     signature = re.search(rf"\b{source}\(([^{{]*?)\)\s*{{", text)
-    arguments = " ".join(signature[1].split())
-    return f"// {source}({arguments})\n//\n{comment}\n"
+    call = f"{source}({' '.join(signature[1].split())})"
+    wrapped = textwrap.fill(call, _WIDTH, initial_indent="// ", subsequent_indent="//     ")
+    return f"{wrapped}\n//\n{comment}\n"

@@ -245,7 +245,7 @@ static salekit_status make_plan(plan *p, const salekit_export *exported, const s
   return SALEKIT_OK;
 }
 
-/* --- attend_grid.py: segments -------------------------------------------------------------------------------------- */
+/* --- attend_grid.py: segments ------------------------------------------------------------------------------------- */
 enum { RUN_BLOCKS = 16, SEGMENT_GRAIN = 1024 * KEY_BLOCK, SEGMENTED_ITEMS = 512 };
 static const int64_t WHOLE_BYTES = (int64_t)80 << 20, SEGMENT_BYTES = (int64_t)32 << 20;
 
@@ -408,7 +408,8 @@ static void visit(run *r, const salekit_launch *what, const char *name) {
   if (result != CUDA_SUCCESS) r->status = fail_cuda(r->error, name, result);
 }
 
-static void launch(run *r, int slot, int64_t x, int64_t y, int64_t z, int64_t threads, const argument *list, int count) {
+static void launch(run *r, int slot, int64_t x, int64_t y, int64_t z, int64_t threads, const argument *list,
+                   int count) {
   if (r->status != SALEKIT_OK) return;
   const int index = r->context->kernel_of[slot];
   if (index < 0) {

@@ -1,4 +1,4 @@
-/* salekit without Python: sparse prefill attention (SALE, arXiv 2505.24179) on compiled kernels, by the CUDA driver API.
+/* salekit without Python: sparse prefill attention (SALE, arXiv 2505.24179) on compiled kernels, with the CUDA driver.
  *
  * `salekit export` writes this file, salekit.c, a folder of cubins and a table of them, salekit_<tag>.h: for one
  * architecture, head_dim and dtype. C11 and libcuda (driver 525 or newer) are all that is needed; nothing allocates GPU
@@ -153,8 +153,8 @@ typedef struct salekit_launch {
 /* Called with each launch, whose arguments are valid until it returns; anything but CUDA_SUCCESS ends the call. */
 typedef CUresult (*salekit_visitor)(void *user, const salekit_launch *launch);
 
-/* Like salekit_sparse_attention, but the launches go to `visit`: into a CUDA graph, or to a runtime of another language.
- * A call without rows or keys has no launches, but fills that only salekit_sparse_attention does. */
+/* Like salekit_sparse_attention, but the launches go to `visit`: into nodes of a CUDA graph, or to a runtime in another
+ * language. A call without rows or keys has no launches, but fills that only salekit_sparse_attention does. */
 salekit_status salekit_visit_launches(const salekit_context *context, const salekit_call *call, salekit_visitor visit,
                                       void *user, char *error);
 
