@@ -29,6 +29,7 @@ from .plans import (
     DTYPES,
     ESTIMATORS,
     HEAD_DIMS,
+    LOW_BIT_ARCHS,
     QUERY_STRIDES,
     ROW_MAP,
     SHAPE_RECORD,
@@ -94,7 +95,8 @@ class Target:
                 estimator=estimator, block_q=block_q, block_k=block_k, query_stride=stride, local=local,
                 arch=self.arch,
             )
-            found.update(dict.fromkeys(call_specs(plan)))
+            for attend in ("exact", "int8-fp8") if self.arch in LOW_BIT_ARCHS else ("exact",):
+                found.update(dict.fromkeys(call_specs(plan.replace(attend=attend))))
         return [spec for spec in found if spec.source not in NOT_CALLED]
 
 

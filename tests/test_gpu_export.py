@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("cupy")
 
 from salekit import export, jit  # noqa: E402
+from salekit.plans import LOW_BIT_ARCHS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "cpp_driver_api" / "run.py"
@@ -55,6 +56,8 @@ def make(seqlen_q, seqlen_k, heads, kv_heads, head_dim, dtype, batch=1):
 
 
 def check(built, tmp_path, sizes, options, words=()):
+    if options.get("attend") == "int8-fp8" and jit.device_arch() not in LOW_BIT_ARCHS:
+        pytest.skip("int8-fp8 is Hopper's alone")
     program, folder, head_dim, dtype = built
     q, k, v = make(*sizes[:4], head_dim, dtype, *sizes[4:])
     options = {"thresholds": 0.02, "dense_below": 0, **options}
@@ -90,6 +93,8 @@ def test_estimators(built, tmp_path, estimator, block, query_stride):
         ((1100, 1100, 4, 2), {"thresholds": float("inf")}),
         ((3000, 3000, 4, 2), {"dense_below": 8192}),
         ((40_000, 40_000, 4, 1), {"estimator": "int8-sp24", "query_stride": 2}),
+        ((1237, 1500, 4, 2), {"attend": "int8-fp8"}),
+        ((1237, 1500, 4, 2, 2), {"attend": "int8-fp8", "block": (64, 64), "dense_below": 8192}),
         ((50, 0, 4, 2), {}),
     ),
 )

@@ -34,7 +34,7 @@ from salekit.cli.main import cli  # noqa: E402
 
 from salekit import arrays, attention, export, jit, pipeline, programs  # noqa: E402
 from salekit.errors import ArgumentError, FileFormatError  # noqa: E402
-from salekit.plans import BLOCKS, ESTIMATORS, QUERY_STRIDES  # noqa: E402
+from salekit.plans import BLOCKS, ESTIMATORS, LOW_BIT_ARCHS, QUERY_STRIDES  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = ROOT / "tests" / "fake_cuda"
@@ -71,8 +71,8 @@ class Problem(ctypes.Structure):
     _fields_ = [
         *((x, ctypes.c_int) for x in ("batch", "seqlen_q", "seqlen_k", "num_heads", "num_kv_heads", "causal")),
         ("softmax_scale", ctypes.c_double),
-        *((x, ctypes.c_int) for x in ("estimator", "block_q", "block_k", "query_stride", "full_rows", "sink", "local")),
-        ("dense_below", ctypes.c_int),
+        *((x, ctypes.c_int) for x in ("estimator", "attend", "block_q", "block_k", "query_stride", "full_rows")),
+        *((x, ctypes.c_int) for x in ("sink", "local", "dense_below")),
     ]
 
 
@@ -281,6 +281,7 @@ class Case:
     causal: bool = True
     softmax_scale: float | None = None
     estimator: str = "auto"
+    attend: str = "exact"
     block: tuple[int, int] = (128, 32)
     query_stride: int = 1
     full_rows: int = 1024
@@ -305,8 +306,8 @@ class Case:
 
     @property
     def options(self) -> dict:
-        names = ("causal", "softmax_scale", "estimator", "block", "query_stride", "full_rows", "sink", "local")
-        return {**{name: getattr(self, name) for name in names}, "dense_below": self.dense_below}
+        names = ["causal", "softmax_scale", "estimator", "attend", "block", "query_stride", "full_rows", "sink"]
+        return {name: getattr(self, name) for name in (*names, "local", "dense_below")}
 
 
 def record(case: Case, target: export.Target, monkeypatch, multiprocessors: int = 132):
@@ -363,10 +364,10 @@ def size_of(arg) -> int:
 def call_of(case: Case, head_dim: int) -> Call:
     call = Call()
     sizes = (case.batch, case.seqlen_q, case.seqlen_k, case.heads, case.kv_heads, int(case.causal))
-    estimator = ("auto", *ESTIMATORS).index(case.estimator)
+    estimator, attend = ("auto", *ESTIMATORS).index(case.estimator), ("exact", "int8-fp8").index(case.attend)
     call.problem = Problem(
-        *sizes, case.softmax_scale or 0, estimator, *case.block, case.query_stride, case.full_rows, case.sink,
-        case.local, case.dense_below,
+        *sizes, case.softmax_scale or 0, estimator, attend, *case.block, case.query_stride, case.full_rows,
+        case.sink, case.local, case.dense_below,
     )
     for name, address in (("q", Q), ("k", K), ("v", V), ("out", OUT)):
         setattr(call, name, Tensor(address, *case.strides(name, head_dim)))
@@ -503,16 +504,26 @@ CASES = [
     Case(66 * 128, 66 * 128, heads=2, kv_heads=1),  # as many work items as multiprocessors
     Case(2**18, 2**18, heads=6, kv_heads=2, return_lse=True),
     Case(2**19 + 5, 2**19 + 5, heads=4, kv_heads=2, batch=2, estimator="int8-sp24", block=(64, 64), return_mask=True),
+    Case(401_408, 401_408, heads=4, kv_heads=1),  # head_dim 128: a segment's start is halfway between two grains
     Case(200_001, 400_003, heads=4, kv_heads=1, causal=False, estimator="int4"),
     Case(100_000, 1_000_001, heads=4, kv_heads=1, estimator="int8-sp24", query_stride=2),
     Case(300_000, 290_000, heads=4, kv_heads=1, block=(128, 128)),
     Case(2**20, 2**20, heads=1, kv_heads=1, kind="device"),
 ]
 
+LOW_BIT_CASES = [
+    Case(2000, 2000, attend="int8-fp8"),
+    Case(2000, 2000, attend="int8-fp8", block=(64, 128), return_lse=True, return_mask=True),
+    Case(1, 600, attend="int8-fp8", dense_below=8192, return_lse=True, return_mask=True),
+    Case(700, 300, attend="int8-fp8", causal=False, layout="bhsd", gaps=(8, 16, 24), batch=2, estimator="int4"),
+    Case(300, 300, attend="int8-fp8", broadcast="kv", return_lse=True),
+    Case(2**18, 2**18, heads=6, kv_heads=2, attend="int8-fp8", estimator="int8-sp24", query_stride=2),
+]
+
 
 def test_every_launch_is_the_stages(host, target, monkeypatch):
     launched = set()
-    for case in CASES:
+    for case in CASES + LOW_BIT_CASES * (target.arch in LOW_BIT_ARCHS):
         launched.update(compare(case, host, target, monkeypatch))
     exported = {x.spec.expression for x in fake_kernels(target)}
     assert launched - {None} == exported, "kernels that are exported and never launched here, or the other way round"
@@ -544,6 +555,7 @@ def test_random_calls(host, target, monkeypatch, seed):
             bool(rng.integers(2)),
             pick(None, 0.25),
             pick("auto", *ESTIMATORS),
+            "exact" if target.arch not in LOW_BIT_ARCHS else pick("exact", "exact", "int8-fp8"),
             BLOCKS[rng.integers(len(BLOCKS))],
             pick(*QUERY_STRIDES),
             int(rng.integers(0, 3000)),
@@ -571,6 +583,7 @@ def test_defaults_are_pythons(library):
     }
     assert [problem.block_q, problem.block_k] == list(defaults["block"])
     assert ("auto", *ESTIMATORS)[problem.estimator] == defaults["estimator"]
+    assert ("exact", "int8-fp8")[problem.attend] == defaults["attend"]
     assert problem.softmax_scale == 0 and defaults["softmax_scale"] is None
     for name in ("causal", "query_stride", "full_rows", "sink", "local", "dense_below"):
         assert getattr(problem, name) == defaults[name], name
@@ -600,6 +613,7 @@ def hopper(library, folder):
         ({"problem.softmax_scale": 1e-40}, "softmax_scale: got"),
         ({"problem.estimator": 4}, "estimator: got 4"),
         ({"problem.estimator": -1}, "estimator: got -1"),
+        ({"problem.attend": 2}, "attend: got 2"),
         ({"problem.block_q": 32}, "block_q, block_k: got 32, 32"),
         ({"problem.block_k": 256}, "block_q, block_k: got 128, 256"),
         ({"problem.query_stride": 3}, "query_stride: got 3"),
@@ -639,6 +653,14 @@ def test_bad_calls_launch_nothing(hopper, changes, match):
 def test_errors_need_no_room(hopper):
     call = call_of(Case(batch=-1), 128)
     assert hopper.library.salekit_sparse_attention(hopper.context, ctypes.byref(call), None, None) == ARGUMENT
+
+
+def test_low_bits_want_hopper(library, folder):
+    host = Host(library, "sm_80_d128_bf16", folder, "sm_80")
+    call = call_of(Case(attend="int8-fp8"), 128)
+    status, text, launched = host.run(call)
+    assert status == ARGUMENT and "is built for sm_90a alone, these kernels are for sm_80" in text and not launched
+    host.close()
 
 
 def test_kernels_that_are_not_there(library, folder):
@@ -871,6 +893,7 @@ def test_the_program_runs(program, tmp_path):
         (["--nothing", "1"], "usage"),
         (["--block", "abc"], "usage"),
         (["--estimator", "int2"], "--estimator: got int2"),
+        (["--attend", "fp8"], "--attend: got fp8"),
         (["--estimator", "int4"], "the call needs quantize_int4_q"),
         (["--taus", "0.1,0.2"], "--taus: wants a number for each head"),
         (["--tau", "-1"], "threshold: got -1"),

@@ -22,8 +22,9 @@ namespace {
 constexpr const salekit_export& EXPORT = salekit_@TAG@;
 constexpr int32_t SALE_MAGIC = 0x454c4153;  // "SALE"
 constexpr const char* USAGE =
-    "usage: salekit_example FOLDER INPUT.bin RESULT [--tau X | --taus X,X,...] [--estimator auto|int4|int8|int8-sp24]\n"
-    "  [--block QxK] [--query-stride N] [--full-rows N] [--sink N] [--local N] [--dense-below N] [--softmax-scale X]\n"
+    "usage: salekit_example FOLDER INPUT.bin RESULT\n"
+    "  [--tau X | --taus X,X,...] [--estimator auto|int4|int8|int8-sp24] [--attend exact|int8-fp8] [--block QxK]\n"
+    "  [--query-stride N] [--full-rows N] [--sink N] [--local N] [--dense-below N] [--softmax-scale X]\n"
     "  [--non-causal] [--bhsd] [--repeat N] [--device N] [--graph] [--launches]\n";
 
 [[noreturn]] void fail(const std::string& text) { throw std::runtime_error(text); }
@@ -77,6 +78,10 @@ Options parse(int count, char** words) {
     if (name == "--tau") o.tau = std::stof(value);
     else if (name == "--taus") o.taus = parse_list(value);
     else if (name == "--estimator") o.problem.estimator = parse_estimator(value);
+    else if (name == "--attend") {
+      if (value != "exact" && value != "int8-fp8") fail("--attend: got " + value + "; wants exact or int8-fp8");
+      o.problem.attend = value == "exact" ? SALEKIT_EXACT : SALEKIT_INT8_FP8;
+    }
     else if (name == "--block") {
       if (std::sscanf(value.c_str(), "%dx%d", &o.problem.block_q, &o.problem.block_k) != 2) fail(USAGE);
     }

@@ -43,7 +43,12 @@ enum {
   COARSEN,                                /* blocks of 64, 128 keys */
   ATTEND_SM80 = COARSEN + 2,
   ATTEND_SM90 = ATTEND_SM80 + 2,          /* all keys at once, then in segments */
-  FILL_VISIBLE = ATTEND_SM90 + 4,
+  ATTEND_INT8_FP8 = ATTEND_SM90 + 4,
+  FINISH_BALANCE = ATTEND_INT8_FP8 + 2,
+  QUANTIZE_BALANCED_Q,
+  QUANTIZE_BALANCED_K,
+  QUANTIZE_E4M3,
+  FILL_VISIBLE,
   NUM_SLOTS
 };
 
@@ -84,6 +89,12 @@ static const char *const SLOT_NAMES[NUM_SLOTS] = {
     [ATTEND_SM90 + 1] = "attend_sm90<@H, @E, 128, false>",
     [ATTEND_SM90 + 2] = "attend_sm90<@H, @E, 64, true>",
     [ATTEND_SM90 + 3] = "attend_sm90<@H, @E, 128, true>",
+    [ATTEND_INT8_FP8] = "attend_int8_fp8_sm90<@H, @E, 64>",
+    [ATTEND_INT8_FP8 + 1] = "attend_int8_fp8_sm90<@H, @E, 128>",
+    [FINISH_BALANCE] = "finish_balance<@H>",
+    [QUANTIZE_BALANCED_Q] = "quantize_balanced<@H, @E, false>",
+    [QUANTIZE_BALANCED_K] = "quantize_balanced<@H, @E, true>",
+    [QUANTIZE_E4M3] = "quantize_e4m3<@H, @E>",
     [FILL_VISIBLE] = "fill_visible",
 };
 
@@ -126,7 +137,7 @@ static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 typedef struct plan {
   const salekit_export *exported;
   salekit_problem problem; /* estimator resolved, counts clamped */
-  int is_empty, is_hopper, is_int4, is_pruned, holds_tested_rows;
+  int is_empty, is_hopper, is_low_bit, is_int4, is_pruned, holds_tested_rows;
   int64_t batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, group_size, offset;
   int64_t padded_q, padded_k, num_q_blocks, num_words, code_row_bytes;
   salekit_shape shape;
@@ -187,6 +198,8 @@ static salekit_status check_problem(const salekit_problem *x, char *error) {
   if (x->estimator < SALEKIT_AUTO || x->estimator > SALEKIT_INT8_SP24)
     return fail(error, SALEKIT_ARGUMENT, "estimator: got %d; wants SALEKIT_AUTO, _INT4, _INT8 or _INT8_SP24",
                 x->estimator);
+  if (x->attend != SALEKIT_EXACT && x->attend != SALEKIT_INT8_FP8)
+    return fail(error, SALEKIT_ARGUMENT, "attend: got %d; wants SALEKIT_EXACT or SALEKIT_INT8_FP8", x->attend);
   if (!is_one_of(x->block_q, 64, 128, 128) || !is_one_of(x->block_k, 32, 64, 128))
     return fail(error, SALEKIT_ARGUMENT, "block_q, block_k: got %d, %d; wants 64 or 128 by 32, 64 or 128", x->block_q,
                 x->block_k);
@@ -214,6 +227,10 @@ static salekit_status make_plan(plan *p, const salekit_export *exported, const s
   x->local = (int)min_of(x->local, MAX_SEQLEN);
   p->is_empty = x->batch == 0 || x->seqlen_q == 0 || x->seqlen_k == 0;
   p->is_hopper = strcmp(exported->arch, "sm_90a") == 0;
+  p->is_low_bit = x->attend == SALEKIT_INT8_FP8;
+  if (p->is_low_bit && !p->is_hopper)
+    return fail(error, SALEKIT_ARGUMENT, "attend: SALEKIT_INT8_FP8 is built for sm_90a alone, these kernels are for %s",
+                exported->arch);
   p->is_int4 = x->estimator == SALEKIT_INT4;
   p->is_pruned = x->estimator == SALEKIT_INT8_SP24;
   p->holds_tested_rows = p->is_hopper && !p->is_int4 && x->query_stride > 1;
@@ -311,7 +328,13 @@ static int64_t carried_bytes(const plan *p) {
 }
 
 /* --- workspace ---------------------------------------------------------------------------------------------------- */
-enum { REDUCE_ROWS = 512, KEY_BOUNDS_FLOATS = 148 };
+enum { REDUCE_ROWS = 512, KEY_BOUNDS_FLOATS = 148, LOW_BIT_Q_SAMPLE = 8, BALANCE_PARTS = 8 };
+
+/* Of attend with SALEKIT_INT8_FP8. */
+typedef struct low_bit_buffers {
+  CUdeviceptr q_partials, k_partials, v_partials, k_mean, balance, v_factor, v_scale;
+  CUdeviceptr q_scale, row_shift, k_scale, q_codes, k_codes, v_codes;
+} low_bit_buffers;
 
 typedef struct buffers {
   CUdeviceptr words;                                          /* from estimate to attend */
@@ -319,12 +342,31 @@ typedef struct buffers {
   CUdeviceptr rms, k_amax, k_scale, q_scale, q_codes, k_codes;
   CUdeviceptr correction, bounds, m, l, limits;
   CUdeviceptr next_items, carried;                            /* in attend, where those were */
+  low_bit_buffers low;
 } buffers;
 
 static CUdeviceptr take(CUdeviceptr *end, int64_t num_bytes) {
   const CUdeviceptr start = *end;
   *end += (CUdeviceptr)round_up(num_bytes, BUFFER_ALIGNMENT);
   return start;
+}
+
+static void lay_out_low_bit(const plan *p, CUdeviceptr *end, low_bit_buffers *low) {
+  const int64_t q_heads = p->batch * p->num_heads, kv_heads = p->batch * p->num_kv_heads, row = p->head_dim * 4;
+  const int64_t k_chunks = ceil_div(p->seqlen_k, REDUCE_ROWS);
+  low->q_partials = take(end, q_heads * ceil_div(ceil_div(p->seqlen_q, LOW_BIT_Q_SAMPLE), REDUCE_ROWS) * 4 * row);
+  low->k_partials = take(end, kv_heads * k_chunks * 4 * row);
+  low->v_partials = take(end, kv_heads * k_chunks * 4 * row);
+  low->k_mean = take(end, kv_heads * row);
+  low->balance = take(end, kv_heads * 2 * row);
+  low->v_factor = take(end, kv_heads * row);
+  low->v_scale = take(end, kv_heads * row);
+  low->q_scale = take(end, q_heads * p->padded_q * 4);
+  low->row_shift = take(end, q_heads * p->padded_q * 4);
+  low->k_scale = take(end, kv_heads * p->padded_k / KEY_BLOCK * 4 * 4);
+  low->q_codes = take(end, q_heads * p->padded_q * p->head_dim);
+  low->k_codes = take(end, kv_heads * p->padded_k * p->head_dim);
+  low->v_codes = take(end, kv_heads * (p->padded_k / KEY_BLOCK) * (p->head_dim / 8 + 1) * 2 * 8 * 16);
 }
 
 static CUdeviceptr max_address(CUdeviceptr a, CUdeviceptr b) { return a > b ? a : b; }
@@ -340,13 +382,17 @@ static CUdeviceptr lay_out(const plan *p, CUdeviceptr base, buffers *b) {
   CUdeviceptr estimated = end;
   if (!is_dense) {
     const int64_t positions = p->q_rows.num_positions;
+    CUdeviceptr limited = estimated; /* m and l are done with when estimate starts */
+    b->m = take(&limited, q_heads * p->seqlen_q * 4);
+    b->l = take(&limited, q_heads * p->seqlen_q * 4);
     b->fine = b->words;
     if (p->problem.block_k != KEY_BLOCK)
       b->fine = take(&estimated, q_heads * p->num_q_blocks * ceil_div(p->seqlen_k, 32 * KEY_BLOCK) * 4);
+    if (p->is_int4 && p->is_hopper)
+      b->bounds = take(&estimated, q_heads * p->padded_k / CODE_TILE_ROWS * KEY_BOUNDS_FLOATS * 4);
+    estimated = max_address(estimated, limited);
     b->k_partials = take(&estimated, kv_heads * ceil_div(p->seqlen_k, REDUCE_ROWS) * 4 * row);
     b->k_mean = take(&estimated, kv_heads * row);
-    b->m = take(&estimated, q_heads * p->seqlen_q * 4);
-    b->l = take(&estimated, q_heads * p->seqlen_q * 4);
     b->limits = take(&estimated, q_heads * positions * 4);
     b->k_codes = take(&estimated, kv_heads * p->padded_k * p->code_row_bytes);
     if (p->is_int4) {
@@ -356,7 +402,6 @@ static CUdeviceptr lay_out(const plan *p, CUdeviceptr base, buffers *b) {
       b->q_scale = take(&estimated, q_heads * p->padded_q / 2 * 4);
       b->k_scale = take(&estimated, kv_heads * p->padded_k / 8 * 4);
       b->correction = take(&estimated, q_heads * p->padded_k * 4);
-      if (p->is_hopper) b->bounds = take(&estimated, q_heads * p->padded_k / CODE_TILE_ROWS * KEY_BOUNDS_FLOATS * 4);
     } else {
       if (p->is_pruned) b->rms = take(&estimated, kv_heads * row);
       b->k_amax = take(&estimated, kv_heads * 4);
@@ -369,9 +414,10 @@ static CUdeviceptr lay_out(const plan *p, CUdeviceptr base, buffers *b) {
   }
   CUdeviceptr attended = end;
   if (p->is_hopper) {
-    const int64_t num_segments = is_dense ? 1 : count_segments(p);
+    const int64_t num_segments = is_dense || p->is_low_bit ? 1 : count_segments(p);
     b->next_items = take(&attended, num_segments > 1 ? kv_heads * num_segments * 4 : 4);
     if (num_segments > 1) b->carried = take(&attended, carried_bytes(p));
+    if (p->is_low_bit) lay_out_low_bit(p, &attended, &b->low);
   }
   return max_address(estimated, attended);
 }
@@ -480,13 +526,19 @@ static CUtensorMap kv_map(run *r, salekit_tensor x, int box_rows) {
 }
 
 /* --- quantize.py -------------------------------------------------------------------------------------------------- */
+/* What reduce_channels knows of each head's channels. */
+static void channel_partials(run *r, salekit_tensor x, int64_t rows, int64_t heads, CUdeviceptr partials) {
+  LAUNCH(r, REDUCE_CHANNELS, ceil_div(rows, REDUCE_ROWS), heads, r->p->batch, 256, ARG(x), ARG(partials),
+         INT_ARG(rows));
+}
+
 /* Mean and, where not null, rms, largest deviation and int8 scale of each head's channels. */
 static void channel_statistics(run *r, salekit_tensor x, int64_t rows, int64_t heads, CUdeviceptr partials,
                                CUdeviceptr mean, CUdeviceptr rms, CUdeviceptr amax, CUdeviceptr scale) {
   const int64_t chunks = ceil_div(rows, REDUCE_ROWS);
   const double per_row = 1.0 / (double)rows, per_chunk_row = 1.0 / REDUCE_ROWS;
   const double per_last_row = 1.0 / (double)(rows - (chunks - 1) * REDUCE_ROWS);
-  LAUNCH(r, REDUCE_CHANNELS, chunks, heads, r->p->batch, 256, ARG(x), ARG(partials), INT_ARG(rows));
+  channel_partials(r, x, rows, heads, partials);
   LAUNCH(r, FINISH_CHANNELS, heads, r->p->batch, 1, 4 * r->p->head_dim, ARG(partials), ARG(mean), ARG(rms), ARG(amax),
          ARG(scale), INT_ARG(chunks), INT_ARG(REDUCE_ROWS), INT_ARG(rows), ARG(per_row), ARG(per_chunk_row),
          ARG(per_last_row));
@@ -595,6 +647,72 @@ static void estimate(run *r) {
   }
 }
 
+/* --- attend_grid.py: how attention kernels are launched ----------------------------------------------------------- */
+/* A mask bit stands for 2 ** this many 32-key blocks. words: of the mask; 0: dense. */
+static int expand_log2_of(const plan *p, CUdeviceptr words) {
+  return words == 0 || p->problem.block_k == 32 ? 0 : p->problem.block_k == 64 ? 1 : 2;
+}
+
+typedef struct persistent_grid {
+  int64_t num_items, num_ctas;
+  CUdeviceptr next_item; /* the counter that deals out further items, or 0 */
+} persistent_grid;
+
+static persistent_grid make_persistent_grid(run *r) {
+  persistent_grid grid;
+  grid.num_items = r->p->batch * r->p->num_heads * ceil_div(r->p->seqlen_q, DENSE_BLOCK_Q);
+  grid.num_ctas = min_of(grid.num_items, r->context->multiprocessors);
+  grid.next_item = grid.num_items == grid.num_ctas ? 0 : r->b->next_items;
+  if (grid.next_item != 0) fill_zeros(r, grid.next_item, 4);
+  return grid;
+}
+
+/* --- low_bit.py --------------------------------------------------------------------------------------------------- */
+static void quantize_balanced(run *r, int slot, salekit_tensor x, int64_t rows, int64_t heads, int64_t padded,
+                              CUdeviceptr codes, CUdeviceptr scale, CUdeviceptr shift) {
+  const low_bit_buffers *low = &r->b->low;
+  LAUNCH(r, slot, padded / CODE_TILE_ROWS, heads, r->p->batch, 128, ARG(x), ARG(codes), ARG(scale), ARG(shift),
+         ARG(low->k_mean), ARG(low->balance), INT_ARG(rows), INT_ARG(padded), INT_ARG(heads / r->p->num_kv_heads));
+}
+
+static void quantize_low_bit(run *r, CUdeviceptr row_shift) {
+  const plan *p = r->p;
+  const salekit_call *call = r->call;
+  const low_bit_buffers *low = &r->b->low;
+  const int64_t sampled_rows = ceil_div(p->seqlen_q, LOW_BIT_Q_SAMPLE);
+  const double per_row = 1.0 / (double)p->seqlen_k;
+  salekit_tensor sampled = call->q;
+  sampled.stride_row *= LOW_BIT_Q_SAMPLE;
+  channel_partials(r, sampled, sampled_rows, p->num_heads, low->q_partials);
+  channel_partials(r, call->k, p->seqlen_k, p->num_kv_heads, low->k_partials);
+  channel_partials(r, call->v, p->seqlen_k, p->num_kv_heads, low->v_partials);
+  LAUNCH(r, FINISH_BALANCE, p->num_kv_heads, p->batch, 1, BALANCE_PARTS * p->head_dim, ARG(low->q_partials),
+         ARG(low->k_partials), ARG(low->v_partials), ARG(low->k_mean), ARG(low->balance), ARG(low->v_factor),
+         ARG(low->v_scale), INT_ARG(p->group_size), INT_ARG(ceil_div(sampled_rows, REDUCE_ROWS)),
+         INT_ARG(ceil_div(p->seqlen_k, REDUCE_ROWS)), ARG(per_row));
+  quantize_balanced(r, QUANTIZE_BALANCED_Q, call->q, p->seqlen_q, p->num_heads, p->padded_q, low->q_codes,
+                    low->q_scale, row_shift);
+  quantize_balanced(r, QUANTIZE_BALANCED_K, call->k, p->seqlen_k, p->num_kv_heads, p->padded_k, low->k_codes,
+                    low->k_scale, 0);
+  LAUNCH(r, QUANTIZE_E4M3, p->padded_k / CODE_TILE_ROWS, p->num_kv_heads, p->batch, 128, ARG(call->v),
+         ARG(low->v_codes), ARG(low->v_factor), INT_ARG(p->seqlen_k), INT_ARG(p->padded_k));
+}
+
+/* words: of the mask; 0: dense. */
+static void attend_low_bit(run *r, CUdeviceptr words) {
+  const plan *p = r->p;
+  const salekit_call *call = r->call;
+  const low_bit_buffers *low = &r->b->low;
+  const CUdeviceptr row_shift = call->lse != 0 ? low->row_shift : 0;
+  const int expand_log2 = expand_log2_of(p, words);
+  quantize_low_bit(r, row_shift);
+  const persistent_grid grid = make_persistent_grid(r);
+  LAUNCH(r, ATTEND_INT8_FP8 + (words == 0 || p->problem.block_q == 128), grid.num_ctas, 1, 1, 384, ARG(low->q_codes),
+         ARG(low->k_codes), ARG(low->v_codes), ARG(low->q_scale), ARG(low->k_scale), ARG(low->v_scale), ARG(row_shift),
+         ARG(call->out), ARG(call->lse), ARG(words), ARG(expand_log2), ARG(grid.next_item), ARG(p->shape),
+         ARG(p->softmax_scale));
+}
+
 /* --- attend.py ---------------------------------------------------------------------------------------------------- */
 /* words: of the mask; 0: dense. */
 static void attend_sm90(run *r, CUdeviceptr words) {
@@ -604,18 +722,16 @@ static void attend_sm90(run *r, CUdeviceptr words) {
   const CUtensorMap q = q_map(r, DENSE_BLOCK_Q, 1);
   const CUtensorMap k = kv_map(r, call->k, KEY_BLOCK), v = kv_map(r, call->v, KEY_BLOCK);
   const CUtensorMap k_wide = kv_map(r, call->k, 128), v_wide = kv_map(r, call->v, 128);
-  const int expand_log2 = words == 0 || p->problem.block_k == 32 ? 0 : p->problem.block_k == 64 ? 1 : 2;
+  const int expand_log2 = expand_log2_of(p, words);
   const int slot = ATTEND_SM90 + (words == 0 || p->problem.block_q == 128);
   const int64_t num_q_blocks = ceil_div(p->seqlen_q, DENSE_BLOCK_Q);
   const int64_t num_segments = words == 0 ? 1 : count_segments(p);
   if (num_segments == 1) {
-    const int64_t num_items = p->batch * p->num_heads * num_q_blocks;
-    const int64_t num_ctas = min_of(num_items, r->context->multiprocessors);
-    const CUdeviceptr next_item = num_items == num_ctas ? 0 : b->next_items, carried = 0;
-    const salekit_segment whole = {0, (int32_t)num_items, 0, INT32_MAX};
-    if (next_item != 0) fill_zeros(r, next_item, 4);
-    LAUNCH(r, slot, num_ctas, 1, 1, 384, ARG(q), ARG(k), ARG(v), ARG(k_wide), ARG(v_wide), ARG(call->out),
-           ARG(call->lse), ARG(words), ARG(expand_log2), ARG(next_item), ARG(p->shape), ARG(p->softmax_scale),
+    const persistent_grid grid = make_persistent_grid(r);
+    const salekit_segment whole = {0, (int32_t)grid.num_items, 0, INT32_MAX};
+    const CUdeviceptr carried = 0;
+    LAUNCH(r, slot, grid.num_ctas, 1, 1, 384, ARG(q), ARG(k), ARG(v), ARG(k_wide), ARG(v_wide), ARG(call->out),
+           ARG(call->lse), ARG(words), ARG(expand_log2), ARG(grid.next_item), ARG(p->shape), ARG(p->softmax_scale),
            ARG(whole), ARG(carried));
     return;
   }
@@ -647,7 +763,7 @@ static void attend_sm80(run *r, CUdeviceptr words) {
   const salekit_call *call = r->call;
   const salekit_tensor q = of_rows(call->q, p->seqlen_q), out = of_rows(call->out, p->seqlen_q);
   const salekit_tensor k = of_rows(call->k, p->seqlen_k), v = of_rows(call->v, p->seqlen_k);
-  const int expand_log2 = words == 0 || p->problem.block_k == 32 ? 0 : p->problem.block_k == 64 ? 1 : 2;
+  const int expand_log2 = expand_log2_of(p, words);
   const int64_t block_q = words == 0 ? DENSE_BLOCK_Q : p->problem.block_q;
   LAUNCH(r, block_q == 128 ? ATTEND_SM80 + 1 : ATTEND_SM80,
          p->batch * p->num_heads * ceil_div(p->seqlen_q, block_q), 1, 1, block_q, ARG(q), ARG(k), ARG(v), ARG(out),
@@ -657,7 +773,9 @@ static void attend_sm80(run *r, CUdeviceptr words) {
 static void attend(run *r, CUdeviceptr words) {
   const plan *p = r->p;
   const salekit_call *call = r->call;
-  if (p->is_hopper && can_encode(call->q, p->batch, p->seqlen_q, p->num_heads) &&
+  if (p->is_low_bit)
+    attend_low_bit(r, words);
+  else if (p->is_hopper && can_encode(call->q, p->batch, p->seqlen_q, p->num_heads) &&
       can_encode(call->k, p->batch, p->seqlen_k, p->num_kv_heads) &&
       can_encode(call->v, p->batch, p->seqlen_k, p->num_kv_heads))
     attend_sm90(r, words);

@@ -91,12 +91,16 @@ typedef struct salekit_export {
 /* SALEKIT_AUTO: the arch's: int4 where tensor cores multiply it, otherwise int8. */
 enum { SALEKIT_AUTO = 0, SALEKIT_INT4 = 1, SALEKIT_INT8 = 2, SALEKIT_INT8_SP24 = 3 };
 
+/* SALEKIT_INT8_FP8: int8 products of q and k, e4m3 products of p and v; on sm_90a alone. */
+enum { SALEKIT_EXACT = 0, SALEKIT_INT8_FP8 = 1 };
+
 /* Sizes and options of a call; the options are those of salekit.sparse_attention in Python. */
 typedef struct salekit_problem {
   int batch, seqlen_q, seqlen_k, num_heads, num_kv_heads;
   int causal;           /* query i sees keys j <= i + seqlen_k - seqlen_q */
   double softmax_scale; /* 0: head_dim ** -0.5 */
   int estimator;
+  int attend;
   int block_q, block_k; /* of the mask: 64 or 128 by 32, 64 or 128 */
   int query_stride;     /* 1, 2 or 4 */
   int full_rows, sink, local;
