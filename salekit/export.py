@@ -1,7 +1,7 @@
 """Export: kernels as cubins with a C host side (cuda_src/host), for programs without Python.
 
 The C host side computes what the Python stages launch, for any shape; what it has to know of the compiled kernels is in
-the header that :func:`export` generates.
+a table that :func:`export` generates.
 """
 
 from __future__ import annotations
@@ -132,8 +132,9 @@ def export(
     for name in HOST_FILES:
         text = (jit.source_root() / "host" / name).read_text()
         jit.write_file(folder / name, text.replace("@TAG@", target.tag).encode())
-    jit.write_file(folder / f"salekit_{target.tag}.h", header(target, kernels).encode())
-    jit.write_file(folder / f"salekit_{target.tag}.json", (json.dumps(report, indent=2) + "\n").encode())
+    own = {"h": header(target, kernels), "c": table(target, kernels), "json": json.dumps(report, indent=2) + "\n"}
+    for suffix, text in own.items():
+        jit.write_file(folder / f"salekit_{target.tag}.{suffix}", text.encode())
     return report
 
 
@@ -147,6 +148,7 @@ def _compile(target: Target, advance: Callable[[], Any]) -> list[Exported]:
         return Exported(spec, f"cubins/{name}.cubin", compiled)
 
     specs = target.specs()
+    jit.nvrtc_version()  # loaded here, before threads use it; GpuError without it
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         return list(pool.map(compile_one, specs))
 
@@ -167,7 +169,7 @@ def _earlier_files(folder: Path) -> list[str]:
 
 
 def _report(target: Target, kernels: Sequence[Exported]) -> dict[str, Any]:
-    own = [f"salekit_{target.tag}.{suffix}" for suffix in ("h", "json")]
+    own = [f"salekit_{target.tag}.{suffix}" for suffix in ("h", "c", "json")]
     return {
         "schema": SCHEMA,
         "kind": KIND,
@@ -205,27 +207,10 @@ def _fields(dtype: np.dtype) -> list[tuple[str, int]]:
     return [(name, dtype.fields[name][1]) for name in dtype.names]
 
 
-# --- the generated header ------------------------------------------------------------------------------------------
+# --- the generated C -----------------------------------------------------------------------------------------------
 def header(target: Target, kernels: Iterable[Exported]) -> str:
-    """``salekit_<tag>.h``: the table of the kernels, what their sources say of them, and the layout of the records."""
-    kernels = list(kernels)
-    tag, capability = target.tag, re.fullmatch(r"sm_(\d+)(\d)(a?)", target.arch)
-    auto = resolve_estimator("auto", target.arch)
-    plan = Plan(
-        1, 1, 1, 1, 1, target.head_dim, target.dtype, default_softmax_scale(target.head_dim), estimator="int4",
-        arch=target.arch,
-    )
-    facts = [
-        _text(target.arch),
-        f"{capability[1]}, {capability[2]}, {int(bool(capability[3]))}",
-        str(target.head_dim),
-        str(int(target.dtype == "bfloat16")),
-        str(plan.code_bits),
-        "SALEKIT_" + auto.upper().replace("-", "_"),
-        repr(default_softmax_scale(target.head_dim)),
-        str(len(kernels)),
-        f"salekit_{tag}_kernels",
-    ]
+    """``salekit_<tag>.h``: the layout of the records, what the kernels' sources say of them, and the export's name."""
+    guard = f"SALEKIT_{target.tag.upper()}_H"
     about = (
         f"Written by salekit {__version__} (NVRTC {'.'.join(map(str, jit.nvrtc_version()))}): kernels for "
         f"{target.arch}, head_dim {target.head_dim}, {target.dtype}; {', '.join(target.estimators)}; blocks of "
@@ -235,19 +220,48 @@ def header(target: Target, kernels: Iterable[Exported]) -> str:
     )
     parts = [
         textwrap.fill(about, _WIDTH, initial_indent="// ", subsequent_indent="// "),
-        f"#ifndef SALEKIT_{tag.upper()}_H\n#define SALEKIT_{tag.upper()}_H\n",
+        f"#ifndef {guard}\n#define {guard}\n",
         '#include "salekit.h"\n',
+        '#ifdef __cplusplus\nextern "C" {\n#endif\n',
+        f"extern const salekit_export salekit_{target.tag};  // for salekit_load\n",
+        "#ifdef __cplusplus\n}\n#endif\n",
         "// The records as these kernels were compiled with them.",
         *(_assertion(name, dtype) for name, dtype in RECORDS.items()),
         "",
         *(_contract(source) for source in dict.fromkeys(kernel.spec.source for kernel in kernels)),
-        f"static const salekit_kernel salekit_{tag}_kernels[] = {{",
-        *(_row(kernel) for kernel in kernels),
-        "};\n",
-        f"static const salekit_export salekit_{tag} = {{",
-        *(f"    {fact}," for fact in facts),
-        "};\n",
         "#endif\n",
+    ]
+    return "\n".join(parts)
+
+
+def table(target: Target, kernels: Iterable[Exported]) -> str:
+    """``salekit_<tag>.c``: what the host side has to know of the compiled kernels."""
+    rows = [_row(kernel) for kernel in kernels]
+    capability = re.fullmatch(r"sm_(\d+)(\d)(a?)", target.arch)
+    scale = default_softmax_scale(target.head_dim)
+    int4 = Plan(1, 1, 1, 1, 1, target.head_dim, target.dtype, scale, estimator="int4", arch=target.arch)
+    facts = {
+        "arch": _text(target.arch),
+        "capability_major": capability[1],
+        "capability_minor": capability[2],
+        "is_exact": int(bool(capability[3])),
+        "head_dim": target.head_dim,
+        "is_bfloat16": int(target.dtype == "bfloat16"),
+        "int4_code_bits": int4.code_bits,
+        "auto_estimator": "SALEKIT_" + resolve_estimator("auto", target.arch).upper().replace("-", "_"),
+        "softmax_scale": repr(scale),
+        "num_kernels": len(rows),
+        "kernels": "KERNELS",
+    }
+    parts = [
+        f'#include "salekit_{target.tag}.h"\n',
+        "// name, file, symbol; bytes of dynamic and of static shared memory, registers a thread",
+        "static const salekit_kernel KERNELS[] = {",
+        *rows,
+        "};\n",
+        f"const salekit_export salekit_{target.tag} = {{",
+        *(f"    .{name} = {value}," for name, value in facts.items()),
+        "};\n",
     ]
     return "\n".join(parts)
 

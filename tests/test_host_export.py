@@ -148,29 +148,24 @@ def folder(tmp_path_factory):
 def library(tmp_path_factory):
     """The host side, the fake driver and the tables of many exports, as one library."""
     build = tmp_path_factory.mktemp("build")
-    lines = []
     for target in (*TARGETS, ONLY_INT8):
-        tag, text = target.tag, export.header(target, fake_kernels(target))
-        if target is ONLY_INT8:
-            text = text.replace(tag, "only").replace(tag.upper(), "ONLY")
-            tag = "only"
-        (build / f"salekit_{tag}.h").write_text(text)
-        lines.append(f'#include "salekit_{tag}.h"\nconst salekit_export *get_{tag}(void);')
-        lines.append(f"const salekit_export *get_{tag}(void) {{ return &salekit_{tag}; }}")
-    (build / "tables.c").write_text("\n".join(lines) + "\n")
+        for suffix, write in (("h", export.header), ("c", export.table)):
+            tag, text = target.tag, write(target, fake_kernels(target))
+            if target is ONLY_INT8:
+                text = text.replace(tag, "only").replace(tag.upper(), "ONLY")
+                tag = "only"
+            (build / f"salekit_{tag}.{suffix}").write_text(text)
     host = jit.source_root() / "host"
     includes = (f"-I{FAKE}", f"-I{host}", f"-I{build}")
-    sources = (host / "salekit.c", FAKE / "fake_cuda.c", build / "tables.c")
+    sources = (host / "salekit.c", FAKE / "fake_cuda.c", *sorted(build.glob("*.c")))
     run_compiler("-std=c11", "-shared", "-fPIC", *includes, *sources, "-o", build / "host.so")
     library = ctypes.CDLL(str(build / "host.so"))
     library.salekit_workspace_bytes.restype = library.salekit_mask_words.restype = ctypes.c_size_t
-    for tag in (*(target.tag for target in TARGETS), "only"):
-        getattr(library, f"get_{tag}").restype = ctypes.c_void_p
     return library
 
 
 def table(library, tag: str) -> ctypes.c_void_p:
-    return ctypes.c_void_p(getattr(library, f"get_{tag}")())
+    return ctypes.c_void_p(ctypes.addressof(ctypes.c_char.in_dll(library, f"salekit_{tag}")))
 
 
 @dataclass
@@ -830,13 +825,24 @@ def test_targets_are_checked():
             export.Target(**{**good, name: bad})
 
 
-def test_records_that_differ_do_not_compile(tmp_path, monkeypatch):
-    changed = np.dtype([*((name, "<i4") for name in export.SHAPE_RECORD.names), ("window", "<i4")])
-    monkeypatch.setitem(export.RECORDS, "salekit_shape", changed)
+SHAPE_NAMES = export.SHAPE_RECORD.names
+
+
+@pytest.mark.parametrize(
+    "names, match",
+    (
+        ((*SHAPE_NAMES, "another"), "salekit_shape"),
+        (SHAPE_NAMES[:-1], "salekit_shape is not what the kernels take"),
+        ((SHAPE_NAMES[1], SHAPE_NAMES[0], *SHAPE_NAMES[2:]), "salekit_shape is not what the kernels take"),
+    ),
+)
+def test_records_that_differ_do_not_compile(tmp_path, monkeypatch, names, match):
+    monkeypatch.setitem(export.RECORDS, "salekit_shape", np.dtype([(name, "<i4") for name in names]))
     (tmp_path / "table.h").write_text(export.header(ONLY_INT8, fake_kernels(ONLY_INT8)))
-    (tmp_path / "table.c").write_text('#include "table.h"\n')
-    with pytest.raises(AssertionError, match="salekit_shape"):
-        run_compiler("-std=c11", "-fsyntax-only", f"-I{FAKE}", f"-I{jit.source_root() / 'host'}", tmp_path / "table.c")
+    source = tmp_path / "table.c"
+    source.write_text('#include "table.h"\n')
+    with pytest.raises(AssertionError, match=match):
+        run_compiler("-std=c11", f"-I{FAKE}", f"-I{jit.source_root() / 'host'}", "-c", source, "-o", tmp_path / "table.o")
 
 
 # --- the C++ program ---------------------------------------------------------------------------------------------
@@ -943,4 +949,4 @@ def test_the_drivers_own_header(tmp_path):
     if header is None:
         pytest.skip("no cuda.h")
     host = jit.source_root() / "host"
-    run_compiler("-std=c11", "-fsyntax-only", f"-isystem{header}", host / "salekit.c")
+    run_compiler("-std=c11", f"-isystem{header}", "-c", host / "salekit.c", "-o", tmp_path / "salekit.o")

@@ -75,11 +75,13 @@ def build(folder: Path, target: Path, include: Path, driver: list) -> Path:
     """Compile an export's program by hand. driver: what to compile or link with as libcuda."""
     target.mkdir(parents=True, exist_ok=True)
     paths = (f"-I{include}", f"-I{folder}")
-    host, program = target / "salekit.o", target / "salekit_example"
-    for command in (
-        ("cc", "-std=c11", "-O2", *paths, "-c", folder / "salekit.c", "-o", host),
-        ("c++", "-std=c++17", "-O2", *paths, folder / "main.cpp", host, *driver, "-o", program),
-    ):
+    program, objects = target / "salekit_example", []
+    commands = []
+    for source in sorted(folder.glob("*.c")):
+        objects.append(target / f"{source.stem}.o")
+        commands.append(("cc", "-std=c11", "-O2", *paths, "-c", source, "-o", objects[-1]))
+    commands.append(("c++", "-std=c++17", "-O2", *paths, folder / "main.cpp", *objects, *driver, "-o", program))
+    for command in commands:
         subprocess.run([str(word) for word in command], check=True)
     return program
 
