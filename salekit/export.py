@@ -13,7 +13,7 @@ import re
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -87,9 +87,10 @@ class Target:
     def specs(self) -> list[jit.KernelSpec]:
         """Every kernel that a call may launch, each once."""
         found: dict[jit.KernelSpec, None] = {}
-        for estimator, (block_q, block_k), stride, group, length, local in product(
-            self.estimators, self.blocks, QUERY_STRIDES, (1, 2, 3, 4), _LENGTHS, _LOCALS
-        ):
+        # The mask's blocks and the length decide other kernels than the query stride, the group and the local range.
+        by_block = product(self.estimators, self.blocks, (1,), (1,), _LENGTHS, _LOCALS[:1])
+        by_stride = product(self.estimators, self.blocks[:1], QUERY_STRIDES, (1, 2, 3, 4), _LENGTHS[:1], _LOCALS)
+        for estimator, (block_q, block_k), stride, group, length, local in chain(by_block, by_stride):
             plan = Plan(
                 1, length, length, group, 1, self.head_dim, self.dtype, default_softmax_scale(self.head_dim),
                 estimator=estimator, block_q=block_q, block_k=block_k, query_stride=stride, local=local,
