@@ -842,7 +842,8 @@ def test_records_that_differ_do_not_compile(tmp_path, monkeypatch, names, match)
     source = tmp_path / "table.c"
     source.write_text('#include "table.h"\n')
     with pytest.raises(AssertionError, match=match):
-        run_compiler("-std=c11", f"-I{FAKE}", f"-I{jit.source_root() / 'host'}", "-c", source, "-o", tmp_path / "table.o")
+        includes = (f"-I{FAKE}", f"-I{jit.source_root() / 'host'}")
+        run_compiler("-std=c11", *includes, "-c", source, "-o", tmp_path / "table.o")
 
 
 # --- the C++ program ---------------------------------------------------------------------------------------------

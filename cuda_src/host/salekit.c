@@ -382,7 +382,10 @@ static CUdeviceptr lay_out(const plan *p, CUdeviceptr base, buffers *b) {
   CUdeviceptr estimated = end;
   if (!is_dense) {
     const int64_t positions = p->q_rows.num_positions;
-    CUdeviceptr limited = estimated; /* m and l are done with when estimate starts */
+    /* Sums of channels, then m and l, then what estimate writes: one after the other in the same place. */
+    CUdeviceptr summed = estimated, limited = estimated;
+    b->k_partials = take(&summed, kv_heads * ceil_div(p->seqlen_k, REDUCE_ROWS) * 4 * row);
+    if (p->is_int4) b->q_partials = take(&summed, q_heads * ceil_div(p->seqlen_q, REDUCE_ROWS) * 4 * row);
     b->m = take(&limited, q_heads * p->seqlen_q * 4);
     b->l = take(&limited, q_heads * p->seqlen_q * 4);
     b->fine = b->words;
@@ -390,13 +393,11 @@ static CUdeviceptr lay_out(const plan *p, CUdeviceptr base, buffers *b) {
       b->fine = take(&estimated, q_heads * p->num_q_blocks * ceil_div(p->seqlen_k, 32 * KEY_BLOCK) * 4);
     if (p->is_int4 && p->is_hopper)
       b->bounds = take(&estimated, q_heads * p->padded_k / CODE_TILE_ROWS * KEY_BOUNDS_FLOATS * 4);
-    estimated = max_address(estimated, limited);
-    b->k_partials = take(&estimated, kv_heads * ceil_div(p->seqlen_k, REDUCE_ROWS) * 4 * row);
+    estimated = max_address(estimated, max_address(summed, limited));
     b->k_mean = take(&estimated, kv_heads * row);
     b->limits = take(&estimated, q_heads * positions * 4);
     b->k_codes = take(&estimated, kv_heads * p->padded_k * p->code_row_bytes);
     if (p->is_int4) {
-      b->q_partials = take(&estimated, q_heads * ceil_div(p->seqlen_q, REDUCE_ROWS) * 4 * row);
       b->q_mean = take(&estimated, q_heads * row);
       b->q_codes = take(&estimated, q_heads * p->padded_q * p->code_row_bytes);
       b->q_scale = take(&estimated, q_heads * p->padded_q / 2 * 4);
