@@ -2,8 +2,8 @@
  *
  * `salekit export` writes this file, salekit.c, a folder of cubins, and of these a table and a description,
  * salekit_<tag>.c and .h: for one architecture, head_dim and dtype. C11 and libcuda (driver 525 or newer) are all that
- * is needed; nothing allocates GPU memory, nothing synchronises, calls can be captured into CUDA graphs. A loaded context
- * may be used by any number of threads at once; calls that can run at the same time need workspaces of their own.
+ * is needed. Nothing allocates GPU memory, nothing synchronises, calls can be captured into CUDA graphs. Any number of
+ * threads may use a loaded context at once; calls that can run at the same time need workspaces of their own.
  *
  * Every function that can fail returns a salekit_status and writes one line to `error`, which is NULL or has room for
  * SALEKIT_ERROR_BYTES characters.
