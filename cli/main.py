@@ -17,6 +17,7 @@ COMMANDS = {
     "calibrate": "Find each head's threshold for a target, from dumps of q, k and v.",
     "compare": "Compare SALE's masks with other ways to choose blocks, at equal density.",
     "doctor": "Say what this machine can run and what is missing.",
+    "export": "Write kernels and a C host side for programs without Python.",
     "kernels": "Compile every kernel and show registers, shared memory and spills.",
     "mask-dump": "Draw or save the block mask of q, k and v.",
     "profile": "Time each kernel and compare it with what the GPU can do; predict without one.",

@@ -18,7 +18,7 @@ def test_every_data_file_is_packaged():
     for package, patterns in settings["package-data"].items():
         folder = ROOT / settings["package-dir"][package]
         packaged = {path for pattern in patterns for path in folder.glob(pattern)}
-        kinds = (".cu", ".cuh", ".html", ".safetensors", ".typed")
+        kinds = (".c", ".cpp", ".cu", ".cuh", ".h", ".html", ".safetensors", ".txt", ".typed")
         files = {path for path in folder.rglob("*") if path.suffix in kinds}
         assert files and files == packaged
     assert set(settings["packages"]) == set(settings["package-dir"])
