@@ -24,7 +24,7 @@ from .tokenizer import Tokenizer
 INTERLEAVED = {"llama": True, "qwen2": False}  # RoPE's pairs: (0, 1), (2, 3) or (0, d/2), (1, d/2 + 1)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FFN_ROWS = 4096  # tokens that go through a feed-forward part at once: its width is several times the model's
-DEQUANTIZED = 2**22  # weights that one thread dequantises at once; the temporaries of a whole matrix thrash memory
+DEQUANTIZED = 2**18  # weights that one thread dequantises at once, so that its temporaries stay in its cache
 
 
 def array_module(use_gpu: bool) -> Any:
@@ -93,7 +93,7 @@ class Model:
             rows = max(1, DEQUANTIZED * len(tensor.data) // max(1, int(tensor.n_elements)))
             parts = [tensor.data[start : start + rows] for start in range(0, len(tensor.data), rows)]
             with ThreadPoolExecutor() as pool:
-                parts = list(pool.map(lambda part: np.float32(dequantize(part, tensor.tensor_type)), parts))
+                parts = list(pool.map(lambda part: np.asarray(dequantize(part, tensor.tensor_type), np.float32), parts))
             self._weights[name] = self.xp.asarray(np.concatenate(parts))
         return self._weights[name]
 
