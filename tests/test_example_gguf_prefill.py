@@ -26,8 +26,8 @@ TEXT = "hello world, don't 1234  \n\n\ttab_x h\u00e9\u00e9 \u65e5\u672c \u2019s 
 QUANTIZED = ("attn_output.weight", "ffn_up.weight")  # as Q8_0
 
 
-def write_model(path, family, **extra):
-    """A model of random weights; what they are once dequantised, float64."""
+def write_model(path, family, without=(), **extra):
+    """A model of random weights; what they are once dequantised, float64. without: tensors to leave out."""
     rng = np.random.default_rng(3)
     tokens = byte_letters() + [merge.replace(" ", "") for merge in MERGES] + ["<|end|>"]
     writer = gguf.GGUFWriter(path, family)
@@ -56,7 +56,7 @@ def write_model(path, family, **extra):
         weights["output.weight"] = 0.1 * rng.standard_normal((len(tokens), WIDTH))
         for name in [name for name in weights if name.endswith(("attn_q.weight", "attn_k.weight", "attn_v.weight"))]:
             weights[name.replace("weight", "bias")] = rng.standard_normal(len(weights[name]))
-    weights = {name: weight.astype(np.float32) for name, weight in weights.items()}
+    weights = {name: weight.astype(np.float32) for name, weight in weights.items() if name not in without}
     for name, weight in weights.items():
         if name.endswith(QUANTIZED):
             kind = gguf.GGMLQuantizationType.Q8_0
@@ -372,7 +372,7 @@ def test_errors(small, text, tmp_path, capsys, monkeypatch):
         assert (Path(files.__file__).parent / f"{name}.txt").is_file()
 
 
-def test_files_that_are_no_model(tmp_path):
+def test_files_that_are_no_model(tmp_path, monkeypatch):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF but not really" * 9)
     with pytest.raises(FileFormatError, match="cannot be read as GGUF"):
@@ -385,6 +385,12 @@ def test_files_that_are_no_model(tmp_path):
         write_model(path, family, **extra)
         with pytest.raises(FileFormatError, match=words):
             model.Model(path)
+    write_model(path, "qwen2", without=["blk.1.ffn_up.weight"])
+    with pytest.raises(FileFormatError, match="has no tensor blk.1.ffn_up.weight"):
+        model.Model(path).forward([1, 2], dense)
+    monkeypatch.setattr(gguf.quants, "_type_traits", {})
+    with pytest.raises(FileFormatError, match="blk.0.attn_output.weight: gguf cannot dequantise Q8_0"):
+        model.Model(path).forward([1, 2], dense)
     writer = gguf.GGUFWriter(path, "llama")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -83,19 +83,25 @@ class Model:
         return default
 
     def weight(self, name: str) -> Any:
-        """float32, [outputs, inputs] of a matrix; None for one that the model does not have."""
+        """float32, [outputs, inputs] of a matrix."""
+        if name not in self._weights:
+            if name not in self._tensors:
+                raise FileFormatError(f"{self.path}: has no tensor {name}")
+            self._weights[name] = self.xp.asarray(self._dequantized(self._tensors[name]))
+        return self._weights[name]
+
+    def _dequantized(self, tensor: Any) -> np.ndarray:
         from gguf.quants import dequantize
 
-        if name not in self._weights:
-            tensor = self._tensors.get(name)
-            if tensor is None:
-                return None
-            rows = max(1, DEQUANTIZED * len(tensor.data) // max(1, int(tensor.n_elements)))
-            parts = [tensor.data[start : start + rows] for start in range(0, len(tensor.data), rows)]
+        rows = max(1, DEQUANTIZED * len(tensor.data) // max(1, int(tensor.n_elements)))
+        parts = [tensor.data[start : start + rows] for start in range(0, len(tensor.data), rows)]
+        try:
             with ThreadPoolExecutor() as pool:
                 parts = list(pool.map(lambda part: np.asarray(dequantize(part, tensor.tensor_type), np.float32), parts))
-            self._weights[name] = self.xp.asarray(np.concatenate(parts))
-        return self._weights[name]
+        except NotImplementedError as error:
+            kind = tensor.tensor_type.name
+            raise FileFormatError(f"{self.path}: {tensor.name}: gguf cannot dequantise {kind}") from error
+        return np.concatenate(parts)
 
     def load(self, tick: Callable[[], None] = lambda: None) -> None:
         """Every weight, with a call of ``tick`` after each; otherwise they come as they are needed."""
@@ -147,14 +153,13 @@ class Model:
 
     def logits(self, hidden: Any) -> Any:
         """float32 [rows, vocabulary] of the next token, of hidden states as ``forward`` gives them."""
-        matrix = self.weight("output.weight")
-        matrix = self.weight("token_embd.weight") if matrix is None else matrix
-        return self._norm(hidden, "output_norm") @ matrix.T
+        name = "output.weight" if "output.weight" in self._tensors else "token_embd.weight"
+        return self._norm(hidden, "output_norm") @ self.weight(name).T
 
     def _linear(self, x: Any, name: str) -> Any:
-        y, bias = x @ self.weight(f"{name}.weight").T, self.weight(f"{name}.bias")
-        if bias is not None:
-            y += bias
+        y = x @ self.weight(f"{name}.weight").T
+        if f"{name}.bias" in self._tensors:
+            y += self.weight(f"{name}.bias")
         return y
 
     def _norm(self, x: Any, name: str) -> Any:
