@@ -36,9 +36,6 @@ HEAD_DIMS = (64, 128)  # that the kernels pool
 
 _POOL_THREADS = 128
 _SM90_THREADS = 512
-_SM90_ATTEND_THREADS = 384
-_SM90_ROWS = 128  # BLOCK_ROWS of attend_pools_sm90.cu
-_SM90_TILE = 128  # POOL_TILE there
 _UNIT = 64  # mean queries of a warpgroup; POOL_UNIT of pool_skipped_sm90.cu
 _KEY_FACTS = POOL_KEYS + 4  # KEY_FACTS of tile/pools.cuh
 _TERMS = np.dtype([("bias", "<f4"), ("spread", "<f4")])  # PoolTerms of tile/pools.cuh
@@ -203,55 +200,29 @@ def add_pools(q: Any, k: Any, v: Any, mask: BlockMask, plan: Plan, out: Any, lse
     places = max(turn.places for turn in steps)
     keys, values = (arrays.empty((places, plan.head_dim), q.dtype) for _ in range(2))
     terms = arrays.empty((places, 2), np.float32)
-    hopper = (plan.arch or jit.device_arch()) == "sm_90a"
-    pools_on_hopper = hopper and all(tensor_map.can_encode(x) for x in (k, v))
-    attends_on_hopper = hopper and mask.block_q == _SM90_ROWS and tensor_map.can_encode(q)
-    facts = _measure_keys(k, v, plan) if pools_on_hopper else None
+    shape = (plan.shape_record, np.float32(plan.softmax_scale))
+    on_hopper = (plan.arch or jit.device_arch()) == "sm_90a" and all(tensor_map.can_encode(x) for x in (k, v))
+    if on_hopper:
+        facts = _measure_keys(k, v, plan)
+    attending = jit.get_kernel(_attend_spec(plan, mask.block_q))
     for turn in steps:
-        pools = means, keys, values, terms
-        if pools_on_hopper:
-            _pool_sm90(k, v, mask, plan, turn, facts, *pools)
+        if on_hopper:
+            _pool_sm90(k, v, mask, plan, turn, means, facts, keys, values, terms)
         else:
-            _pool(k, v, mask, plan, turn, *pools)
-        if attends_on_hopper:
-            _attend_sm90(q, out, lse, plan, turn, *pools)
-        else:
-            _attend(q, out, lse, mask.block_q, plan, turn, *pools)
-
-
-def _pool(k, v, mask: BlockMask, plan: Plan, turn: Turn, means, keys, values, terms) -> None:
-    jit.get_kernel(_pool_spec(plan, mask.block_q))(
-        (turn.num_pools, ceil_div(turn.num_strips, RUN)), (_POOL_THREADS,),
-        (
-            means, *(arrays.row_view(x) for x in (k, v)), mask.words, np.int32(expand_log2(mask)), keys, values, terms,
-            plan.shape_record, np.float32(plan.softmax_scale),
-            *(np.int32(x) for x in (turn.first_strip, turn.num_strips, turn.padded)),
-        ),
-    )
-
-
-def _attend(q, out, lse, block_q: int, plan: Plan, turn: Turn, means, keys, values, terms) -> None:
-    jit.get_kernel(_attend_spec(plan, block_q))(
-        (turn.num_strips * STRIP,), (block_q,),
-        (
-            *(arrays.row_view(x) for x in (q, out)), lse, means, keys, values, terms, plan.shape_record,
-            np.float32(plan.softmax_scale), *(np.int32(x) for x in (turn.first_strip, turn.padded)),
-        ),
-    )
-
-
-def _attend_sm90(q, out, lse, plan: Plan, turn: Turn, means, keys, values, terms) -> None:
-    rows = turn.num_strips * STRIP
-    shape = (1, rows, turn.padded, plan.head_dim)
-    pools = (x[: rows * turn.padded].reshape(shape).transpose(0, 2, 1, 3) for x in (keys, values))
-    jit.get_kernel(_attend_sm90_spec(plan))(
-        (min(rows, jit.multiprocessors()),), (_SM90_ATTEND_THREADS,),
-        (
-            tensor_map.tensor_map(q, _SM90_ROWS), *(tensor_map.tensor_map(x, _SM90_TILE) for x in pools),
-            arrays.tensor_view(out), lse, means, terms, plan.shape_record, np.float32(plan.softmax_scale),
-            *(np.int32(x) for x in (turn.first_strip, turn.num_strips, turn.padded)),
-        ),
-    )
+            jit.get_kernel(_pool_spec(plan, mask.block_q))(
+                (turn.num_pools, ceil_div(turn.num_strips, RUN)), (_POOL_THREADS,),
+                (
+                    means, *(arrays.row_view(x) for x in (k, v)), mask.words, np.int32(expand_log2(mask)), keys, values,
+                    terms, *shape, np.int32(turn.first_strip), np.int32(turn.num_strips), np.int32(turn.padded),
+                ),
+            )
+        attending(
+            (turn.num_strips * STRIP,), (mask.block_q,),
+            (
+                *(arrays.row_view(x) for x in (q, out)), lse, means, keys, values, terms, *shape,
+                np.int32(turn.first_strip), np.int32(turn.padded),
+            ),
+        )
 
 
 def _measure_keys(k: Any, v: Any, plan: Plan) -> Any:
@@ -264,7 +235,7 @@ def _measure_keys(k: Any, v: Any, plan: Plan) -> Any:
     return facts
 
 
-def _pool_sm90(k, v, mask: BlockMask, plan: Plan, turn: Turn, facts, means, keys, values, terms) -> None:
+def _pool_sm90(k, v, mask: BlockMask, plan: Plan, turn: Turn, means, facts, keys, values, terms) -> None:
     rows = turn.num_strips * STRIP
     shape = (1, rows, turn.padded, plan.head_dim)
     pools = (x[: rows * turn.padded].reshape(shape) for x in (keys, values))
@@ -285,8 +256,6 @@ def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
     """The kernels that :func:`add_pools` launches for this plan."""
     hopper = (plan.arch or jit.device_arch()) == "sm_90a"
     pooling = [_facts_spec(plan), _pool_sm90_spec(plan, plan.block_q)] if hopper else []
-    if hopper and plan.block_q == _SM90_ROWS:
-        pooling.append(_attend_sm90_spec(plan))
     of_block = (spec(plan, plan.block_q) for spec in (_mean_spec, _pool_spec, _attend_spec))
     return [*pooling, *of_block]
 
@@ -310,12 +279,6 @@ def _facts_spec(plan: Plan) -> jit.KernelSpec:
 def _attend_spec(plan: Plan, block_q: int) -> jit.KernelSpec:
     return jit.KernelSpec(
         "attend_pools", _template(plan, block_q), f"AttendPoolsStorage<{plan.head_dim}, {block_q}>"
-    )
-
-
-def _attend_sm90_spec(plan: Plan) -> jit.KernelSpec:
-    return jit.KernelSpec(
-        "attend_pools_sm90", (str(plan.head_dim), plan.element), f"AttendPoolsSm90Storage<{plan.head_dim}>"
     )
 
 

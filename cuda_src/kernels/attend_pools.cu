@@ -175,17 +175,23 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
       const int row = warp_row + 16 * m + 8 * r + lane / 4;
       const float sum = softmax.total(m, r);
       const float before = row < num_rows ? own_lse_gmem[row] * LOG2_E : -INFINITY;
-      const PoolShare share(before, sum == 0.f ? -INFINITY : softmax.max[m][r] + __log2f(sum), sum);
+      const float pools = sum == 0.f ? -INFINITY : softmax.max[m][r] + __log2f(sum);
+      const float top = fmaxf(before, pools);
+      const float base = top == -INFINITY ? 0.f : top;
+      const float ours = ex2(before - base), theirs = ex2(pools - base);
+      const float inverse = 1.f / (ours + theirs);  // of NaN if the row is
+      const bool unchanged = pools == -INFINITY;
+      const float add = unchanged ? 0.f : theirs * inverse / sum;
       __syncwarp();
       if (lane % 4 == 0) {
-        smem.rows_smem[row] = share.keep;
-        if (row < num_rows && share.is_changed) own_lse_gmem[row] = share.mass * (1.f / LOG2_E);
+        smem.rows_smem[row] = unchanged ? 1.f : ours * inverse;
+        if (row < num_rows && !unchanged) own_lse_gmem[row] = (base + __log2f(ours + theirs)) * (1.f / LOG2_E);
       }
 #pragma unroll
       for (int n = 0; n < HEAD_DIM / 8; ++n)
         *reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(smem.Q_smem) + chunk_offset<HEAD_DIM>(row, n) +
                                      lane % 4 * 4) =
-            share.is_changed ? Element::pack(o[m][n][2 * r] * share.add, o[m][n][2 * r + 1] * share.add) : 0;
+            Element::pack(unchanged ? 0.f : o[m][n][2 * r] * add, unchanged ? 0.f : o[m][n][2 * r + 1] * add);
     }
   __syncwarp();
   constexpr int CHUNKS = HEAD_DIM / 8;
@@ -194,8 +200,16 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
   for (int i = 0; i < WARP_ROWS; i += 32 / CHUNKS) {
     const int row = warp_row + i + lane / CHUNKS, chunk = lane % CHUNKS;
     if (row >= num_rows) continue;
+    const float keep = smem.rows_smem[row];
     const uint4 added = *reinterpret_cast<const uint4*>(reinterpret_cast<uint8_t*>(smem.Q_smem) +
                                                         chunk_offset<HEAD_DIM>(row, chunk));
-    add_to_output<Element>(out_gmem + row * out.stride_row + chunk * 8, smem.rows_smem[row], added);
+    uint4* target = reinterpret_cast<uint4*>(out_gmem + row * out.stride_row + chunk * 8);
+    uint4 data = *target;
+    auto merge = [&](uint32_t& word, uint32_t addend) {
+      const float2 x = unpack<Element>(word), y = unpack<Element>(addend);
+      word = Element::pack(fmaf(x.x, keep, y.x), fmaf(x.y, keep, y.y));
+    };
+    merge(data.x, added.x), merge(data.y, added.y), merge(data.z, added.z), merge(data.w, added.w);
+    *target = data;
   }
 }

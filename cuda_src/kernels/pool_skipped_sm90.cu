@@ -16,7 +16,6 @@
 #include "ptx/setmaxnreg.cuh"
 #include "tile/aligned_storage.cuh"
 #include "tile/pools.cuh"
-#include "tile/ring_stage.cuh"
 #include "tile/wgmma_products.cuh"
 
 constexpr int POOL_UNIT = 64;         // mean queries of a warpgroup
@@ -45,6 +44,16 @@ struct PoolSm90Storage {
   uint8_t slots_smem[UNIT_STAGES][POOL_UNIT];  // of each mean query: which slots of the group it skips
   uint64_t kv_full[KV_STAGES], kv_empty[KV_STAGES], q_full[UNIT_STAGES], q_empty[UNIT_STAGES];
   uint8_t alignment_slack[1024];
+};
+
+// Where a ring of STAGES is.
+template <int STAGES>
+struct RingStage {
+  int index = 0;
+  uint32_t phase = 0;
+  __device__ void advance() {
+    if (++index == STAGES) index = 0, phase ^= 1;
+  }
 };
 
 // Calls f(unit of the launch, group, its first mean query, KV head whose keys of the group come now or -1) for each 64 mean

@@ -5,8 +5,6 @@
 // and taken in strips of 128. A launch holds the pools of some strips: keys and values [strips * 128, padded_pools,
 // HEAD_DIM], terms [strips * 128, padded_pools]; pool i of a mean query is that of keys [128 * i, 128 * i + 128).
 #pragma once
-#include "ptx/ex2.cuh"
-#include "tile/element.cuh"
 #include "tile/shape.cuh"
 
 constexpr int POOL_KEYS = 128;
@@ -85,33 +83,4 @@ __device__ __forceinline__ PoolTerms pool_terms(float mass, float dot, float nor
                                                 float softmax_scale) {
   const float variance = fmaxf(norm - squared_key, 0.f) / head_dim;
   return {mass - dot * (softmax_scale * LOG2_E), variance * (0.5f * LOG2_E * softmax_scale * softmax_scale)};
-}
-
-// How a row's output so far and its pools' are merged. before, pools: their mass as powers of two; total: the pools' sum,
-// relative to what their output is.
-struct PoolShare {
-  bool is_changed;
-  float keep, add, mass;  // factors of the output so far and of the pools' sum; the new mass
-
-  __device__ PoolShare(float before, float pools, float total) {
-    const float top = fmaxf(before, pools), base = top == -INFINITY ? 0.f : top;
-    const float ours = ex2(before - base), theirs = ex2(pools - base);
-    const float inverse = 1.f / (ours + theirs);  // NaN if the row is
-    is_changed = pools != -INFINITY;
-    keep = is_changed ? ours * inverse : 1.f;
-    add = is_changed ? theirs * inverse / total : 0.f;
-    mass = base + __log2f(ours + theirs);
-  }
-};
-
-// Eight elements become keep times themselves plus what is added.
-template <typename Element>
-__device__ __forceinline__ void add_to_output(uint16_t* out_gmem, float keep, uint4 added) {
-  uint4 data = *reinterpret_cast<const uint4*>(out_gmem);
-  auto merge = [&](uint32_t& word, uint32_t addend) {
-    const float2 x = unpack<Element>(word), y = unpack<Element>(addend);
-    word = Element::pack(fmaf(x.x, keep, y.x), fmaf(x.y, keep, y.y));
-  };
-  merge(data.x, added.x), merge(data.y, added.y), merge(data.z, added.z), merge(data.w, added.w);
-  *reinterpret_cast<uint4*>(out_gmem) = data;
 }
