@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 import salekit
-from salekit import attend_grid
+from salekit import attend_grid, skipped_mass
 from salekit.jit import device_arch
 from salekit.output_difference import output_sums
 from salekit.plans import BLOCKS, ESTIMATORS, LOW_BIT_ARCHS
@@ -51,7 +51,10 @@ def main() -> None:
                 low, _ = salekit.sparse_attention(*gpu, return_lse=True, attend="int8-fp8", **options)
                 low, exact = low.get().astype(np.float32), out.get().astype(np.float32)
                 assert np.linalg.norm(low - exact) <= 0.1 * np.linalg.norm(exact)
+            pooled = salekit.sparse_attention(*gpu, thresholds=float("inf"), skipped="pool", **options)
+            assert np.isfinite(pooled.get().astype(np.float32)).all()
             plan = salekit.make_plan(*gpu, **options)
+            check_portable_pools(gpu, mask, plan, out, lse)
             attend._launch_sm80(*gpu, mask, plan, out, lse)
             if estimator != "int4":
                 plan = plan.replace(arch="sm_80")  # all rows' codes in tiles, which is what the mma kernel reads
@@ -73,6 +76,12 @@ def main() -> None:
         calls += check_segments()
     cupy.cuda.Device().synchronize()
     print(f"{calls} calls")
+
+
+def check_portable_pools(gpu, mask, plan, out, lse) -> None:
+    """The kernels that pool where Hopper's cannot."""
+    out, lse = out.copy(), lse.copy()
+    skipped_mass.add_pools(*gpu, mask, plan.replace(arch="sm_80"), out, lse)
 
 
 def check_segments() -> int:

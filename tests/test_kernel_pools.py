@@ -44,6 +44,12 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(arrays, "empty", empty)
 
 
+@pytest.fixture(autouse=True, params=("this GPU's", "portable"))
+def kernels(request, monkeypatch):
+    """Every test runs both kernels that pool."""
+    monkeypatch.setattr(run, "arch", "sm_80" if request.param == "portable" else jit.device_arch(), raising=False)
+
+
 def run(q, k, v, mask: BlockMask, plan, layout: str = "bshd"):
     """out (bshd) and lse, on the host."""
     import cupy
@@ -51,7 +57,7 @@ def run(q, k, v, mask: BlockMask, plan, layout: str = "bshd"):
     words = cupy.asarray(mask.words)
     mask = BlockMask(words, mask.block_q, mask.block_k, mask.seqlen_q, mask.seqlen_k, mask.causal)
     views = [on_gpu(x, layout) for x in (q, k, v)]
-    out, lse = attend_module.attend(*views, mask, plan.replace(skipped="pool", arch=jit.device_arch()), return_lse=True)
+    out, lse = attend_module.attend(*views, mask, plan.replace(skipped="pool", arch=run.arch), return_lse=True)
     return out.get(), lse.get()
 
 
@@ -177,6 +183,9 @@ def test_whole_calls(options):
     """A call's pools are those of its own mask; with lse or without, planned or staged."""
     import cupy
 
+    if run.arch != jit.device_arch():
+        pytest.skip("a call takes what suits the GPU")
+
     sample = [salekit.load_sample()[name][:, :2048] for name in "qkv"]
     gpu = [cupy.asarray(x) for x in sample]
     options = {"dense_below": 0, "estimator": "int8", **options}
@@ -199,7 +208,7 @@ def test_whole_calls(options):
 def test_low_bit_attention_with_pools():
     import cupy
 
-    if jit.device_arch() != "sm_90a":
+    if run.arch != "sm_90a":
         pytest.skip("low-bit attention needs an sm_90 GPU")
     gpu = [cupy.asarray(salekit.load_sample()[name]) for name in "qkv"]
     options = dict(thresholds=0.1, dense_below=0, skipped="pool", return_lse=True)
