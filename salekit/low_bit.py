@@ -149,4 +149,5 @@ def _e4m3_spec(plan: Plan) -> jit.KernelSpec:
 
 def _attend_spec(plan: Plan, mask_rows: int) -> jit.KernelSpec:
     template = (str(plan.head_dim), plan.element, str(mask_rows))
-    return jit.KernelSpec("attend_int8_fp8_sm90", template, f"AttendInt8Fp8Sm90Storage<{plan.head_dim}>")
+    storage = f"AttendInt8Fp8Sm90Storage<{plan.head_dim}>"
+    return jit.KernelSpec("attend_int8_fp8_sm90", template, storage, plan.has_lengths)
