@@ -10,10 +10,13 @@ from .block_scores import kernel_specs as scores_specs
 from .ceilings import kernel_specs as ceilings_specs
 from .estimate import kernel_specs as estimate_specs
 from .jit import KernelSpec
+from .key_statistics import kernel_specs as statistics_specs
+from .merge import kernel_specs as merge_specs
 from .output_difference import kernel_specs as difference_specs
 from .pipeline import kernel_specs as pipeline_specs
 from .plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, LOW_BIT_ARCHS, Plan
 from .quantize import kernel_specs as quantize_specs
+from .sequences import kernel_specs as sequences_specs
 from .workloads import kernel_specs as workload_specs
 
 STAGES = {
@@ -24,6 +27,7 @@ STAGES = {
     "pipeline": pipeline_specs,
 }
 _LONG = 2**20  # tokens: the keys are attended in segments
+SERVING = {"sequences": sequences_specs, "merge": merge_specs, "statistics": statistics_specs}
 TOOLS = {  # outside of a call
     "scores": scores_specs,
     "difference": difference_specs,
@@ -60,9 +64,15 @@ def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
         if arch in LOW_BIT_ARCHS:
             for spec in attend_specs(plan.replace(attend="int8-fp8")):
                 found.setdefault(spec, "attend")
-        for stage, specs in TOOLS.items():
+        for stage, specs in (SERVING | TOOLS).items():
             for spec in specs(plan):
                 found.setdefault(spec, stage)
+        packed = plan.replace(has_lengths=True)
+        for stage, specs in STAGES.items():
+            for spec in specs(packed):
+                found.setdefault(spec, stage)
+        for spec in attend_specs(packed.replace(seqlen_q=_LONG, seqlen_k=_LONG)):
+            found.setdefault(spec, "attend")
     return [(stage, spec) for spec, stage in found.items()]
 
 

@@ -41,6 +41,11 @@ class KernelSpec:
     def expression(self) -> str:
         return f"{self.source}<{', '.join(self.template)}>" if self.template else self.source
 
+    @property
+    def label(self) -> str:
+        """What to call it in a list."""
+        return f"{self.expression} with lengths" if self.lengths else self.expression
+
 
 @dataclass(frozen=True)
 class KernelInfo:
