@@ -157,9 +157,9 @@ def sparse_attention_varlen(
     its own with the same options, but for roundings where its size makes that call take other kernels.
     What is wrong with lengths or pages is an error before anything is written when they are on the host. On the GPU
     they are not looked at: nothing beyond the arrays is read or written, and a page that there is not has zeros, but
-    the output is then undefined. With debug they are copied to the host and checked, which waits for the stream. Without it
-    nothing synchronises, and a call with everything on the GPU can be captured into a CUDA graph, where lengths and
-    pages are read at each replay (those on the host are frozen).
+    the output is then undefined. With debug they are copied to the host and checked, which waits for the stream.
+    Without it nothing synchronises, and a call with everything on the GPU can be captured into a CUDA graph, where
+    lengths and pages are read at each replay (those on the host are frozen).
     Raises ArgumentError, DtypeError, GpuError, CompileError.
     """
     options = dict(

@@ -38,8 +38,8 @@ def merge_attention_states(
 
     Returns (out, lse), or out alone without ``return_lse``: ``lse = ln(exp(lse_a) + exp(lse_b))`` and the mean of the
     outputs with weights ``exp(lse_a)`` and ``exp(lse_b)``, in float32. Where a lse is -inf that side has seen no key
-    and its output is ignored; where both are, out is 0 and lse -inf. NaN in an output or a lse reaches the result; a lse of
-    +inf gives NaN. Causal masks are the callers' affair: keys after all queries of a call have no part in it.
+    and its output is ignored; where both are, out is 0 and lse -inf. NaN in an output or a lse reaches the result; a
+    lse of +inf gives NaN. Causal masks are the callers' affair: keys after all queries of a call have no part in it.
     On the GPU one launch, no synchronisation; it can be captured into a CUDA graph once it has run before. lse is
     allocated, out only when it is not given. Raises ArgumentError, DtypeError, GpuError, CompileError.
     """

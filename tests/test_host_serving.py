@@ -351,7 +351,8 @@ class Batch:
         for i, n in enumerate(keys):
             for page in range(counts[i]):
                 self.table[i, page] = order[at]
-                some = slice(self.cu_k[i] + page * page_size, min(self.cu_k[i] + (page + 1) * page_size, self.cu_k[i + 1]))
+                first = self.cu_k[i] + page * page_size
+                some = slice(first, min(first + page_size, self.cu_k[i + 1]))
                 for pages, x in ((self.pages_k, self.k), (self.pages_v, self.v)):
                     pages[order[at], : some.stop - some.start] = x[some]
                 at += 1
@@ -444,7 +445,8 @@ def test_dense_by_the_longest():
     alone = [salekit.sparse_attention(*(x[None] for x in qkv), thresholds=0.2, dense_below=0)[0]
              for _, *qkv in batch.each()]
     assert same(sparse, np.concatenate(alone))
-    assert same(dense, np.concatenate([salekit.dense_attention(*(x[None] for x in qkv))[0] for _, *qkv in batch.each()]))
+    alone = [salekit.dense_attention(*(x[None] for x in qkv))[0] for _, *qkv in batch.each()]
+    assert same(dense, np.concatenate(alone))
     assert not same(sparse, dense)
 
 
@@ -578,7 +580,7 @@ def test_values_beyond_a_sequence_stay_out():
 cupy = pytest.importorskip("cupy")
 
 import test_host_programs as fakes  # noqa: E402
-from test_host_programs import STREAM, WORKSPACE, K, OUT, Q, V, fake, gpu_array, pointer  # noqa: E402, F401
+from test_host_programs import OUT, STREAM, WORKSPACE, K, Q, V, fake, gpu_array, pointer  # noqa: E402, F401
 
 from salekit import arrays, attention_plan, plans, sequences, workspaces  # noqa: E402
 
@@ -654,10 +656,12 @@ def test_launches_of_packed_sequences(gpu, paged, estimator):
         assert np.frombuffer(scatter[4][1], arrays.TENSOR_VIEW)[0]["pointer"] == OUT
         assert [pointer(x) for x in scatter[4][2:6]] == [0, 0, located, located + 24]
         shaped = [args for name, _, _, _, args in calls[4:-1] if any(len(arg) == 48 for arg in args)]
-        assert len(shaped) >= 4 and not any(len(arg) == plans.SHAPE_RECORD.itemsize for _, *_, args in calls for arg in args)
+        assert len(shaped) >= 4
+        assert plans.SHAPE_RECORD.itemsize not in {len(arg) for *_, args in calls for arg in args}
         for args in shaped:
             record = shape_of(args)
-            assert record["lengths"] == located and (record["batch"], record["seqlen_q"], record["seqlen_k"]) == (3, 200, 300)
+            assert record["lengths"] == located
+            assert [record[name] for name in ("batch", "seqlen_q", "seqlen_k")] == [3, 200, 300]
         reduced = [args for name, *_, args in calls if name.startswith("reduce_channels")]
         assert [pointer(args[3]) for args in reduced] == [located + 12, located][: len(reduced)]
     assert len(sequences._programs) == 1
