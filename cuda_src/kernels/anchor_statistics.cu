@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
   const int warps_per_head = TILE_ROWS / WARP_ROWS / stride, heads_at_once = stride * AT_ONCE;
   const int warp_row = first_row + warp % warps_per_head * (WARP_ROWS * stride);
 
-  const Shape& sequence = shape.of_sequence(batch);
+  const Shape sequence = shape.of_sequence(batch);
   if (Shape::HAS_LENGTHS && first_row >= sequence.seqlen_q) return;
 
   // 32-key blocks: those of the sink, then those of the local range that are not the sink's; as far as the tile sees.

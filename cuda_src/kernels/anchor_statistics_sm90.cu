@@ -190,6 +190,10 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 1)
   }
   __syncthreads();
 
+  const int call_first_key = first_slot_key(shape);
+  auto first_key_of = [&](int batch) {
+    return Shape::HAS_LENGTHS ? first_slot_key(shape.of_sequence(batch)) : call_first_key;
+  };
   JobWalker<NUM_SLOTS> walker(shape, map);
   const int stride_heads = min(map.stride, walker.full_parts);  // heads of a strided job
   const int first_job = walker.job;
@@ -216,8 +220,7 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 1)
         const int slot = num_loaded % ANCHOR_SLOTS;
         mbarrier_wait(&smem.k_empty[slot], num_loaded / ANCHOR_SLOTS % 2 ^ 1);
         if (lane == 0) {
-          const int first_key = first_slot_key(shape.of_sequence(walker.batch));
-          const int key = first_key + (walker.tile + num_loaded - walker.first_slot) * SLOT_KEYS;
+          const int key = first_key_of(walker.batch) + (walker.tile + num_loaded - walker.first_slot) * SLOT_KEYS;
           mbarrier_arrive_expect_tx(&smem.k_full[slot], TILE_BYTES);
 #pragma unroll
           for (int half = 0; half < Storage::HALVES; ++half)
@@ -279,8 +282,8 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 1)
 
     const bool strided = walker.is_strided();
     const int stride = strided ? map.stride : 1, rows_log2 = 6 - (stride > 1) - (stride > 2);  // rows of a head
-    const Shape& sequence = shape.of_sequence(walker.batch);
-    const int first_key = first_slot_key(sequence);
+    const Shape sequence = shape.of_sequence(walker.batch);
+    const int first_key = first_key_of(walker.batch);
     const Range local = sequence.local_range(walker.tile);
     auto row = [&](int r) {
       return walker.tile * TILE_ROWS + ((warp % 4 * 16 + lane / 4 + 8 * r) & ((1 << rows_log2) - 1)) * stride;

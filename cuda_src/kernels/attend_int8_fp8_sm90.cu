@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(384, 1)
       const Rows rows(shape, item.index);
       const int first_row = rows.q_block * ATTEND_BLOCK_Q;
       const int row = first_row + warpgroup * 64 + warp % 4 * 16 + threadIdx.x % 32 / 4;
-      const Shape& sequence = shape.of_sequence(rows.batch);
+      const Shape sequence = shape.of_sequence(rows.batch);
       const int visible_upper = sequence.visible_keys(row), visible_lower = sequence.visible_keys(row + 8);
       // Keys that every row of this CTA sees: slots inside need no mask.
       const int visible_to_all = sequence.visible_keys(first_row);

@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
 
   const int num_q_blocks = ceil_div(shape.seqlen_q, BLOCK_Q);
   const AttendWork work = locate_work<BLOCK_Q>(shape);
-  const Shape& sequence = shape.of_sequence(work.batch);
+  const Shape sequence = shape.of_sequence(work.batch);
   if (Shape::HAS_LENGTHS && work.first_row >= sequence.seqlen_q) return;
   const uint32_t* mask_row = nullptr;
   if (mask_gmem != nullptr)

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
   const int kv_head = head / shape.num_heads * shape.num_kv_heads + head % shape.num_heads / shape.group_size();
   const int num_code_tiles = ceil_div(shape.seqlen_q, CODE_TILE_ROWS);
   const int first_code_tile = q_index * ESTIMATE_CONSUMERS;
-  const Shape& sequence = shape.of_sequence(head / shape.num_heads);
+  const Shape sequence = shape.of_sequence(head / shape.num_heads);
   if (Shape::HAS_LENGTHS && q_index * ESTIMATE_BLOCK_Q >= sequence.seqlen_q) return;
   const int num_tiles = ceil_div(sequence.visible_keys((q_index + 1) * ESTIMATE_BLOCK_Q - 1), CODE_TILE_ROWS);
 

@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
   const int kv_head = head / shape.num_heads * shape.num_kv_heads + head % shape.num_heads / shape.group_size();
   const int first_code_tile = q_index * ESTIMATE_CONSUMERS;
   const int rows_end = map.tile_end((first_code_tile + ESTIMATE_CONSUMERS - 1) * CODE_TILE_ROWS);
-  const Shape& sequence = shape.of_sequence(head / shape.num_heads);
+  const Shape sequence = shape.of_sequence(head / shape.num_heads);
   if (Shape::HAS_LENGTHS && map.tile_begin(first_code_tile * CODE_TILE_ROWS) >= sequence.seqlen_q) return;
   const int num_tiles = ceil_div(sequence.visible_keys(rows_end - 1), CODE_TILE_ROWS);
 

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 3)
   __shared__ typename Products::Ring smem;
 
   const CodeRows rows(shape);
-  const Shape& sequence = shape.of_sequence(rows.head / shape.num_heads);
+  const Shape sequence = shape.of_sequence(rows.head / shape.num_heads);
   if (Shape::HAS_LENGTHS && rows.code_tile * CODE_TILE_ROWS >= sequence.seqlen_q) return;
   const int head = rows.head, code_tile = rows.code_tile, num_tiles = rows.num_tiles;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

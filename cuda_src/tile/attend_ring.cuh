@@ -52,7 +52,7 @@ struct Rows {
 
   // Blocks that some row sees.
   __device__ int num_visible(const Shape& shape) const {
-    const Shape& sequence = shape.of_sequence(batch);
+    const Shape sequence = shape.of_sequence(batch);
     if (Shape::HAS_LENGTHS && q_block * ATTEND_BLOCK_Q >= sequence.seqlen_q) return 0;
     return ceil_div(sequence.visible_keys((q_block + 1) * ATTEND_BLOCK_Q - 1), KEY_BLOCK);
   }

@@ -33,7 +33,7 @@ struct Shape {
   }
 #else
   static constexpr bool HAS_LENGTHS = false;
-  __device__ __forceinline__ const Shape& of_sequence(int) const { return *this; }
+  __device__ __forceinline__ Shape of_sequence(int) const { return *this; }
 #endif
 
   __device__ int offset() const { return seqlen_k - seqlen_q; }
