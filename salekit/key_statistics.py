@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Iterable
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from .plans import HEAD_DIMS, Plan
 from .quantize import REDUCE_ROWS, channel_partials, reduce_spec
 
 _NULL = np.uint64(0)
+_FIELDS = ("mean", "rms", "amax", "scale", "num_keys", "state")
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,26 @@ class KeyStatistics:
         """What a call takes, in this order: mean, rms, amax, scale."""
         return self.mean, self.rms, self.amax, self.scale
 
+    @classmethod
+    def stack(cls, parts: Iterable["KeyStatistics"]) -> "KeyStatistics":
+        """Those of a batch from those of its sequences, in their order: for packed sequences. On the GPU copies on the
+        current stream. Raises ArgumentError when they are not alike or there are none, DtypeError."""
+        parts = list(parts)
+        if not parts:
+            raise ArgumentError("parts: got none; wants at least one KeyStatistics")
+        for part in parts:
+            if not isinstance(part, cls):
+                raise DtypeError(f"parts: got {type(part).__name__}; wants what key_statistics returns")
+        first = parts[0].mean
+        place = first.data.device_id if arrays.is_cuda(first) else None
+        for part in parts:
+            check(part, part.mean.shape[0], *first.shape[1:], place, wanted_by="the first", name="parts")
+        return cls(**{name: _concatenate([getattr(part, name) for part in parts]) for name in _FIELDS})
+
     def of_sequence(self, index: int) -> "KeyStatistics":
         """Those of one sequence of the batch, as a batch of one; views."""
         part = slice(index, index + 1)
-        fields = ("mean", "rms", "amax", "scale", "num_keys", "state")
-        return KeyStatistics(**{name: getattr(self, name)[part] for name in fields})
+        return KeyStatistics(**{name: getattr(self, name)[part] for name in _FIELDS})
 
     def update(self, k: Any, *, layout: str = "bshd", stream: Any = None) -> "KeyStatistics":
         """The statistics of these keys and of ``k`` together; k as in :func:`key_statistics`, of the same batch, heads
@@ -95,23 +111,6 @@ def check(
         got, want = arrays.place_name(place), arrays.place_name(device)
         raise ArgumentError(f"{name}: is on {got}; wants {want}, where {wanted_by} is")
     return statistics
-
-
-def stack(statistics: Any) -> KeyStatistics:
-    """One KeyStatistics of a batch from those of its sequences, each a KeyStatistics, for packed sequences.
-
-    On the GPU copies on the current stream. Raises ArgumentError when they are not alike or there are none.
-    """
-    parts = list(statistics)
-    if not parts:
-        raise ArgumentError("statistics: got none; wants at least one KeyStatistics")
-    for part in parts:
-        first = parts[0].mean
-        place = first.data.device_id if arrays.is_cuda(first) else None
-        check(part, *getattr(part, "mean", first).shape[:1], *first.shape[1:], place, wanted_by="the first",
-              name="statistics")
-    fields = ("mean", "rms", "amax", "scale", "num_keys", "state")
-    return KeyStatistics(**{name: _concatenate([getattr(part, name) for part in parts]) for name in fields})
 
 
 def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:

@@ -468,22 +468,23 @@ def test_packed_out_lists_and_slices():
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_packed_statistics(estimator):
-    from salekit.key_statistics import stack
-
     batch = Batch((70, 1), (500, 350), seed=6)
     options = dict(estimator=estimator, local=0, **SPARSE)
     batch.k[500:] += 40 * draw(np.random.default_rng(6), 1, 2, 64)
     batch.k[500:] *= 4
     each = [salekit.key_statistics(k[None]) for _, _, k, _ in batch.each()]
     want, _ = batch.packed(**options)
-    got, _ = batch.packed(k_statistics=stack(each), **options)
+    got, _ = batch.packed(k_statistics=salekit.KeyStatistics.stack(each), **options)
     assert same(got, want)
-    other, _ = batch.packed(k_statistics=stack(each[::-1]), **options)
+    other, _ = batch.packed(k_statistics=salekit.KeyStatistics.stack(each[::-1]), **options)
     assert not same(other, want)
     with pytest.raises(ArgumentError, match="k_statistics"):
         batch.packed(k_statistics=each[0], **SPARSE)
-    with pytest.raises(ArgumentError, match="statistics: got none"):
-        stack([])
+    with pytest.raises(ArgumentError, match="parts: got none"):
+        salekit.KeyStatistics.stack([])
+    for part, error in ((batch.k, DtypeError), (salekit.key_statistics(batch.k[None, :, :1]), ArgumentError)):
+        with pytest.raises(error, match="parts: got"):
+            salekit.KeyStatistics.stack([each[0], part])
 
 
 def test_nothing_to_do():

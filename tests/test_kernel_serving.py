@@ -13,7 +13,6 @@ from test_host_serving import BF16, ESTIMATORS, FP16, UNIT, Batch, check_dense, 
 import salekit  # noqa: E402
 from salekit import reference, workspaces  # noqa: E402
 from salekit.errors import ArgumentError  # noqa: E402
-from salekit.key_statistics import stack  # noqa: E402
 
 SPARSE = dict(thresholds=0.2, dense_below=0)
 FIELDS = ("mean", "rms", "amax", "scale", "num_keys", "state")
@@ -371,7 +370,7 @@ def test_packed_statistics(estimator):
         out, lse = salekit.sparse_attention(batch.q[None, some], batch.k[None, part], batch.v[None, part],
                                             k_statistics=each[i], return_lse=True, **options)
         alone.append((out.get()[0], lse.get()[0]))
-    check_alone(batch, batch.call(k_statistics=stack(each), **options), alone)
+    check_alone(batch, batch.call(k_statistics=salekit.KeyStatistics.stack(each), **options), alone)
 
 
 # --- graphs, streams, hostile values -------------------------------------------------------------------------------
@@ -423,7 +422,7 @@ def test_calls_do_not_wait():
     stream = cp.cuda.Stream(non_blocking=True)
     cp.cuda.Device().synchronize()
     with stream:
-        statistics = stack([salekit.key_statistics(batch.k[None, :100])] * 3)
+        statistics = salekit.KeyStatistics.stack([salekit.key_statistics(batch.k[None, :100])] * 3)
         for paged in (True, False):
             batch.call(paged, **SPARSE)
             out, lse = batch.call(paged, k_statistics=statistics, **SPARSE)
