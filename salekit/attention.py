@@ -147,7 +147,7 @@ def sparse_attention_varlen(
         ``block_table[i, j // page_size]``. Entries past a sequence's end are not read. cu_seqlens_k is None, and
         seqlens_k, int32 [batch] where cu_seqlens_q is, has the numbers of keys.
     thresholds, causal (bottom-right aligned in each sequence), softmax_scale, estimator, block, query_stride, full_rows
-        (of each sequence), sink, local, out, stream: as in ``sparse_attention``; attend: "exact" alone.
+        (of each sequence), sink, local, attend, out, stream: as in ``sparse_attention``.
     dense_below: the whole call is dense when max_seqlen_k is not above it.
     k_statistics: a KeyStatistics whose batch is that of the sequences, or None.
     debug: check what is on the GPU, too (see below); None: as the environment variable SALEKIT_DEBUG says, 1 or 0.

@@ -73,6 +73,9 @@ def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
                 found.setdefault(spec, stage)
         for spec in attend_specs(packed.replace(seqlen_q=_LONG, seqlen_k=_LONG)):
             found.setdefault(spec, "attend")
+        if arch in LOW_BIT_ARCHS:
+            for spec in attend_specs(packed.replace(attend="int8-fp8")):
+                found.setdefault(spec, "attend")
     return [(stage, spec) for spec, stage in found.items()]
 
 

@@ -85,8 +85,8 @@ class Plan:
     local: int = 128
     dense_below: int = DENSE_BELOW
     arch: str | None = None  # "sm_90a", ...; None on the NumPy twin
-    # Whether each sequence has a length of its own, up to seqlen_q and seqlen_k, and where they are: int32 [2 or more,
-    # batch] on the GPU, the rows of q and those of k.
+    # Whether each sequence has a length of its own, up to seqlen_q and seqlen_k, and where they are: int32 [5, batch]
+    # on the GPU, as cuda_src/kernels/locate_sequences.cu lays them out.
     has_lengths: bool = False
     lengths: Any = field(default=None, compare=False, repr=False)
 
@@ -255,10 +255,11 @@ class Plan:
         return np.array([values], SHAPE_RECORD)
 
     def lengths_of(self, side: str) -> Any:
-        """Rows of q or of k of each sequence, as a kernel's argument; a null pointer when they are the call's."""
+        """Rows of "q", of "k", or "sampled" rows of q of each sequence, as a kernel's argument; a null pointer
+        when they are the call's."""
         if not self.has_lengths:
             return np.uint64(0)
-        return self.lengths["qk".index(side)]
+        return self.lengths[{"q": 0, "k": 1, "sampled": 4}[side]]
 
     @property
     def element(self) -> str:

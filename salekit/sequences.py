@@ -17,12 +17,14 @@ from . import arrays, jit, pipeline, programs, workspaces
 from .attention_plan import _kind_of_thresholds, check_statistics, recorded_statistics
 from .errors import ArgumentError, DtypeError
 from .plans import Plan, ceil_div
+from .reference import LOW_BIT_Q_SAMPLE
 from .thresholds import as_thresholds, check_thresholds
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 DEBUG_VARIABLE = "SALEKIT_DEBUG"
 MAX_PROGRAMS = 64  # kinds of calls that are remembered
 _THREADS = 256  # of gather_sequences.cu, scatter_sequences.cu and locate_sequences.cu
+_LOCATED_ROWS = 5
 _NULL = np.uint64(0)
 
 
@@ -55,13 +57,14 @@ class Sequences:
         return self.block_table is not None
 
     def located(self) -> np.ndarray:
-        """int32 [4, batch]: rows of q, rows of k, first row of q, first row of k; of lengths on the host."""
-        first_q = self.cu_seqlens_q[:-1]
+        """int32 [5, batch], of lengths on the host, as locate_sequences.cu makes them of those on the GPU."""
+        first_q, rows_q = self.cu_seqlens_q[:-1], np.diff(self.cu_seqlens_q)
         if self.is_paged:
             rows_k, first_k = self.seqlens_k, np.zeros_like(self.seqlens_k)
         else:
             rows_k, first_k = np.diff(self.cu_seqlens_k), self.cu_seqlens_k[:-1]
-        return np.ascontiguousarray(np.stack([np.diff(self.cu_seqlens_q), rows_k, first_q, first_k]), np.int32)
+        rows = [rows_q, rows_k, first_q, first_k, -(-rows_q // LOW_BIT_Q_SAMPLE)]
+        return np.ascontiguousarray(np.stack(rows), np.int32)
 
 
 # --- checks --------------------------------------------------------------------------------------------------------
@@ -98,8 +101,6 @@ def check_sequences(
     k, v = (k, v) if is_paged else (k[None], v[None])
     _check_heads(q, k, v, device)
     base = arrays.plan_of_views(q, k, **options)
-    if base.attend != "exact":
-        raise ArgumentError(f"attend: got {base.attend!r}; packed sequences take 'exact' alone")
     longest = [arrays.check_count(*pair) for pair in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k))]
 
     cu_seqlens_q, is_on_host = _check_lengths("cu_seqlens_q", cu_seqlens_q, device)
@@ -254,7 +255,7 @@ def run_twin(
     if out is None:
         out = np.zeros(sequences.q.shape, sequences.q.dtype)
     lse = np.full((plan.num_heads, sequences.total_q), -np.inf, np.float32)
-    rows_q, rows_k, first_q, first_k = sequences.located()
+    rows_q, rows_k, first_q, first_k, _ = sequences.located()
     for i in range(plan.batch):
         rows = slice(first_q[i], first_q[i] + rows_q[i])
         q, target = sequences.q[:, rows], out[:, rows]
@@ -372,7 +373,7 @@ def _record(
         ports = [q, k, v, out]
         with programs.stage("gather"):
             if sequences.is_on_host:
-                located = pipeline.store_values((4, plan.batch), np.int32)
+                located = pipeline.store_values((_LOCATED_ROWS, plan.batch), np.int32)
             else:
                 sums_q = recorder.array((plan.batch + 1,), np.int32)
                 of_k = recorder.array((plan.batch + (0 if sequences.is_paged else 1),), np.int32)
@@ -407,7 +408,7 @@ def _record(
 
 def _locate(sums_q: Any, of_k: Any, sequences: Sequences) -> Any:
     plan = sequences.plan
-    located = arrays.empty((4, plan.batch), np.int32)
+    located = arrays.empty((_LOCATED_ROWS, plan.batch), np.int32)
     sums_k, lengths_k = (_NULL, of_k) if sequences.is_paged else (of_k, _NULL)
     jit.get_kernel(_LOCATE_SPEC)(
         (1,),
@@ -418,6 +419,7 @@ def _locate(sums_q: Any, of_k: Any, sequences: Sequences) -> Any:
             lengths_k,
             located,
             *map(np.int32, (plan.batch, sequences.total_q, sequences.k.shape[1], plan.seqlen_q, plan.seqlen_k)),
+            np.int32(LOW_BIT_Q_SAMPLE),
         ),
     )
     return located

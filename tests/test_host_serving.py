@@ -430,6 +430,18 @@ def test_packed_sparse_is_the_oracle():
             assert (exact != mask[head]).mean() <= 0.1
 
 
+def test_low_bit_is_each_sequence_alone():
+    batch = Batch((70, 1, 0), (200, 97, 5), seed=10)
+    for options in (dict(dense_below=0, thresholds=0.2), {}):
+        out, lse = batch.paged(attend="int8-fp8", **options)
+        for some, *qkv in batch.each():
+            want, want_lse = salekit.sparse_attention(
+                *(x[None] for x in qkv), attend="int8-fp8", return_lse=True, **options
+            )
+            assert same(out[some], want[0]) and same(lse[:, some], want_lse[0])
+        assert not same(out, batch.paged(**options)[0])
+
+
 @pytest.mark.parametrize("page_size", (16, 32, 64, 128, 256))
 @pytest.mark.parametrize("dtype, dim", ((FP16, 64), (BF16, 128)))
 def test_page_sizes(page_size, dtype, dim):
@@ -518,7 +530,7 @@ def test_nothing_to_do():
     (dict(k=np.zeros((110, 3, 64), FP16), v=np.zeros((110, 3, 64), FP16)), ArgumentError, "k: got 3 heads"),
     (dict(v=np.zeros((109, 2, 64), FP16)), ArgumentError, "v: got shape"),
     (dict(k=np.zeros((110, 2, 64), BF16)), DtypeError, "k: got dtype"),
-    (dict(attend="int8-fp8"), ArgumentError, "attend"),
+    (dict(attend="fp8"), ArgumentError, "attend"),
     (dict(block=(32, 32)), ArgumentError, "block"),
     (dict(thresholds=-1.0), ArgumentError, "thresholds"),
     (dict(debug=1), ArgumentError, "debug"),
@@ -640,7 +652,7 @@ def test_launches_of_packed_sequences(gpu, paged, estimator):
         wanted = (SUMS_Q, 0, OF_K) if paged else (SUMS_Q, OF_K, 0)
         assert tuple(map(pointer, locate[4][:3])) == wanted
         located = pointer(locate[4][3])
-        assert [pointer(x) for x in locate[4][4:]] == [3, 500, 32 if paged else 700, 200, 300]
+        assert [pointer(x) for x in locate[4][4:]] == [3, 500, 32 if paged else 700, 200, 300, 8]
         for (_, grid, _, _, args), at, rows, side in zip(gathers, (Q, K, V), (200, 300, 300), (0, 1, 1)):
             heads = 4 if side == 0 else 2
             assert grid == (-(-rows * heads * 16 // 256), 3, 1)
@@ -668,6 +680,18 @@ def test_launches_of_packed_sequences(gpu, paged, estimator):
     assert len(sequences._programs) == 1
 
 
+def test_launches_of_low_bit_attention(gpu):
+    calls = run(gpu, checked(attend="int8-fp8", dense_below=300))
+    located = pointer(calls[0][4][3])
+    reduced = [args for name, *_, args in calls if name.startswith("reduce_channels")]
+    assert [pointer(args[3]) for args in reduced] == [located + 4 * 12, located + 12, located + 12]
+    (balance,) = (args for name, *_, args in calls if name.startswith("finish_balance"))
+    assert [pointer(x) for x in balance[11:]] == [located + 4 * 12, located + 12, 512]
+    quantized = [args for name, *_, args in calls if name.startswith("quantize_balanced")]
+    assert [pointer(args[9]) for args in quantized] == [located, located + 12]
+    assert shape_of(next(args for name, *_, args in calls if name.startswith("attend_int8")))["lengths"] == located
+
+
 def test_launches_of_a_dense_call(gpu):
     names = [name.split("<")[0] for name, *_ in run(gpu, checked(dense_below=300))]
     assert names == ["locate_sequences", *["gather_sequences"] * 3, "attend_sm90", "scatter_sequences"]
@@ -681,9 +705,10 @@ def test_lengths_on_the_host_are_parameters(gpu, paged, thresholds):
     calls = run(gpu, checked(paged, on_host=True, longest=(300, 300)), thresholds)
     names = [name.split("<")[0] for name, *_ in calls]
     assert names.count("store_floats") == (2 if isinstance(thresholds, list) else 1) and "locate_sequences" not in names
-    stored = np.frombuffer(calls[0][4][1], np.int32)[:12].reshape(4, 3)
-    assert stored.tolist() == [[200, 0, 300], [300, 0, 1], [0, 200, 200], [0, 0, 0] if paged else [0, 300, 300]]
-    assert pointer(calls[0][4][2]) == 12
+    stored = np.frombuffer(calls[0][4][1], np.int32)[:15].reshape(5, 3)
+    first_k = [0, 0, 0] if paged else [0, 300, 300]
+    assert stored.tolist() == [[200, 0, 300], [300, 0, 1], [0, 200, 200], first_k, [25, 0, 38]]
+    assert pointer(calls[0][4][2]) == 15
     record = shape_of(next(args for name, *_, args in calls if name.startswith("attend")))
     assert record["lengths"] == pointer(calls[0][4][0])
     if isinstance(thresholds, list):
@@ -708,7 +733,7 @@ def test_many_sequences(gpu):
     call = sequences.check_sequences(q, k, v, *sums, 8, 8, None, None, 0, False, dict(dense_below=0))
     calls = run(gpu, call)
     assert [name.split("<")[0] for name, *_ in calls[:3]] == ["store_floats", "store_floats", "gather_sequences"]
-    values = np.concatenate([np.frombuffer(x[4][1], np.int32) for x in calls[:2]])[: 4 * batch].reshape(4, batch)
+    values = np.concatenate([np.frombuffer(x[4][1], np.int32) for x in calls[:2]])[: 5 * batch].reshape(5, batch)
     assert (values[0] == np.diff(sums[0])).all() and (values[3] == sums[1][:-1]).all()
 
 

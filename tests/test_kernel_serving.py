@@ -326,6 +326,54 @@ def test_strides(stride, estimator):
     assert (out.get().view(np.uint16) == want.view(np.uint16)).all(axis=-1).mean() >= 0.9
 
 
+@pytest.mark.parametrize("dtype, dim", ((FP16, 64), (BF16, 128)))
+@pytest.mark.parametrize("options", (SPARSE, {}))
+def test_low_bit_is_each_sequence_alone(options, dtype, dim):
+    from salekit import jit
+
+    if jit.device_arch() != "sm_90a":
+        pytest.skip("needs an sm_90 GPU")
+    options = dict(attend="int8-fp8", **options)
+    batch = GpuBatch((300, 1, 129, 0, 5000), (301, 900, 1000, 7, 5001), dtype=dtype, dim=dim, seed=14)
+    alone = each_alone(batch, **options)
+    for paged in (False, True):
+        poison_workspaces()
+        check_alone(batch, batch.call(paged, **options), alone)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("rows, keys", ODD_LENGTHS)
+@pytest.mark.parametrize("causal, block", ((True, (128, 32)), (True, (64, 64)), (False, (64, 32))))
+def test_kernels_of_other_gpus(rows, keys, causal, block, estimator):
+    """mma.sync's kernels with lengths, stage by stage on padded arrays."""
+    from salekit import pipeline
+
+    some = [i for i, (m, n) in enumerate(zip(rows, keys)) if m and n]
+    host = Batch(rows, keys, dim=128, dtype=BF16, seed=15)
+    padded = [
+        np.zeros((len(rows), longest, heads, 128), BF16) for longest, heads in
+        ((host.max_q, 4), (host.max_k, 2), (host.max_k, 2))
+    ]
+    for i, (_, *qkv) in enumerate(host.each()):
+        for target, x in zip(padded, qkv):
+            target[i, : len(x)] = x
+    q, k, v = on_gpu(*padded)
+    options = dict(causal=causal, block=block, estimator=estimator, dense_below=0)
+    plan = salekit.make_plan(q, k, v, **options).replace(arch="sm_80")
+    lengths = cp.asarray(np.array([rows, keys, [0] * len(rows), [0] * len(rows), [0] * len(rows)], np.int32))
+    packed = plan.replace(has_lengths=True, lengths=lengths)
+    out = cp.asarray(np.full(q.shape, 7, BF16))
+    lse, _ = pipeline.run_stages(q, k, v, out, 0.2, packed, True, False)
+    for i in some:
+        one = plan.replace(batch=1, seqlen_q=rows[i], seqlen_k=keys[i])
+        parts = [x[i : i + 1, :n] for x, n in ((q, rows[i]), (k, keys[i]), (v, keys[i]))]
+        alone = cp.empty(parts[0].shape, BF16)
+        alone_lse, _ = pipeline.run_stages(*parts, alone, 0.2, one, True, False)
+        assert bits(alone) == np.ascontiguousarray(out.get()[i : i + 1, : rows[i]]).tobytes()
+        assert bits(alone_lse) == np.ascontiguousarray(lse.get()[i : i + 1, :, : rows[i]]).tobytes()
+        assert (out.get()[i, rows[i] :].astype(np.float32) == 7).all()
+
+
 @pytest.mark.parametrize("page_size", (16, 32, 64, 128, 256))
 def test_page_sizes(page_size):
     batch = GpuBatch((40, 1, 0, 129), (300, 1, 5, 256), dim=128, dtype=BF16, seed=4, page_size=page_size)
