@@ -142,11 +142,12 @@ def kernel_specs(plan: Plan, mask_rows: list[int]) -> list[jit.KernelSpec]:
 
 
 def _balance_spec(plan: Plan) -> jit.KernelSpec:
-    return jit.KernelSpec("finish_balance", (str(plan.head_dim),))
+    return jit.KernelSpec("finish_balance", (str(plan.head_dim),), lengths=plan.has_lengths)
 
 
 def _balanced_spec(plan: Plan, side: str) -> jit.KernelSpec:
-    return jit.KernelSpec("quantize_balanced", (str(plan.head_dim), plan.element, "true" if side == "k" else "false"))
+    template = (str(plan.head_dim), plan.element, "true" if side == "k" else "false")
+    return jit.KernelSpec("quantize_balanced", template, lengths=plan.has_lengths)
 
 
 def _e4m3_spec(plan: Plan) -> jit.KernelSpec:

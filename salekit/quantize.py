@@ -163,18 +163,20 @@ def _quantize_int4(q: Any, k: Any, plan: Plan, k_statistics: Any) -> Quantized:
 
 
 def reduce_spec(plan: Plan) -> jit.KernelSpec:
-    return jit.KernelSpec("reduce_channels", (str(plan.head_dim), plan.element))
+    return jit.KernelSpec("reduce_channels", (str(plan.head_dim), plan.element), lengths=plan.has_lengths)
 
 
 def _finish_spec(plan: Plan) -> jit.KernelSpec:
-    return jit.KernelSpec("finish_channels", (str(plan.head_dim),))
+    return jit.KernelSpec("finish_channels", (str(plan.head_dim),), lengths=plan.has_lengths)
 
 
 def _int8_spec(side: str, plan: Plan) -> jit.KernelSpec:
     if side == "q sparse":
         return jit.KernelSpec("quantize_int8_sparse", (str(plan.head_dim), plan.element))
-    return jit.KernelSpec("quantize_int8", (str(plan.head_dim), plan.element, str(_SIDES[side])))
+    template = (str(plan.head_dim), plan.element, str(_SIDES[side]))
+    return jit.KernelSpec("quantize_int8", template, lengths=plan.has_lengths and side.startswith("k"))
 
 
 def _int4_spec(side: str, plan: Plan) -> jit.KernelSpec:
-    return jit.KernelSpec(f"quantize_int4_{side}", (str(plan.head_dim), plan.element, str(plan.code_bits)))
+    template = (str(plan.head_dim), plan.element, str(plan.code_bits))
+    return jit.KernelSpec(f"quantize_int4_{side}", template, lengths=plan.has_lengths)

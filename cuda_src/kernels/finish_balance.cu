@@ -5,7 +5,7 @@
 // factor and scale, which take the largest |v| to 448. partials float32 [batch, heads, num_chunks, 4, HEAD_DIM] of
 // each; k_mean, v_factor, v_scale float32 [batch, num_kv_heads, HEAD_DIM]; balance [batch, num_kv_heads, 2, HEAD_DIM]:
 // of k, of q. per_key: 1 / seqlen_k. q_lengths, k_lengths: how many rows of each batch the chunks, of chunk_rows, are
-// of, where they differ, else null. Grid: (num_kv_heads, batch) CTAs of 8 * HEAD_DIM threads, an eighth of the chunks
+// of, where they have their own (tile/shape.cuh). Grid: (num_kv_heads, batch) CTAs of 8 * HEAD_DIM threads, an eighth of the chunks
 // each.
 #include "tile/codes.cuh"
 
@@ -22,7 +22,7 @@ struct Extremes {
   __device__ void add(const float* partials, int num_heads, int num_chunks, int valid, int part) {
 #pragma unroll 4
     for (int chunk = part; chunk < num_heads * num_chunks; chunk += BALANCE_PARTS) {
-      if (valid < num_chunks && chunk % num_chunks >= valid) continue;
+      if (Shape::HAS_LENGTHS && chunk % num_chunks >= valid) continue;
       const float* of_chunk = partials + chunk * 4 * HEAD_DIM;
       sum += of_chunk[0];
       low = fminf(low, of_chunk[HEAD_DIM]);
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(BALANCE_PARTS * HEAD_DIM)
   const int64_t kv_head = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
 
   int q_valid = q_chunks, k_valid = k_chunks;
-  if (k_lengths != nullptr) {
+  if constexpr (Shape::HAS_LENGTHS) {
     const int num_keys = k_lengths[blockIdx.y];
     q_valid = (q_lengths[blockIdx.y] + chunk_rows - 1) / chunk_rows;
     k_valid = (num_keys + chunk_rows - 1) / chunk_rows;

@@ -4,8 +4,8 @@
 // partials float32 [batch, heads, num_chunks, 4, HEAD_DIM]; mean, rms float32 [batch, heads, HEAD_DIM]; amax, scale
 // float32 [batch, heads]: the largest |x - mean| as float32 subtraction gives it, and the int8 scale amax / 127 (rms,
 // amax and scale may be null). Sums in float64; per_row = 1 / seqlen, per_chunk_row and per_last_row likewise come from
-// the host, as a float64 division here would be a function call; lengths: rows of each batch where they differ, else
-// null (0 rows have mean 0). Grid: (heads, batch) CTAs of 4 * HEAD_DIM threads, a
+// the host, as a float64 division here would be a function call; lengths: rows of each batch, where they have their
+// own (tile/shape.cuh; 0 rows have mean 0). Grid: (heads, batch) CTAs of 4 * HEAD_DIM threads, a
 // quarter of the chunks each.
 #include "tile/codes.cuh"
 
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(4 * HEAD_DIM)
   const int channel = threadIdx.x % HEAD_DIM, quarter = threadIdx.x / HEAD_DIM;
   const int64_t head = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
   const float* partials = partials_gmem + head * num_chunks * 4 * HEAD_DIM + channel;
-  if (lengths_gmem != nullptr) {
+  if constexpr (Shape::HAS_LENGTHS) {
     seqlen = lengths_gmem[blockIdx.y];
     num_chunks = (seqlen + chunk_rows - 1) / chunk_rows;
     per_row = seqlen == 0 ? 0. : __drcp_rn(seqlen);
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(4 * HEAD_DIM)
   if (quarter == 0) mean_gmem[head * HEAD_DIM + channel] = mean;
 
   if (amax_gmem != nullptr) {
-    if (seqlen == 0) low = high = 0;
+    if (Shape::HAS_LENGTHS && seqlen == 0) low = high = 0;
     // Rounded subtraction is monotone, so the largest |x - mean| is at an extreme; a NaN anywhere is in the mean.
     uint32_t bits = max(magnitude_bits(__fsub_rn(high, mean)), magnitude_bits(__fsub_rn(low, mean)));
     bits = max_over_lanes<32>(bits);

@@ -5,8 +5,8 @@
 // x [batch, seqlen, heads, HEAD_DIM]; codes uint8 [batch, heads, num_tiles, 128 * HEAD_DIM], zero where there is no
 // row.
 // q: scale float32 [batch, heads, positions] is written, 1 where there is no row; statistics is rms [batch, kv heads,
-// HEAD_DIM]. k: statistics is the mean, scale the heads' amax [batch, heads], read. lengths: the rows of each batch
-// where they differ, else null.
+// HEAD_DIM]. k: statistics is the mean, scale the heads' amax [batch, heads], read. lengths: the keys of each batch,
+// where they have their own (tile/shape.cuh); rows of q past an end are zeros, whose codes are 0.
 // Grid: (positions / ROWS, heads, batch) CTAs of 256 threads; a thread has 8 dims of 4 rows, all loaded first.
 #include "ptx/ld_global.cuh"
 #include "tile/codes.cuh"
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(QUANTIZE_THREADS)
     quantize_int8(TensorView x, uint8_t* codes_gmem, float* scale_gmem, const float* statistics_gmem, RowMap map,
                   int group_size, const int* lengths_gmem) {
   constexpr bool PRUNED = SIDE == SIDE_Q_PRUNED, IS_K = SIDE == SIDE_K || SIDE == SIDE_K_GIVEN;
-  if (lengths_gmem != nullptr) map.num_rows = lengths_gmem[blockIdx.z];
+  if constexpr (IS_K && Shape::HAS_LENGTHS) map.num_rows = lengths_gmem[blockIdx.z];
   constexpr int CHUNKS = HEAD_DIM / 8;
   constexpr int STEP_ROWS = QUANTIZE_THREADS / CHUNKS;
   const int chunk = threadIdx.x % CHUNKS;
