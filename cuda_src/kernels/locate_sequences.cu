@@ -14,7 +14,7 @@ struct Located {
 
   __device__ Located(const int* sums, int index, int total, int longest) {
     first = max(0, min(sums[index], total));
-    length = max(0, min(min(sums[index + 1], total) - first, longest));
+    length = min(max(first, min(sums[index + 1], total)) - first, longest);
   }
 };
 
