@@ -72,6 +72,7 @@ def main() -> None:
         dense = salekit.dense_attention(*gpu).get().astype(np.float32)
         twin = salekit.dense_attention(q, k, v).astype(np.float32)
         assert np.linalg.norm(dense - twin) <= 1e-2 * np.linalg.norm(twin)
+    calls += check_serving()
     if arch == "sm_90a":
         calls += check_segments()
     cupy.cuda.Device().synchronize()
@@ -82,6 +83,45 @@ def check_portable_pools(gpu, mask, plan, out, lse) -> None:
     """The kernels that pool where Hopper's cannot."""
     out, lse = out.copy(), lse.copy()
     skipped_mass.add_pools(*gpu, mask, plan.replace(arch="sm_80"), out, lse)
+
+
+def check_serving() -> int:
+    """Packed sequences, pages, hostile lengths and pages, statistics of keys, merged states."""
+    rng = np.random.default_rng(2)
+    rows, keys, calls = (65, 0, 1, 300), (65, 40, 333, 300), 0
+    sums = [np.concatenate([[0], np.cumsum(x)]).astype(np.int32) for x in (rows, keys)]
+    hostile = [np.array(x, np.int32) for x in ([-9, 2**31 - 1, 5, 70, 10**6], [0, 700, 2, 10**6, -3])]
+    lengths, bad_lengths = (cupy.asarray(np.array(x, np.int32)) for x in (keys, (10**6, -1, 333, 300)))
+    for dtype, head_dim in product(DTYPES, HEAD_DIMS):
+
+        def draw(*shape):
+            return cupy.asarray(rng.standard_normal((*shape, head_dim)).astype(np.float32).astype(dtype))
+
+        q, k, v, pages = draw(366, 4), draw(738, 2), draw(738, 2), draw(30, 32, 2)
+        table = rng.integers(0, 30, (4, 11)).astype(np.int32)
+        bad_table = np.where(rng.random(table.shape) < 0.3, 10**9, table).astype(np.int32)
+        bad_table[0, :2] = -1, 30
+        parts = [salekit.key_statistics(k[None, a:b]) for a, b in zip(sums[1], sums[1][1:])]
+        statistics = salekit.KeyStatistics.stack([part.update(k[None, :65]).merge(part) for part in parts])
+        for estimator, causal, given in product(ESTIMATORS, (True, False), (None, statistics)):
+            options = dict(
+                estimator=estimator, causal=causal, dense_below=0, k_statistics=given, query_stride=2, return_lse=True
+            )
+            for on_host, pair in ((True, sums), (False, sums), (False, hostile)):
+                pair = pair if on_host else [cupy.asarray(x) for x in pair]
+                out, lse = salekit.sparse_attention_varlen(q, k, v, *pair, 300, 333, **options)
+                salekit.merge_attention_states(out, lse, out, lse)
+                calls += 1
+            sums_q = cupy.asarray(sums[0])
+            for of_k, pages_of in ((lengths, table), (bad_lengths, bad_table)):
+                options.update(block_table=cupy.asarray(pages_of), seqlens_k=of_k)
+                salekit.sparse_attention_varlen(q, pages, pages, sums_q, None, 300, 333, **options)
+                calls += 1
+        for attend in ("exact", "int8-fp8") if device_arch() in LOW_BIT_ARCHS else ("exact",):
+            for dense_below in (0, 8192):
+                salekit.sparse_attention_varlen(q, k, v, *sums, 300, 333, attend=attend, dense_below=dense_below)
+                calls += 1
+    return calls
 
 
 def check_segments() -> int:

@@ -44,7 +44,7 @@ def kernels(archs: list[str], as_json: bool, output: str | None) -> None:
             entry = {
                 "arch": arch,
                 "stage": stage,
-                "kernel": spec.expression,
+                "kernel": spec.label,
                 "error": error,
                 "problem": problem_of(info, error),
             }

@@ -18,7 +18,7 @@ from . import errors  # noqa: E402
 from .anchors import anchor_statistics, row_limits  # noqa: E402
 from .arrays import make_plan  # noqa: E402
 from .attend import attend  # noqa: E402
-from .attention import dense_attention, plan, sparse_attention  # noqa: E402
+from .attention import dense_attention, plan, sparse_attention, sparse_attention_varlen  # noqa: E402
 from .attention_plan import AttentionPlan  # noqa: E402
 from .block_mask import BlockMask  # noqa: E402
 from .block_scores import block_scores, mask_from_scores, scores_plan  # noqa: E402
@@ -32,14 +32,17 @@ from .errors import (  # noqa: E402
     SalekitError,
 )
 from .estimate import estimate  # noqa: E402
+from .key_statistics import KeyStatistics, key_statistics  # noqa: E402
+from .merge import merge_attention_states  # noqa: E402
 from .plans import Plan  # noqa: E402
 from .quantize import quantize  # noqa: E402
 from .thresholds import load_thresholds, save_thresholds  # noqa: E402
 from .workspaces import clear_workspaces  # noqa: E402
 
 __all__ = [
-    "ArgumentError", "AttentionPlan", "BlockMask", "CompileError", "DtypeError", "FileFormatError", "GpuError", "Plan",
-    "SalekitError", "__version__", "anchor_statistics", "attend", "block_scores", "clear_workspaces", "dense_attention",
-    "errors", "estimate", "load_qkv", "load_sample", "load_thresholds", "make_plan", "mask_from_scores", "plan",
-    "quantize", "row_limits", "save_thresholds", "scores_plan", "sparse_attention",
+    "ArgumentError", "AttentionPlan", "BlockMask", "CompileError", "DtypeError", "FileFormatError", "GpuError",
+    "KeyStatistics", "Plan", "SalekitError", "__version__", "anchor_statistics", "attend", "block_scores",
+    "clear_workspaces", "dense_attention", "errors", "estimate", "key_statistics", "load_qkv", "load_sample",
+    "load_thresholds", "make_plan", "mask_from_scores", "merge_attention_states", "plan", "quantize", "row_limits",
+    "save_thresholds", "scores_plan", "sparse_attention", "sparse_attention_varlen",
 ]

@@ -95,7 +95,7 @@ def _launch_limits(m: Any, l: Any, scales: tuple, thresholds: Any, plan: Plan, a
     shape = (plan.batch, plan.num_heads, plan.num_positions)
     limits = arrays.empty(shape, np.int32 if as_integers else np.float32)
     on_device = not isinstance(thresholds, float)
-    jit.get_kernel(_limits_spec(as_integers))(
+    jit.get_kernel(_limits_spec(as_integers, plan.has_lengths))(
         (plan.num_positions // CODE_TILE_ROWS, plan.num_heads, plan.batch),
         (_THREADS,),
         (
@@ -117,14 +117,19 @@ def _launch_limits(m: Any, l: Any, scales: tuple, thresholds: Any, plan: Plan, a
 def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
     """The kernels that this module launches for this plan."""
     hopper = [_sm90_spec(plan)] if _uses_wgmma(plan) else []
-    return [*hopper, _anchor_spec(plan), _limits_spec(plan.estimator != "int4")]
+    return [*hopper, _anchor_spec(plan), _limits_spec(plan.estimator != "int4", plan.has_lengths)]
 
 
 def _local_slots(plan: Plan) -> int:
     """64-key slots that the local range of a tile takes in anchor_statistics_sm90."""
-    first = (plan.offset - plan.local) // KEY_BLOCK * KEY_BLOCK
-    end = plan.offset + TILE_ROWS + (0 if plan.causal else plan.local)
-    return max(_SM90_SLOTS.start, ceil_div(end - first, _SM90_SLOT_KEYS))
+
+    def slots(offset: int) -> int:
+        first = (offset - plan.local) // KEY_BLOCK * KEY_BLOCK
+        end = offset + TILE_ROWS + (0 if plan.causal else plan.local)
+        return max(_SM90_SLOTS.start, ceil_div(end - first, _SM90_SLOT_KEYS))
+
+    # Sequences with lengths of their own have offsets of their own: as many as any of them takes.
+    return max(map(slots, range(KEY_BLOCK))) if plan.has_lengths else slots(plan.offset)
 
 
 def _uses_wgmma(plan: Plan) -> bool:
@@ -141,13 +146,16 @@ def _anchor_spec(plan: Plan) -> jit.KernelSpec:
     stride = plan.query_stride if plan.holds_tested_rows else 1
     at_once = str(2 if _heads_each(plan) % (2 * stride) == 0 else 1)
     return jit.KernelSpec(
-        "anchor_statistics", (str(plan.head_dim), plan.element, at_once), f"AnchorStorage<{plan.head_dim}, {at_once}>"
+        "anchor_statistics",
+        (str(plan.head_dim), plan.element, at_once),
+        f"AnchorStorage<{plan.head_dim}, {at_once}>",
+        plan.has_lengths,
     )
 
 
 def _sm90_spec(plan: Plan) -> jit.KernelSpec:
     template = (str(plan.head_dim), plan.element, str(_local_slots(plan)))
-    return jit.KernelSpec("anchor_statistics_sm90", template, f"AnchorSm90Storage<{plan.head_dim}>")
+    return jit.KernelSpec("anchor_statistics_sm90", template, f"AnchorSm90Storage<{plan.head_dim}>", plan.has_lengths)
 
 
 def bases_spec() -> jit.KernelSpec:
@@ -155,5 +163,5 @@ def bases_spec() -> jit.KernelSpec:
     return _limits_spec(False)
 
 
-def _limits_spec(as_integers: bool) -> jit.KernelSpec:
-    return jit.KernelSpec("row_limits", ("true" if as_integers else "false",))
+def _limits_spec(as_integers: bool, has_lengths: bool = False) -> jit.KernelSpec:
+    return jit.KernelSpec("row_limits", ("true" if as_integers else "false",), lengths=has_lengths)

@@ -275,6 +275,15 @@ def _check_strides(name: str, array: Any, is_output: bool = False) -> None:
             )
 
 
+def check_view(name: str, x: Any, device: int | None, layout: str = "bshd") -> Any:
+    """One tensor as a bshd view, its axes, dtype, place, address and strides checked; its sizes are the caller's."""
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        raise ArgumentError(f"layout: got {layout!r}; wants one of {', '.join(map(repr, LAYOUTS))}")
+    view = _check_tensor(name, x, device, layout)
+    _check_strides(name, view)
+    return view
+
+
 def as_arrays(q: Any, k: Any, v: Any, layout: str = "bshd") -> tuple[Any, Any, Any]:
     """Checked bshd views of q, k and v, all NumPy's or all CuPy's on one device.
 
@@ -328,6 +337,9 @@ def _check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise ArgumentError(f"{name}: got {value!r}; wants True or False")
     return bool(value)
+
+
+check_count, check_flag = _check_count, _check_flag  # for options that are no part of a Plan
 
 
 def _check_choice(name: str, value: Any, choices: tuple) -> Any:

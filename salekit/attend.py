@@ -131,6 +131,7 @@ def _sm80_spec(plan: Plan, block_q: int, stages: int) -> jit.KernelSpec:
         "attend_sm80",
         (str(plan.head_dim), str(block_q), plan.element, str(stages)),
         f"AttendSm80Storage<{plan.head_dim}, {block_q}, {stages}>",
+        plan.has_lengths,
     )
 
 
@@ -141,4 +142,4 @@ def is_segment(spec: jit.KernelSpec) -> bool:
 
 def _sm90_spec(plan: Plan, mask_rows: int, in_segments: bool = False) -> jit.KernelSpec:
     template = (str(plan.head_dim), plan.element, str(mask_rows), "true" if in_segments else "false")
-    return jit.KernelSpec("attend_sm90", template, f"AttendSm90Storage<{plan.head_dim}>")
+    return jit.KernelSpec("attend_sm90", template, f"AttendSm90Storage<{plan.head_dim}>", plan.has_lengths)

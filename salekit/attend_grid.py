@@ -59,6 +59,7 @@ def segments(plan: Plan) -> list[np.ndarray]:
         for start, end in zip(starts, [*starts[1:], plan.seqlen_k]):
             # The first segment has all rows: those that see no key at all are written there.
             unseen = max(0, (start - plan.seqlen_k + plan.seqlen_q) // DENSE_BLOCK_Q) if plan.causal and start else 0
+            unseen = 0 if plan.has_lengths else unseen  # by what a sequence's rows see, which is not known here
             blocks = min(num_q_blocks, ceil_div(num_q_blocks - unseen, RUN) * RUN)
             first_item = kv_head * group * num_q_blocks
             record = (first_item, group * blocks, start // KEY_BLOCK, ceil_div(end, KEY_BLOCK))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import arrays, pipeline
-from .attention_plan import AttentionPlan, plan_of
+from . import arrays, pipeline, sequences
+from .attention_plan import AttentionPlan, check_statistics, plan_of
 from .plans import DENSE_BELOW
 
 
@@ -27,6 +27,7 @@ def sparse_attention(
     local: int = 128,
     dense_below: int = DENSE_BELOW,
     skipped: str = "drop",
+    k_statistics: Any = None,
     return_lse: bool = False,
     return_mask: bool = False,
     out: Any = None,
@@ -49,6 +50,8 @@ def sparse_attention(
     dense_below: up to this many keys the call is dense.
     skipped: "drop", as in the paper, or "pool": what is skipped of 128 neighbouring keys joins the softmax as one pooled
         key and value (docs/skipped-mass.md); thresholds are to be calibrated with the same choice.
+    k_statistics: what :func:`key_statistics` returned, where q is, instead of the statistics of this call's keys: those
+        of all keys of a sequence whose chunks are to have the masks that they would have in one call (docs/serving.md).
     out: where to write, like q and apart from q, k and v; it is returned.
     stream: a CuPy stream, a ``cudaStream_t`` as int, or None for CuPy's current one.
 
@@ -72,7 +75,7 @@ def sparse_attention(
         dense_below=dense_below,
         skipped=skipped,
     )
-    return _call(q, k, v, thresholds, layout, options, return_lse, return_mask, out, stream)
+    return _call(q, k, v, thresholds, layout, options, return_lse, return_mask, out, stream, k_statistics)
 
 
 def dense_attention(
@@ -108,6 +111,87 @@ def plan(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -> "At
         return AttentionPlan(q, k, v, layout, options)
 
 
+def sparse_attention_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    block_table: Any = None,
+    seqlens_k: Any = None,
+    thresholds: Any = 0.008,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    estimator: str = "auto",
+    attend: str = "exact",
+    block: tuple[int, int] = (128, 32),
+    query_stride: int = 1,
+    full_rows: int = 1024,
+    sink: int = 32,
+    local: int = 128,
+    dense_below: int = DENSE_BELOW,
+    k_statistics: Any = None,
+    return_lse: bool = False,
+    out: Any = None,
+    stream: Any = None,
+    debug: bool | None = None,
+) -> Any:
+    """:func:`sparse_attention` of sequences with lengths of their own, packed one after the other or in pages.
+
+    q: [total_q, num_heads, head_dim]; k, v: [total_k, num_kv_heads, head_dim]; sequence i has the rows from
+        ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]`` and the keys from ``cu_seqlens_k[i]`` to ``cu_seqlens_k[i + 1]``.
+        dtype and strides as in ``sparse_attention``.
+    cu_seqlens_q, cu_seqlens_k: int32 [batch + 1], from 0, rising; both in host memory (NumPy or a list) or both on q's
+        GPU. max_seqlen_q, max_seqlen_k: ints, at least the longest of each; they size the workspace.
+    block_table: int32 [batch, max_pages_per_seq], where q is. k and v are then pages, [num_pages, page_size,
+        num_kv_heads, head_dim], page_size 16, 32, 64, 128 or 256: key j of sequence i is row ``j % page_size`` of page
+        ``block_table[i, j // page_size]``. Entries past a sequence's end are not read. cu_seqlens_k is None, and
+        seqlens_k, int32 [batch] where cu_seqlens_q is, has the numbers of keys.
+    thresholds, causal (bottom-right aligned in each sequence), softmax_scale, estimator, block, query_stride, full_rows
+        (of each sequence), sink, local, attend, out, stream: as in ``sparse_attention``.
+    dense_below: the whole call is dense when max_seqlen_k is not above it.
+    k_statistics: a KeyStatistics whose batch is that of the sequences, or None.
+    debug: check what is on the GPU, too (see below); None: as the environment variable SALEKIT_DEBUG says, 1 or 0.
+
+    Returns out (like q), or (out, lse): lse float32 [num_heads, total_q]. A sequence may have no rows or no keys: out 0
+    and lse -inf. Rows of q that are in no sequence have no defined output. Each sequence's output is that of a call of
+    its own with the same options, but for roundings where its size makes that call take other kernels.
+    What is wrong with lengths or pages is an error before anything is written when they are on the host. On the GPU
+    they are not looked at: nothing beyond the arrays is read or written, and a page that there is not has zeros, but
+    the output is then undefined. With debug they are copied to the host and checked, which waits for the stream.
+    Without it nothing synchronises, and a call with everything on the GPU can be captured into a CUDA graph, where
+    lengths and pages are read at each replay (those on the host are frozen).
+    Raises ArgumentError, DtypeError, GpuError, CompileError.
+    """
+    options = dict(
+        causal=causal,
+        softmax_scale=softmax_scale,
+        estimator=estimator,
+        attend=attend,
+        block=block,
+        query_stride=query_stride,
+        full_rows=full_rows,
+        sink=sink,
+        local=local,
+        dense_below=dense_below,
+    )
+    with arrays.on_stream(q, stream) as device:
+        call = sequences.check_sequences(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqlens_k, device,
+            sequences.is_debugging(debug), options,
+        )
+        target = None if out is None else sequences.check_out(out, call.q, device)
+        if device is None:
+            result, lse = sequences.run_twin(call, thresholds, return_lse, target, k_statistics)
+        else:
+            result, lse = sequences.run_gpu(call, thresholds, return_lse, target, k_statistics, device)
+        result = result[0] if out is None else out
+        return (result, lse) if return_lse else result
+
+
 def _call(
     q: Any,
     k: Any,
@@ -119,11 +203,13 @@ def _call(
     return_mask: bool,
     out: Any,
     stream: Any,
+    k_statistics: Any = None,
 ) -> Any:
     with arrays.on_stream(q, stream) as device:
         if device is None:
             call = arrays.check_call(q, k, v, layout=layout, out=out, thresholds=thresholds, **options)
-            return pipeline.run_twin(call, return_lse, return_mask)
+            check_statistics(k_statistics, call.plan, None)
+            return pipeline.run_twin(call, return_lse, return_mask, k_statistics)
         q, k, v = arrays.on_device(device, q, k, v)
         prepared = plan_of(q, k, v, layout, options)
-        return prepared._run(q, k, v, thresholds, return_lse, return_mask, out, None)
+        return prepared._run(q, k, v, thresholds, return_lse, return_mask, out, None, k_statistics)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, pipeline, programs, workspaces
+from . import arrays, key_statistics, pipeline, programs, workspaces
 from .block_mask import BlockMask
 from .errors import ArgumentError
 from .plans import Plan
@@ -57,7 +57,7 @@ class AttentionPlan:
         kinds = ("dense",) if self.plan.is_dense else ("dense", "scalar", "host", "device")
         variants = product((None,), kinds, (False,), (False, True))
         with arrays.import_cupy().cuda.Device(self._device):
-            return max(self._record(*variant).workspace_bytes for variant in variants)
+            return max(self._record(*variant).workspace_bytes for variant in variants)  # fewer with k_statistics
 
     def run(
         self,
@@ -71,6 +71,7 @@ class AttentionPlan:
         out: Any = None,
         stream: Any = None,
         workspace: Any = None,
+        k_statistics: Any = None,
     ) -> Any:
         """One call, with the arguments, results and errors of :func:`sparse_attention`.
 
@@ -82,10 +83,11 @@ class AttentionPlan:
             if device is None:
                 call = arrays.check_call(q, k, v, layout=self.layout, out=out, thresholds=thresholds, **self._options)
                 self._check_kind(*(arrays.in_layout(x, self.layout) for x in (call.q, call.k, call.v)))
-                return pipeline.run_twin(call, return_lse, return_mask)
+                check_statistics(k_statistics, self.plan, None)
+                return pipeline.run_twin(call, return_lse, return_mask, k_statistics)
             q, k, v = arrays.on_device(device, q, k, v)
             self._check_kind(q, k, v)
-            return self._run(q, k, v, thresholds, return_lse, return_mask, out, workspace)
+            return self._run(q, k, v, thresholds, return_lse, return_mask, out, workspace, k_statistics)
 
     def _check_kind(self, q: Any, k: Any, v: Any) -> None:
         kind = _kind_of(q, k, v)
@@ -110,6 +112,7 @@ class AttentionPlan:
         return_mask: Any,
         out: Any,
         workspace: Any,
+        k_statistics: Any = None,
         lse_out: Any = None,
         words_out: Any = None,
     ) -> Any:
@@ -121,11 +124,14 @@ class AttentionPlan:
         if (q.data.ptr | k.data.ptr | v.data.ptr) % arrays.ALIGNMENT:
             arrays.as_arrays(q, k, v, self.layout)  # says which it is; arrays without elements may have any address
         thresholds = check_thresholds(thresholds, self.plan.num_heads, q)
+        check_statistics(k_statistics, self.plan, self._device)
         view, out_kind = None, None
         if out is not None:
             view = arrays.import_array("out", out, self._device)
             out_kind = (view.dtype, view.shape, view.strides)
-        key = (out_kind, _kind_of_thresholds(thresholds, self.plan), bool(return_lse), bool(return_mask))
+        kind = _kind_of_thresholds(thresholds, self.plan)
+        statistics = () if k_statistics is None or kind == "dense" else k_statistics.arrays
+        key = (out_kind, kind, bool(return_lse), bool(return_mask), bool(statistics))
         program = self._programs.get(key)
         if view is not None and (program is None or view.data.ptr % arrays.ALIGNMENT):
             arrays.check_out(view, arrays.in_layout(q, self.layout), self.layout)
@@ -135,7 +141,7 @@ class AttentionPlan:
             program = program or self._program(key)
             if workspace is not None:
                 workspace = arrays.check_workspace(workspace, self._device, program.workspace_bytes)
-            arguments = (program, key, (q, k, v), thresholds, view, workspace, lse_out, words_out)
+            arguments = (program, key, (q, k, v), thresholds, view, workspace, statistics, lse_out, words_out)
             try:
                 result, lse, mask = self._submit(*arguments)
             except arrays.import_cupy().cuda.memory.OutOfMemoryError:
@@ -151,18 +157,20 @@ class AttentionPlan:
         thresholds: Any,
         out: Any,
         workspace: Any,
+        statistics: tuple,
         lse: Any,
         words: Any,
     ) -> tuple[Any, Any, BlockMask | None]:
         """Allocate what the caller gets and launch; (out, lse, mask)."""
         cupy, plan, (q, k, v) = arrays.import_cupy(), self.plan, qkv
-        _, kind, return_lse, return_mask = key
+        _, kind, return_lse, return_mask, _ = key
         mask = None
         if out is None:
             out = cupy.ndarray(q.shape, q.dtype)
         addresses = [q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr]
         if kind == "device":
             addresses.append(thresholds.data.ptr)
+        addresses += [x.data.ptr for x in statistics]
         if return_lse:
             if lse is None:
                 lse = cupy.ndarray((plan.batch, plan.num_heads, plan.seqlen_q), np.float32)
@@ -187,7 +195,9 @@ class AttentionPlan:
     def _program(self, key: tuple) -> programs.Program:
         return self._programs.get(key) or self._programs.add(key, self._record(*key))
 
-    def _record(self, out_kind: tuple | None, kind: str, return_lse: bool, return_mask: bool) -> programs.Program:
+    def _record(
+        self, out_kind: tuple | None, kind: str, return_lse: bool, return_mask: bool, has_statistics: bool = False
+    ) -> programs.Program:
         """The launches of calls with such an out, such thresholds and these results."""
         plan = self.plan
         with programs.Recorder(self._device) as recorder:
@@ -201,8 +211,12 @@ class AttentionPlan:
                 thresholds = pipeline.store_thresholds(plan)
             else:
                 thresholds = programs.ScalarParameter() if kind == "scalar" else 0.0
+            statistics = None
+            if has_statistics:
+                statistics = recorded_statistics(recorder, plan)
+                ports += statistics.arrays
             views = (arrays.in_layout(x, self.layout) for x in ports[:4])
-            lse, mask = pipeline.run_stages(*views, thresholds, plan, return_lse, return_mask)
+            lse, mask = pipeline.run_stages(*views, thresholds, plan, return_lse, return_mask, statistics)
         ports += [lse] if return_lse else []
         ports += [mask.words] if return_mask else []
         program = programs.Program(recorder, ports)
@@ -216,6 +230,19 @@ class AttentionPlan:
             out = arrays.import_cupy().empty(q.shape, q.dtype)
         lse = arrays.empty_attention(arrays.in_layout(out, self.layout), self.plan)
         return out, lse, pipeline.all_visible(q, self.plan)
+
+
+def check_statistics(k_statistics: Any, plan: Plan, device: int | None) -> None:
+    """ArgumentError or DtypeError when they are given and are not of such keys."""
+    if k_statistics is not None:
+        key_statistics.check(k_statistics, plan.batch, plan.num_kv_heads, plan.head_dim, device)
+
+
+def recorded_statistics(recorder: programs.Recorder, plan: Plan) -> key_statistics.KeyStatistics:
+    """Statistics whose arrays are symbols, for the ports of a program."""
+    heads, channels = (plan.batch, plan.num_kv_heads), (plan.batch, plan.num_kv_heads, plan.head_dim)
+    shapes = (channels, channels, heads, heads)
+    return key_statistics.KeyStatistics(*(recorder.array(shape, np.float32) for shape in shapes), None, None)
 
 
 # --- which calls are alike -----------------------------------------------------------------------------------------

@@ -10,10 +10,13 @@ from .block_scores import kernel_specs as scores_specs
 from .ceilings import kernel_specs as ceilings_specs
 from .estimate import kernel_specs as estimate_specs
 from .jit import KernelSpec
+from .key_statistics import kernel_specs as statistics_specs
+from .merge import kernel_specs as merge_specs
 from .output_difference import kernel_specs as difference_specs
 from .pipeline import kernel_specs as pipeline_specs
 from .plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, LOW_BIT_ARCHS, Plan
 from .quantize import kernel_specs as quantize_specs
+from .sequences import kernel_specs as sequences_specs
 from .skipped_mass import kernel_specs as pool_specs
 from .workloads import kernel_specs as workload_specs
 
@@ -25,6 +28,7 @@ STAGES = {
     "pipeline": pipeline_specs,
 }
 _LONG = 2**20  # tokens: the keys are attended in segments
+SERVING = {"sequences": sequences_specs, "merge": merge_specs, "statistics": statistics_specs}
 TOOLS = {  # outside of a call
     "scores": scores_specs,
     "difference": difference_specs,
@@ -63,9 +67,18 @@ def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
                 found.setdefault(spec, "attend")
         for spec in pool_specs(plan):
             found.setdefault(spec, "pool")
-        for stage, specs in TOOLS.items():
+        for stage, specs in (SERVING | TOOLS).items():
             for spec in specs(plan):
                 found.setdefault(spec, stage)
+        packed = plan.replace(has_lengths=True)
+        for stage, specs in STAGES.items():
+            for spec in specs(packed):
+                found.setdefault(spec, stage)
+        for spec in attend_specs(packed.replace(seqlen_q=_LONG, seqlen_k=_LONG)):
+            found.setdefault(spec, "attend")
+        if arch in LOW_BIT_ARCHS:
+            for spec in attend_specs(packed.replace(attend="int8-fp8")):
+                found.setdefault(spec, "attend")
     return [(stage, spec) for spec, stage in found.items()]
 
 

@@ -49,7 +49,7 @@ def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
     """The kernels that :func:`estimate` launches for this plan."""
     main = [_mma_spec(plan, plan.code_bits)]
     if _uses_wgmma(plan, "auto"):
-        main = [_bounds_spec(), _int4_wgmma_spec(plan)] if plan.estimator == "int4" else [_wgmma_spec(plan)]
+        main = [_bounds_spec(plan), _int4_wgmma_spec(plan)] if plan.estimator == "int4" else [_wgmma_spec(plan)]
     return main if plan.block_k == KEY_BLOCK else [*main, _coarsen_spec(plan)]
 
 
@@ -82,7 +82,7 @@ def _launch_int4_wgmma(quantized: Quantized, limits: Any, words: Any, plan: Plan
     key_tiles = plan.padded_k // CODE_TILE_ROWS
     scales = (quantized.k_scale, quantized.correction)
     bounds = arrays.empty((plan.batch, plan.num_heads, key_tiles, _KEY_BOUNDS_FLOATS), np.float32)
-    jit.get_kernel(_bounds_spec())(
+    jit.get_kernel(_bounds_spec(plan))(
         (key_tiles, plan.num_heads, plan.batch), (CODE_TILE_ROWS,), (*scales, bounds, plan.shape_record)
     )
     jit.get_kernel(_int4_wgmma_spec(plan))(
@@ -105,22 +105,22 @@ def _wgmma_spec(plan: Plan) -> jit.KernelSpec:
         "estimate_int8_sm90",
         (str(plan.head_dim), str(plan.block_q), "true" if plan.q_is_sparse else "false"),
         f"EstimateInt8Storage<{plan.head_dim}>",
+        plan.has_lengths,
     )
 
 
 def _int4_wgmma_spec(plan: Plan) -> jit.KernelSpec:
-    return jit.KernelSpec(
-        "estimate_int4_sm90", (str(plan.head_dim), str(plan.block_q)), f"EstimateInt4Storage<{plan.head_dim}>"
-    )
+    template, storage = (str(plan.head_dim), str(plan.block_q)), f"EstimateInt4Storage<{plan.head_dim}>"
+    return jit.KernelSpec("estimate_int4_sm90", template, storage, plan.has_lengths)
 
 
-def _bounds_spec() -> jit.KernelSpec:
-    return jit.KernelSpec("prepare_int4_bounds")
+def _bounds_spec(plan: Plan) -> jit.KernelSpec:
+    return jit.KernelSpec("prepare_int4_bounds", lengths=plan.has_lengths)
 
 
 def _mma_spec(plan: Plan, code_bits: int) -> jit.KernelSpec:
     codes = "Int8" if plan.estimator != "int4" else {4: "Int4", 8: "Int4InBytes"}[code_bits]
-    return jit.KernelSpec("estimate_sm80", (str(plan.head_dim), codes, str(plan.block_q)))
+    return jit.KernelSpec("estimate_sm80", (str(plan.head_dim), codes, str(plan.block_q)), lengths=plan.has_lengths)
 
 
 def _coarsen_spec(plan: Plan) -> jit.KernelSpec:

@@ -29,15 +29,22 @@ INSTALL_HINT = 'install CuPy and NVRTC with: pip install "salekit[cuda12]" (or "
 @dataclass(frozen=True)
 class KernelSpec:
     """One instance of a kernel template: the file and function ``source``, its C++ template arguments as text, and the
-    C++ type whose sizeof is its dynamic shared memory (None: none)."""
+    C++ type whose sizeof is its dynamic shared memory (None: none). lengths: for sequences with lengths of their own
+    (SEQUENCE_LENGTHS of tile/shape.cuh)."""
 
     source: str
     template: tuple[str, ...] = ()
     storage: str | None = None
+    lengths: bool = False
 
     @property
     def expression(self) -> str:
         return f"{self.source}<{', '.join(self.template)}>" if self.template else self.source
+
+    @property
+    def label(self) -> str:
+        """What to call it in a list."""
+        return f"{self.expression} with lengths" if self.lengths else self.expression
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,8 @@ def nvrtc_version() -> tuple[int, int]:
 
 
 def _unit(spec: KernelSpec) -> str:
-    return f'#include "kernels/{spec.source}.cu"\n#include "tile/shared_bytes.cuh"\n'
+    defines = "#define SEQUENCE_LENGTHS\n" if spec.lengths else ""
+    return f'{defines}#include "kernels/{spec.source}.cu"\n#include "tile/shared_bytes.cuh"\n'
 
 
 def _number(pattern: str, text: str) -> int:

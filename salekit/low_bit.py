@@ -11,7 +11,7 @@ from . import arrays, jit
 from .attend_grid import DENSE_BLOCK_Q, NULL, SM90_THREADS, expand_log2, persistent_grid
 from .block_mask import BlockMask
 from .plans import CODE_TILE_ROWS, KEY_BLOCK, Plan
-from .quantize import channel_partials, reduce_spec
+from .quantize import REDUCE_ROWS, channel_partials, reduce_spec
 from .reference import LOW_BIT_Q_SAMPLE
 
 _QUANTIZE_THREADS = 128
@@ -43,8 +43,10 @@ def quantize_low_bit(q: Any, k: Any, v: Any, plan: Plan, with_shift: bool) -> Lo
     channels = (*kv_shape, plan.head_dim)
     k_mean, v_factor, v_scale = (arrays.empty(channels) for _ in range(3))
     balance = arrays.empty((*kv_shape, 2, plan.head_dim))
+    sampled, of_keys = plan.lengths_of("sampled"), plan.lengths_of("k")
     (q_partials, q_chunks), (k_partials, k_chunks), (v_partials, _) = (
-        channel_partials(x, plan) for x in (q[:, ::LOW_BIT_Q_SAMPLE], k, v)
+        channel_partials(x, plan, lengths)
+        for x, lengths in ((q[:, ::LOW_BIT_Q_SAMPLE], sampled), (k, of_keys), (v, of_keys))
     )
     jit.get_kernel(_balance_spec(plan))(
         (plan.num_kv_heads, plan.batch),
@@ -61,6 +63,9 @@ def quantize_low_bit(q: Any, k: Any, v: Any, plan: Plan, with_shift: bool) -> Lo
             np.int32(q_chunks),
             np.int32(k_chunks),
             np.float64(1 / plan.seqlen_k),
+            sampled,
+            of_keys,
+            np.int32(REDUCE_ROWS),
         ),
     )
     q_scale = arrays.empty((plan.batch, plan.num_heads, plan.padded_q))
@@ -94,6 +99,7 @@ def _quantize_balanced(x: Any, side: str, scale: Any, shift: Any, mean: Any, bal
             np.int32(x.shape[1]),
             np.int32(padded),
             np.int32(heads // plan.num_kv_heads),
+            plan.lengths_of(side),
         ),
     )
     return codes
@@ -136,11 +142,12 @@ def kernel_specs(plan: Plan, mask_rows: list[int]) -> list[jit.KernelSpec]:
 
 
 def _balance_spec(plan: Plan) -> jit.KernelSpec:
-    return jit.KernelSpec("finish_balance", (str(plan.head_dim),))
+    return jit.KernelSpec("finish_balance", (str(plan.head_dim),), lengths=plan.has_lengths)
 
 
 def _balanced_spec(plan: Plan, side: str) -> jit.KernelSpec:
-    return jit.KernelSpec("quantize_balanced", (str(plan.head_dim), plan.element, "true" if side == "k" else "false"))
+    template = (str(plan.head_dim), plan.element, "true" if side == "k" else "false")
+    return jit.KernelSpec("quantize_balanced", template, lengths=plan.has_lengths)
 
 
 def _e4m3_spec(plan: Plan) -> jit.KernelSpec:
@@ -149,4 +156,5 @@ def _e4m3_spec(plan: Plan) -> jit.KernelSpec:
 
 def _attend_spec(plan: Plan, mask_rows: int) -> jit.KernelSpec:
     template = (str(plan.head_dim), plan.element, str(mask_rows))
-    return jit.KernelSpec("attend_int8_fp8_sm90", template, f"AttendInt8Fp8Sm90Storage<{plan.head_dim}>")
+    storage = f"AttendInt8Fp8Sm90Storage<{plan.head_dim}>"
+    return jit.KernelSpec("attend_int8_fp8_sm90", template, storage, plan.has_lengths)

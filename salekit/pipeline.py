@@ -16,18 +16,19 @@ from .plans import Plan, ceil_div
 from .programs import stage
 from .quantize import quantize
 
-_STORE_COUNT = 256  # values that one launch of store_floats writes
+STORE_COUNT = 256  # values that one launch of store_floats writes
 _VISIBLE_THREADS = 256
 
 
 def run_stages(
-    q: Any, k: Any, v: Any, out: Any, thresholds: Any, plan: Plan, return_lse: bool, return_mask: bool
+    q: Any, k: Any, v: Any, out: Any, thresholds: Any, plan: Plan, return_lse: bool, return_mask: bool,
+    k_statistics: Any = None,
 ) -> tuple[Any, BlockMask | None]:
     """bshd views in, (lse, mask) out."""
     mask = None
     if not (plan.is_dense or is_zero(thresholds)):
         with stage("quantize"):
-            quantized = quantize(q, k, plan)
+            quantized = quantize(q, k, plan, k_statistics)
         with stage("anchors"):
             statistics = anchor_statistics(q, k, quantized.k_mean, plan)
             limits = row_limits(*statistics, quantized, thresholds, plan)
@@ -75,13 +76,19 @@ def all_visible(q: Any, plan: Plan) -> BlockMask:
 
 def store_thresholds(plan: Plan) -> Any:
     """Thresholds that each run of a recorded program gets from the host, in memory."""
-    thresholds = arrays.empty((plan.num_heads,), np.float32)
-    for start in range(0, plan.num_heads, _STORE_COUNT):
-        target = thresholds[start : start + _STORE_COUNT]
+    return store_values((plan.num_heads,), np.float32)
+
+
+def store_values(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Values of 4 bytes that each run of a recorded program gets from the host, in memory."""
+    values = arrays.empty(shape, dtype)
+    flat = values.reshape(-1)
+    for start in range(0, flat.size, STORE_COUNT):
+        target = flat[start : start + STORE_COUNT]
         get_kernel(_STORE_SPEC)(
-            (1,), (_STORE_COUNT,), (target, programs.Parameter(_STORE_COUNT), np.int32(target.size))
+            (1,), (STORE_COUNT,), (target, programs.Parameter(STORE_COUNT), np.int32(target.size))
         )
-    return thresholds
+    return values
 
 
 def kernel_specs(plan: Plan) -> list[KernelSpec]:
@@ -90,10 +97,10 @@ def kernel_specs(plan: Plan) -> list[KernelSpec]:
 
 
 _VISIBLE_SPEC = KernelSpec("fill_visible")
-_STORE_SPEC = KernelSpec("store_floats", (str(_STORE_COUNT),))
+_STORE_SPEC = KernelSpec("store_floats", (str(STORE_COUNT),))
 
 
-def run_twin(call: arrays.Call, return_lse: bool, return_mask: bool) -> Any:
+def run_twin(call: arrays.Call, return_lse: bool, return_mask: bool, k_statistics: Any = None) -> Any:
     """A checked call with NumPy arrays."""
     plan = call.plan
     if plan.is_empty:
@@ -101,7 +108,7 @@ def run_twin(call: arrays.Call, return_lse: bool, return_mask: bool) -> Any:
         mask = all_visible(call.q, plan)
     else:
         views = (call.q, call.k, call.v, call.out)
-        lse, mask = run_stages(*views, call.thresholds, plan, return_lse, return_mask)
+        lse, mask = run_stages(*views, call.thresholds, plan, return_lse, return_mask, k_statistics)
     return pack(call.result, lse, mask, return_lse, return_mask)
 
 

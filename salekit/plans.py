@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,9 @@ SHAPE_RECORD = np.dtype(
         )
     ]
 )
+
+# The same of a call whose sequences have lengths of their own (SEQUENCE_LENGTHS of cuda_src/tile/shape.cuh).
+LENGTHS_RECORD = np.dtype([*SHAPE_RECORD.descr, ("lengths", "<u8")])
 
 
 # The RowMap struct of cuda_src/tile/row_map.cuh.
@@ -83,6 +87,10 @@ class Plan:
     dense_below: int = DENSE_BELOW
     skipped: str = "drop"
     arch: str | None = None  # "sm_90a", ...; None on the NumPy twin
+    # Whether each sequence has a length of its own, up to seqlen_q and seqlen_k, and where they are: int32 [5, batch]
+    # on the GPU, as cuda_src/kernels/locate_sequences.cu lays them out.
+    has_lengths: bool = False
+    lengths: Any = field(default=None, compare=False, repr=False)
 
     # --- sizes -------------------------------------------------------------------------------------------------
     @property
@@ -192,7 +200,8 @@ class Plan:
     @property
     def holds_tested_rows(self) -> bool:
         """Whether codes, scales and limits are held for the tested rows alone (tile/row_map.cuh)."""
-        return self.arch == "sm_90a" and self.estimator != "int4" and self.query_stride > 1
+        # Where they are would differ from sequence to sequence.
+        return self.arch == "sm_90a" and self.estimator != "int4" and self.query_stride > 1 and not self.has_lengths
 
     @cached_property
     def q_row_map(self) -> np.ndarray:
@@ -231,23 +240,28 @@ class Plan:
     @cached_property
     def shape_record(self) -> np.ndarray:
         """The ``Shape`` struct of cuda_src/tile/shape.cuh, as a size-1 record that CuPy passes by value."""
-        return np.array(
-            [
-                (
-                    self.batch,
-                    self.seqlen_q,
-                    self.seqlen_k,
-                    self.num_heads,
-                    self.num_kv_heads,
-                    int(self.causal),
-                    self.sink_end,
-                    min(self.local, 2**30),
-                    self.query_stride,
-                    self.full_rows,
-                )
-            ],
-            dtype=SHAPE_RECORD,
+        values = (
+            self.batch,
+            self.seqlen_q,
+            self.seqlen_k,
+            self.num_heads,
+            self.num_kv_heads,
+            int(self.causal),
+            self.sink_end,
+            min(self.local, 2**30),
+            self.query_stride,
+            self.full_rows,
         )
+        if self.has_lengths:
+            return np.array([(*values, self.lengths.data.ptr)], LENGTHS_RECORD)
+        return np.array([values], SHAPE_RECORD)
+
+    def lengths_of(self, side: str) -> Any:
+        """Rows of "q", of "k", or "sampled" rows of q of each sequence, as a kernel's argument; a null pointer
+        when they are the call's."""
+        if not self.has_lengths:
+            return np.uint64(0)
+        return self.lengths[{"q": 0, "k": 1, "sampled": 4}[side]]
 
     @property
     def element(self) -> str:

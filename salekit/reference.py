@@ -64,21 +64,72 @@ def prune_2_of_4(q: np.ndarray, rms: np.ndarray) -> np.ndarray:
     return np.where(keep.reshape(q.shape), q, np.float32(0))
 
 
-def quantize(q: np.ndarray, k: np.ndarray, plan: Plan) -> Quantized:
-    """Codes in row order (see ``codes.Quantized``) by the plan's estimator."""
-    k_mean = channel_means(k)
+def channel_rms(smooth_k: np.ndarray) -> np.ndarray:
+    """float32 [batch, heads, head_dim]: root mean square over the keys of [batch, heads, seqlen, head_dim]."""
+    return np.sqrt((smooth_k.astype(np.float64) ** 2).mean(axis=2)).astype(np.float32)
+
+
+def key_statistics(k: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The fields of ``key_statistics.KeyStatistics``, in their order, of [batch, seqlen, heads, head_dim] keys."""
+    batch, seqlen, heads, dim = k.shape
+    num_keys = np.full(batch, seqlen, np.int32)
+    if seqlen == 0:
+        nothing = np.zeros((batch, heads, dim), np.float32)
+        state = np.stack([nothing, nothing + np.float32(np.inf), nothing - np.float32(np.inf), nothing], axis=2)
+        return _finish_key_statistics(nothing, nothing, np.zeros((batch, heads), np.float32), num_keys, state)
+    keys, mean = _heads_first(k), channel_means(k)
+    with np.errstate(all="ignore"):
+        smooth = keys - mean[:, :, None]
+        squares = (smooth.astype(np.float64) ** 2).sum(axis=2)
+        parts = (keys.sum(axis=2, dtype=np.float64), keys.min(axis=2), keys.max(axis=2), squares)
+        state = np.stack(parts, axis=2).astype(np.float32)
+        return _finish_key_statistics(mean, channel_rms(smooth), _amax(smooth, (2, 3))[:, :, 0, 0], num_keys, state)
+
+
+def merge_key_statistics(num_a, state_a, num_b, state_b) -> tuple[np.ndarray, ...]:
+    """The same of two sets of keys together, from how many they are, int32 [batch], and their states."""
+    with np.errstate(all="ignore"):
+        total = num_a + num_b
+        counts = [num.astype(np.float64)[:, None, None] for num in (num_a, num_b, total)]
+        # A set without a key adds nothing, whatever its state says.
+        a, b = (np.where(count[..., None] > 0, state.astype(np.float64), [[0], [np.inf], [-np.inf], [0]])
+                for count, state in zip(counts, (state_a, state_b)))
+        some = counts[2] > 0
+        sums = a[:, :, 0] + b[:, :, 0]
+        mean = np.where(some, sums / counts[2], 0).astype(np.float32)
+        low, high = np.minimum(a[:, :, 1], b[:, :, 1]), np.maximum(a[:, :, 2], b[:, :, 2])
+        squares = np.zeros(mean.shape)
+        for count, part in zip(counts, (a, b)):
+            offset = part[:, :, 0] / np.maximum(count, 1) - mean
+            squares += np.where(count > 0, part[:, :, 3] + count * offset**2, 0)
+        low, high = (x.astype(np.float32) for x in (low, high))
+        extremes = np.maximum(np.abs(high - mean), np.abs(low - mean)).max(axis=-1)
+        amax = np.where(some[..., 0], extremes, np.float32(0)).astype(np.float32)
+        rms = np.sqrt(np.where(some, squares / counts[2], 0).astype(np.float32))
+        state = np.stack([sums, low, high, squares], axis=2).astype(np.float32)
+    return _finish_key_statistics(mean, rms, amax, total.astype(np.int32), state)
+
+
+def _finish_key_statistics(mean, rms, amax, num_keys, state) -> tuple[np.ndarray, ...]:
+    return mean, rms, amax, _codes(np.zeros_like(amax), amax, 127)[1], num_keys, state
+
+
+def quantize(q: np.ndarray, k: np.ndarray, plan: Plan, k_statistics=None) -> Quantized:
+    """Codes in row order (see ``codes.Quantized``) by the plan's estimator; k_statistics instead of k's own."""
+    k_mean = channel_means(k) if k_statistics is None else k_statistics.mean
     with np.errstate(all="ignore"):
         smooth_k = _heads_first(k) - k_mean[:, :, None]
         rows = _heads_first(q)
         if plan.estimator == "int4":
             return _quantize_int4(rows, smooth_k, k_mean, channel_means(q), plan)
         if plan.estimator == "int8-sp24":
-            rms = np.sqrt((smooth_k.astype(np.float64) ** 2).mean(axis=2)).astype(np.float32)
+            rms = channel_rms(smooth_k) if k_statistics is None else k_statistics.rms
             rms = np.repeat(rms, plan.group_size, axis=1)[:, :, None]
             finite = np.isfinite(rows).all(axis=-1, keepdims=True)
             rows = np.where(finite, prune_2_of_4(rows, np.nan_to_num(rms)), rows)
         q_codes, q_scale = _codes(rows, _amax(rows, -1), 127)
-        k_codes, k_scale = _codes(smooth_k, _amax(smooth_k, (2, 3)), 127)
+        k_amax = _amax(smooth_k, (2, 3)) if k_statistics is None else k_statistics.amax[:, :, None, None]
+        k_codes, k_scale = _codes(smooth_k, k_amax, 127)
     return Quantized(plan.estimator, 8, q_codes, k_codes, q_scale[..., 0], k_scale[:, :, 0, 0], k_mean)
 
 
@@ -363,6 +414,25 @@ def attend(q, k, v, mask: BlockMask | None, plan: Plan) -> tuple[np.ndarray, np.
 def dense_attention(q, k, v, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """Exact attention: out like q, lse float32 [batch, heads, seqlen_q]."""
     return attend(q, k, v, None, plan)
+
+
+def merge_states(out_a, lse_a, out_b, lse_b) -> tuple[np.ndarray, np.ndarray]:
+    """Attention over two sets of keys together, from that over each: out like out_a, lse float32 [batch, heads, rows].
+
+    out_a, out_b: [batch, seqlen_q, heads, head_dim]. A side with lse -inf does not count, whatever its output is.
+    """
+    with np.errstate(all="ignore"):
+        top = np.where(np.isnan(lse_a) | np.isnan(lse_b), np.float32(np.nan), np.maximum(lse_a, lse_b))
+        has_a, has_b = ~np.isneginf(lse_a), ~np.isneginf(lse_b)
+        weight_a = np.where(has_a, np.exp(lse_a - top), np.float32(0))
+        weight_b = np.where(has_b, np.exp(lse_b - top), np.float32(0))
+        total = weight_a + weight_b
+        lse = np.where(has_a | has_b, top + np.log(total), np.float32(-np.inf)).astype(np.float32)
+        merged = np.zeros(out_a.shape, np.float32)
+        for has, weight, out in ((has_a, weight_a, out_a), (has_b, weight_b, out_b)):
+            share, has = (np.moveaxis(x, 1, 2)[..., None] for x in (weight / total, has))
+            merged += np.where(has, share * out.astype(np.float32), np.float32(0))
+    return merged.astype(out_a.dtype), lse
 
 
 def sparse_attention(q, k, v, thresholds, plan: Plan):

@@ -49,7 +49,7 @@ def test_all_kernels_compile_clean(arch):
     for spec, (info, error) in zip(specs, command.compile_all(specs, arch)):
         problem = command.problem_of(info, error) or (info.stack_bytes and "stack") or info.warnings
         if problem:
-            problems[spec.expression] = problem
+            problems[spec.label] = problem
     assert not problems
 
 

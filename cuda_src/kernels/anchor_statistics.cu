@@ -84,10 +84,13 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
   const int warps_per_head = TILE_ROWS / WARP_ROWS / stride, heads_at_once = stride * AT_ONCE;
   const int warp_row = first_row + warp % warps_per_head * (WARP_ROWS * stride);
 
+  const Shape sequence = shape.of_sequence(batch);
+  if (Shape::HAS_LENGTHS && first_row >= sequence.seqlen_q) return;
+
   // 32-key blocks: those of the sink, then those of the local range that are not the sink's; as far as the tile sees.
-  const Range local = shape.local_range(tile);
-  const int num_seen = ceil_div(shape.visible_keys(first_row + TILE_ROWS - 1), KEY_BLOCK);
-  const int num_sink = min(ceil_div(shape.sink_end, KEY_BLOCK), num_seen);
+  const Range local = sequence.local_range(tile);
+  const int num_seen = ceil_div(sequence.visible_keys(first_row + TILE_ROWS - 1), KEY_BLOCK);
+  const int num_sink = min(ceil_div(sequence.sink_end, KEY_BLOCK), num_seen);
   const int first_local = max(local.begin / KEY_BLOCK, num_sink);
   const int num_blocks = num_sink + max(0, min(ceil_div(local.end, KEY_BLOCK), num_seen) - first_local);
   const bool resident = num_blocks <= ANCHOR_BLOCKS;
@@ -98,16 +101,16 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
       const int key = first_key(i);
       load_anchor_rows<HEAD_DIM, KEY_BLOCK, ANCHOR_THREADS>(shared_address(smem.K_smem[i - begin]),
                                                             k_gmem + key * k.stride_row, k.stride_row,
-                                                            shape.seqlen_k - key);
+                                                            sequence.seqlen_k - key);
     }
   };
-  const int first_loaded = min(warp_row, shape.seqlen_q - 1);
+  const int first_loaded = min(warp_row, sequence.seqlen_q - 1);
   auto load_q = [&](int head) {  // a warp its own rows
 #pragma unroll
     for (int h = 0; h < AT_ONCE; ++h)
       load_anchor_rows<HEAD_DIM, WARP_ROWS, 32>(shared_address(smem.Q_smem[warp][h]),
                                                 q.row<const uint16_t>(batch, first_loaded, head + h),
-                                                stride * q.stride_row, ceil_div(shape.seqlen_q - warp_row, stride));
+                                                stride * q.stride_row, ceil_div(sequence.seqlen_q - warp_row, stride));
   };
   const int heads_end = first_head + num_heads_each;
   int head = first_head + warp / warps_per_head * AT_ONCE;
@@ -122,8 +125,8 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
 
   const uint32_t lane_offset = anchor_offset<HEAD_DIM>(lane % 16, lane / 16);
   const int row = warp_row + lane / 4 * stride;
-  const int visible[2] = {shape.visible_keys(row), shape.visible_keys(row + 8 * stride)};
-  const int visible_to_all = shape.visible_keys(warp_row);
+  const int visible[2] = {sequence.visible_keys(row), sequence.visible_keys(row + 8 * stride)};
+  const int visible_to_all = sequence.visible_keys(warp_row);
   const float scale_log2 = softmax_scale * 1.4426950408889634f;
 
   for (int first = first_head; first < heads_end; first += heads_at_once, head += heads_at_once) {
@@ -208,7 +211,7 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
 #pragma unroll
         for (int step = 1; step < 4; step *= 2) total += __shfl_xor_sync(~0u, total, step);
         const int out_row = row + 8 * r * stride;
-        if (lane % 4 == 0 && out_row < shape.seqlen_q && head < heads_end) {
+        if (lane % 4 == 0 && out_row < sequence.seqlen_q && head < heads_end) {
           const int64_t index = (int64_t(batch) * shape.num_heads + head + h) * shape.seqlen_q + out_row;
           m_gmem[index] = visible[r] > 0 ? softmax_scale * best - softmax_scale * shift[r] : -INFINITY;
           l_gmem[index] = visible[r] > 0 ? total : 0.f;

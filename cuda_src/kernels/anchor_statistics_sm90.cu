@@ -190,7 +190,10 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 1)
   }
   __syncthreads();
 
-  const int first_key = first_slot_key(shape);
+  const int call_first_key = first_slot_key(shape);
+  auto first_key_of = [&](int batch) {
+    return Shape::HAS_LENGTHS ? first_slot_key(shape.of_sequence(batch)) : call_first_key;
+  };
   JobWalker<NUM_SLOTS> walker(shape, map);
   const int stride_heads = min(map.stride, walker.full_parts);  // heads of a strided job
   const int first_job = walker.job;
@@ -217,7 +220,7 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 1)
         const int slot = num_loaded % ANCHOR_SLOTS;
         mbarrier_wait(&smem.k_empty[slot], num_loaded / ANCHOR_SLOTS % 2 ^ 1);
         if (lane == 0) {
-          const int key = first_key + (walker.tile + num_loaded - walker.first_slot) * SLOT_KEYS;
+          const int key = first_key_of(walker.batch) + (walker.tile + num_loaded - walker.first_slot) * SLOT_KEYS;
           mbarrier_arrive_expect_tx(&smem.k_full[slot], TILE_BYTES);
 #pragma unroll
           for (int half = 0; half < Storage::HALVES; ++half)
@@ -279,11 +282,13 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 1)
 
     const bool strided = walker.is_strided();
     const int stride = strided ? map.stride : 1, rows_log2 = 6 - (stride > 1) - (stride > 2);  // rows of a head
-    const Range local = shape.local_range(walker.tile);
+    const Shape sequence = shape.of_sequence(walker.batch);
+    const int first_key = first_key_of(walker.batch);
+    const Range local = sequence.local_range(walker.tile);
     auto row = [&](int r) {
       return walker.tile * TILE_ROWS + ((warp % 4 * 16 + lane / 4 + 8 * r) & ((1 << rows_log2) - 1)) * stride;
     };
-    const int limits[2] = {min(shape.visible_keys(row(0)), local.end), min(shape.visible_keys(row(1)), local.end)};
+    const int limits[2] = {min(sequence.visible_keys(row(0)), local.end), min(sequence.visible_keys(row(1)), local.end)};
     const int least_limit = __reduce_min_sync(~0u, min(limits[0], limits[1]));
 
     // Each slot's product runs under the exponentials of the slot before.
@@ -296,8 +301,8 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 1)
     };
     auto add = [&](float (&from)[32], int i) {
       const int key = first_key + (walker.tile + i) * SLOT_KEYS;
-      const bool masked = key < shape.sink_end || key + SLOT_KEYS > least_limit;
-      statistics.add<0>(from, masked, key, shape.sink_end, limits, scale_log2);
+      const bool masked = key < sequence.sink_end || key + SLOT_KEYS > least_limit;
+      statistics.add<0>(from, masked, key, sequence.sink_end, limits, scale_log2);
     };
     mbarrier_wait(&smem.sink_full, walker.num_heads_before % 2);
     start_product<HEAD_DIM, Element>(s[0], q, sink_desc);
@@ -305,9 +310,9 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 1)
     start(s[1], 0);
     commit_and_await_previous(s[0]);
     float shift[2] = {s[0][0] + s[0][1], s[0][2] + s[0][3]};
-    const int sink_limits[2] = {min(shape.visible_keys(row(0)), shape.sink_end),
-                                min(shape.visible_keys(row(1)), shape.sink_end)};
-    statistics.add<4>(s[0], min(least_limit, shape.sink_end) < KEY_BLOCK, -KEY_BLOCK, 0, sink_limits, scale_log2);
+    const int sink_limits[2] = {min(sequence.visible_keys(row(0)), sequence.sink_end),
+                                min(sequence.visible_keys(row(1)), sequence.sink_end)};
+    statistics.add<4>(s[0], min(least_limit, sequence.sink_end) < KEY_BLOCK, -KEY_BLOCK, 0, sink_limits, scale_log2);
 #pragma unroll
     for (int i = 0; i < NUM_SLOTS; ++i) {
       if (i + 1 < NUM_SLOTS) start(s[i % 2], i + 1);
@@ -331,11 +336,11 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 1)
       for (int step = 1; step < 4; step *= 2) total += __shfl_xor_sync(~0u, total, step);
       const int in_product = warp % 4 * 16 + lane / 4 + 8 * r, head_offset = in_product >> rows_log2;
       const int head = head_in_group + head_offset;
-      if (lane % 4 == 0 && row(r) < shape.seqlen_q && head < walker.full_parts &&
+      if (lane % 4 == 0 && row(r) < sequence.seqlen_q && head < walker.full_parts &&
           head_offset < (strided ? stride_heads : 1)) {
         const int64_t q_head = int64_t(walker.batch) * shape.num_heads + walker.kv_head * walker.full_parts + head;
         const int64_t index = q_head * shape.seqlen_q + row(r);
-        const bool sees_a_key = shape.visible_keys(row(r)) > 0;
+        const bool sees_a_key = sequence.visible_keys(row(r)) > 0;
         m_gmem[index] = sees_a_key ? softmax_scale * best - softmax_scale * shift[r] : -INFINITY;
         l_gmem[index] = sees_a_key ? total : 0.f;
       }

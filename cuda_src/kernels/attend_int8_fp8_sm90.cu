@@ -268,9 +268,14 @@ __global__ void __launch_bounds__(384, 1)
       const Rows rows(shape, item.index);
       const int first_row = rows.q_block * ATTEND_BLOCK_Q;
       const int row = first_row + warpgroup * 64 + warp % 4 * 16 + threadIdx.x % 32 / 4;
-      const int visible_upper = shape.visible_keys(row), visible_lower = shape.visible_keys(row + 8);
+      // A plain use of shape where there are no lengths: a copy would change the registers.
+      auto visible_keys = [&](int of_row) {
+        if constexpr (Shape::HAS_LENGTHS) return shape.of_sequence(rows.batch).visible_keys(of_row);
+        return shape.visible_keys(of_row);
+      };
+      const int visible_upper = visible_keys(row), visible_lower = visible_keys(row + 8);
       // Keys that every row of this CTA sees: slots inside need no mask.
-      const int visible_to_all = shape.visible_keys(first_row);
+      const int visible_to_all = visible_keys(first_row);
       auto mask_tile = [&](float(&x)[64], const SlotTile& tile) {
         const uint32_t selected = tile.selected_by(warpgroup);
         if ((selected != 15) | (tile.first_key.w + KEY_BLOCK > visible_to_all))
@@ -391,7 +396,7 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int out_row = row + 8 * r;
-        const bool present = out_row < shape.seqlen_q;
+        const bool present = out_row < (Shape::HAS_LENGTHS ? shape.of_sequence(rows.batch).seqlen_q : shape.seqlen_q);
         store_row<HEAD_DIM, Element>(out.row<uint16_t>(rows.batch, present ? out_row : 0, rows.head), present, output.o,
                                      r, 1.f);
         if (present && lse_gmem != nullptr && threadIdx.x % 4 == 0) {

@@ -33,6 +33,12 @@ struct AttendSm80Storage {
   int visible_to_all;  // keys that every row of the CTA sees: blocks inside need no mask
   const uint16_t* k_gmem;
   const uint16_t* v_gmem;
+#ifdef SEQUENCE_LENGTHS
+  Shape sequence;
+  __device__ const Shape& shape_in_loop(const Shape&) const { return sequence; }
+#else
+  __device__ static const Shape& shape_in_loop(const Shape& shape) { return shape; }
+#endif
 };
 
 // Which rows of which head a CTA attends.
@@ -124,18 +130,23 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
 
   const int num_q_blocks = ceil_div(shape.seqlen_q, BLOCK_Q);
   const AttendWork work = locate_work<BLOCK_Q>(shape);
+  const Shape sequence = shape.of_sequence(work.batch);
+  if (Shape::HAS_LENGTHS && work.first_row >= sequence.seqlen_q) return;
   const uint32_t* mask_row = nullptr;
   if (mask_gmem != nullptr)
     mask_row = mask_gmem + (work.head_index(shape) * num_q_blocks + work.first_row / BLOCK_Q) *
                                ceil_div(ceil_div(shape.seqlen_k, KEY_BLOCK << expand_log2), 32);
   if (threadIdx.x == 0) {
+#ifdef SEQUENCE_LENGTHS
+    smem.sequence = sequence;
+#endif
     smem.first_row = work.first_row;
     smem.k_gmem = k.row<const uint16_t>(work.batch, 0, work.head / shape.group_size());
     smem.v_gmem = v.row<const uint16_t>(work.batch, 0, work.head / shape.group_size());
-    smem.visible_to_all = shape.visible_keys(work.first_row);
+    smem.visible_to_all = sequence.visible_keys(work.first_row);
   }
   BlockWalker walker(smem.selected, mask_row, expand_log2,
-                     ceil_div(shape.visible_keys(work.first_row + BLOCK_Q - 1), KEY_BLOCK));
+                     ceil_div(sequence.visible_keys(work.first_row + BLOCK_Q - 1), KEY_BLOCK));
 
   // Where this lane points ldmatrix in a tile: 16 rows at two chunks of 8 dims, for Q, for K and, transposed, for V.
   // A later step's chunk is an XOR away.
@@ -235,7 +246,7 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
 
     // Softmax. Blocks go down: x is the one that reaches farthest.
     if (blocks.y < 0 || (blocks.x + 1) * KEY_BLOCK > smem.visible_to_all)
-      mask_scores(s, blocks, smem.first_row + warp_row + lane / 4, shape);
+      mask_scores(s, blocks, smem.first_row + warp_row + lane / 4, smem.shape_in_loop(shape));
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
       float rescale[2];
@@ -277,6 +288,7 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
   cp_async_wait<0>();
   __syncthreads();
   const AttendWork done = locate_work<BLOCK_Q>(shape);
+  const int num_rows = shape.of_sequence(done.batch).seqlen_q;
 #pragma unroll
   for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
@@ -288,7 +300,7 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
       for (int n = 0; n < HEAD_DIM / 8; ++n)
         *reinterpret_cast<uint32_t*>(dynamic_smem + chunk_offset<HEAD_DIM>(row, n) + lane % 4 * 4) =
             Element::pack(o[m][n][2 * r] * inverse, o[m][n][2 * r + 1] * inverse);
-      if (lse_gmem != nullptr && lane % 4 == 0 && done.first_row + row < shape.seqlen_q)
+      if (lse_gmem != nullptr && lane % 4 == 0 && done.first_row + row < num_rows)
         lse_gmem[done.head_index(shape) * shape.seqlen_q + done.first_row + row] =
             sum == 0.f ? -INFINITY : fmaf(softmax.max[m][r], softmax_scale, logf(sum));
     }
@@ -299,7 +311,7 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
   for (int i = 0; i < WARP_ROWS; i += 32 / CHUNKS) {
     const int row = warp_row + i + lane / CHUNKS, chunk = lane % CHUNKS;
     const uint4 data = *reinterpret_cast<const uint4*>(dynamic_smem + chunk_offset<HEAD_DIM>(row, chunk));
-    if (done.first_row + row < shape.seqlen_q)
+    if (done.first_row + row < num_rows)
       *reinterpret_cast<uint4*>(out_gmem + row * out.stride_row + chunk * 8) = data;
   }
 }

@@ -236,9 +236,10 @@ __global__ void __launch_bounds__(384, 1)
       const Rows rows(shape, item.index);
       const int first_row = rows.q_block * ATTEND_BLOCK_Q;
       const int row = first_row + warpgroup * 64 + warp % 4 * 16 + threadIdx.x % 32 / 4;
-      const int visible_upper = shape.visible_keys(row), visible_lower = shape.visible_keys(row + 8);
+      const Shape sequence = shape.of_sequence(rows.batch);
+      const int visible_upper = sequence.visible_keys(row), visible_lower = sequence.visible_keys(row + 8);
       // Keys that every row of this CTA sees: slots inside need no mask.
-      const int visible_to_all = shape.visible_keys(first_row);
+      const int visible_to_all = sequence.visible_keys(first_row);
       auto mask_tile = [&](float(&s)[64], const SlotTile& tile) {
         const uint32_t selected = tile.selected_by(warpgroup);
         if ((selected != 15) | (tile.first_key.w + KEY_BLOCK > visible_to_all))
@@ -344,7 +345,7 @@ __global__ void __launch_bounds__(384, 1)
         sum += __shfl_xor_sync(~0u, sum, 2);
         const float inverse = sum == 0.f ? 0.f : 1.f / sum;
         const int out_row = row + 8 * r;
-        const bool present = out_row < shape.seqlen_q;
+        const bool present = out_row < shape.of_sequence(rows.batch).seqlen_q;
         store_row<HEAD_DIM, Element>(out.row<uint16_t>(rows.batch, present ? out_row : 0, rows.head), present, o, r,
                                      inverse);
         if (present && lse_gmem != nullptr && threadIdx.x % 4 == 0)

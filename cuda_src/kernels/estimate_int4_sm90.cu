@@ -96,7 +96,9 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
   const int kv_head = head / shape.num_heads * shape.num_kv_heads + head % shape.num_heads / shape.group_size();
   const int num_code_tiles = ceil_div(shape.seqlen_q, CODE_TILE_ROWS);
   const int first_code_tile = q_index * ESTIMATE_CONSUMERS;
-  const int num_tiles = ceil_div(shape.visible_keys((q_index + 1) * ESTIMATE_BLOCK_Q - 1), CODE_TILE_ROWS);
+  const Shape sequence = shape.of_sequence(head / shape.num_heads);
+  if (Shape::HAS_LENGTHS && q_index * ESTIMATE_BLOCK_Q >= sequence.seqlen_q) return;
+  const int num_tiles = ceil_div(sequence.visible_keys((q_index + 1) * ESTIMATE_BLOCK_Q - 1), CODE_TILE_ROWS);
 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < ESTIMATE_STAGES; ++stage) {
@@ -141,12 +143,12 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
       GroupVote vote;
       const int row = lane_row + half * 64;
       const int64_t at = int64_t(head) * shape.padded_q() + row;
-      const bool present = row < shape.seqlen_q;
+      const bool present = row < sequence.seqlen_q;
       vote.q_scale =
           present ? q_scale_gmem[int64_t(head) * (shape.padded_q() / 2) + row / 16 * 8 + row % 8] : 1.f;
       vote.scaled_q = __fmul_rn(softmax_scale, vote.q_scale);
       vote.y[0] = present ? limits_gmem[at] : INFINITY;
-      vote.y[1] = row + 8 < shape.seqlen_q ? limits_gmem[at + 8] : INFINITY;
+      vote.y[1] = row + 8 < sequence.seqlen_q ? limits_gmem[at + 8] : INFINITY;
       return vote;
     };
     const RowBounds upper_rows(group_vote_of(0)), lower_rows(group_vote_of(1));
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
         else
           votes |= smem.votes[warpgroup][i][w][word - begin];
       }
-      mask_row(i)[word] = finish_word<BLOCK_Q>(shape, code_tile * MASK_ROWS + i, word, votes);
+      mask_row(i)[word] = finish_word<BLOCK_Q>(sequence, code_tile * MASK_ROWS + i, word, votes);
     };
 
     const uint64_t q_desc = wgmma_descriptor<HEAD_DIM>(shared_address(smem.Q_smem[warpgroup]));
@@ -231,7 +233,7 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
           for (int column = 0; column < 8; ++column) corrections[column] = c[column / 2 * 8 + column % 2];
           const float k_scale =
               k_scale_gmem[int64_t(kv_head) * (shape.padded_k() / 8) + first_key / 8 + lane % 4];
-          vote = group_vote_of(half)(e, corrections, k_scale, shape.seqlen_k - first_key);
+          vote = group_vote_of(half)(e, corrections, k_scale, sequence.seqlen_k - first_key);
         }
         if (__any_sync(~0u, vote)) certain |= 1u << index;
       }

@@ -187,7 +187,9 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
   const int kv_head = head / shape.num_heads * shape.num_kv_heads + head % shape.num_heads / shape.group_size();
   const int first_code_tile = q_index * ESTIMATE_CONSUMERS;
   const int rows_end = map.tile_end((first_code_tile + ESTIMATE_CONSUMERS - 1) * CODE_TILE_ROWS);
-  const int num_tiles = ceil_div(shape.visible_keys(rows_end - 1), CODE_TILE_ROWS);
+  const Shape sequence = shape.of_sequence(head / shape.num_heads);
+  if (Shape::HAS_LENGTHS && map.tile_begin(first_code_tile * CODE_TILE_ROWS) >= sequence.seqlen_q) return;
+  const int num_tiles = ceil_div(sequence.visible_keys(rows_end - 1), CODE_TILE_ROWS);
 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < ESTIMATE_STAGES; ++stage) {
@@ -256,14 +258,14 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
         uint32_t votes = 0;
         for (int part = i * parts; part < (i + 1) * parts; ++part)
           votes |= smem.votes[warpgroup][part / 4][part % 4][word - begin];
-        mask_row(i)[word] = finish_word<BLOCK_Q>(shape, first_mask_row + i, word, votes);
+        mask_row(i)[word] = finish_word<BLOCK_Q>(sequence, first_mask_row + i, word, votes);
       }
     };
 
     voter.q_desc = wgmma_descriptor<HEAD_DIM>(shared_address(smem.Q_smem[warpgroup]));
     voter.k_desc = wgmma_descriptor<HEAD_DIM>(shared_address(smem.K_smem[0]));
     // Causal calls need no care: the rows that see the ragged last block have it as an anchor.
-    const bool ragged = !shape.causal && shape.seqlen_k % KEY_BLOCK != 0;
+    const bool ragged = !shape.causal && sequence.seqlen_k % KEY_BLOCK != 0;
 
     if constexpr (SPARSE) {
       constexpr int HALF_WORDS = SparseRows<HEAD_DIM>::STEPS * 5 * 128;
@@ -298,7 +300,7 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
       }
     }
     for (; tile < num_tiles; ++tile) {
-      voter.template estimate<1>(tile, ragged ? shape.seqlen_k - tile * CODE_TILE_ROWS : CODE_TILE_ROWS);
+      voter.template estimate<1>(tile, ragged ? sequence.seqlen_k - tile * CODE_TILE_ROWS : CODE_TILE_ROWS);
       store(tile);
     }
 

@@ -21,6 +21,8 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 3)
   __shared__ typename Products::Ring smem;
 
   const CodeRows rows(shape);
+  const Shape sequence = shape.of_sequence(rows.head / shape.num_heads);
+  if (Shape::HAS_LENGTHS && rows.code_tile * CODE_TILE_ROWS >= sequence.seqlen_q) return;
   const int head = rows.head, code_tile = rows.code_tile, num_tiles = rows.num_tiles;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Products products;
@@ -63,7 +65,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 3)
     const uint32_t(&of_warp)[4] = smem.found[word % 2];
     uint32_t votes = of_warp[2 * i] | of_warp[2 * i + 1];
     if constexpr (BLOCK_Q == 128) votes |= of_warp[2] | of_warp[3];
-    mask_row(i)[word] = finish_word<BLOCK_Q>(shape, code_tile * MASK_ROWS + i, word, votes);
+    mask_row(i)[word] = finish_word<BLOCK_Q>(sequence, code_tile * MASK_ROWS + i, word, votes);
   };
 
   products.place_lane();
@@ -83,7 +85,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 3)
       products.multiply(e, smem, stage, block);
 
       // Decide.
-      const int num_present = shape.seqlen_k - (tile * PRODUCT_TILE_K + block * KEY_BLOCK);
+      const int num_present = sequence.seqlen_k - (tile * PRODUCT_TILE_K + block * KEY_BLOCK);
       bool vote = false;
       if constexpr (Format::GROUPED) {
         float corrections[8];

@@ -4,7 +4,8 @@
 // k's f = sqrt(max|q| / max|k - mean|), q's 1 / f (1 where a maximum is below 2^-100 or not finite); and v's e4m3
 // factor and scale, which take the largest |v| to 448. partials float32 [batch, heads, num_chunks, 4, HEAD_DIM] of
 // each; k_mean, v_factor, v_scale float32 [batch, num_kv_heads, HEAD_DIM]; balance [batch, num_kv_heads, 2, HEAD_DIM]:
-// of k, of q. per_key: 1 / seqlen_k. Grid: (num_kv_heads, batch) CTAs of 8 * HEAD_DIM threads, an eighth of the chunks
+// of k, of q. per_key: 1 / seqlen_k. q_lengths, k_lengths: how many rows of each batch the chunks, of chunk_rows, are
+// of, where they have their own (tile/shape.cuh). Grid: (num_kv_heads, batch) CTAs of 8 * HEAD_DIM threads, an eighth of the chunks
 // each.
 #include "tile/codes.cuh"
 
@@ -17,9 +18,11 @@ struct Extremes {
   double sum = 0;
   float low = INFINITY, high = -INFINITY;
 
-  __device__ void add(const float* partials, int num_chunks, int part) {
+  // Of num_heads heads; of each the first `valid` of num_chunks chunks hold something.
+  __device__ void add(const float* partials, int num_heads, int num_chunks, int valid, int part) {
 #pragma unroll 4
-    for (int chunk = part; chunk < num_chunks; chunk += BALANCE_PARTS) {
+    for (int chunk = part; chunk < num_heads * num_chunks; chunk += BALANCE_PARTS) {
+      if (Shape::HAS_LENGTHS && chunk % num_chunks >= valid) continue;
       const float* of_chunk = partials + chunk * 4 * HEAD_DIM;
       sum += of_chunk[0];
       low = fminf(low, of_chunk[HEAD_DIM]);
@@ -55,16 +58,23 @@ template <int HEAD_DIM>
 __global__ void __launch_bounds__(BALANCE_PARTS * HEAD_DIM)
     finish_balance(const float* q_partials, const float* k_partials, const float* v_partials, float* k_mean_gmem,
                    float* balance_gmem, float* v_factor_gmem, float* v_scale_gmem, int group_size, int q_chunks,
-                   int k_chunks, double per_key) {
+                   int k_chunks, double per_key, const int* q_lengths, const int* k_lengths, int chunk_rows) {
   __shared__ double sums_smem[BALANCE_PARTS][HEAD_DIM];
   __shared__ float extremes_smem[2][BALANCE_PARTS][HEAD_DIM];
   const int channel = threadIdx.x % HEAD_DIM, part = threadIdx.x / HEAD_DIM;
   const int64_t kv_head = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
 
+  int q_valid = q_chunks, k_valid = k_chunks;
+  if constexpr (Shape::HAS_LENGTHS) {
+    const int num_keys = k_lengths[blockIdx.y];
+    q_valid = (q_lengths[blockIdx.y] + chunk_rows - 1) / chunk_rows;
+    k_valid = (num_keys + chunk_rows - 1) / chunk_rows;
+    per_key = num_keys == 0 ? 0. : __drcp_rn(num_keys);
+  }
   Extremes<HEAD_DIM> q, k, v;  // q's heads are neighbours: their chunks are one list
-  q.add(q_partials + kv_head * group_size * q_chunks * 4 * HEAD_DIM + channel, group_size * q_chunks, part);
-  k.add(k_partials + kv_head * k_chunks * 4 * HEAD_DIM + channel, k_chunks, part);
-  v.add(v_partials + kv_head * k_chunks * 4 * HEAD_DIM + channel, k_chunks, part);
+  q.add(q_partials + kv_head * group_size * q_chunks * 4 * HEAD_DIM + channel, group_size, q_chunks, q_valid, part);
+  k.add(k_partials + kv_head * k_chunks * 4 * HEAD_DIM + channel, 1, k_chunks, k_valid, part);
+  v.add(v_partials + kv_head * k_chunks * 4 * HEAD_DIM + channel, 1, k_chunks, k_valid, part);
   q.combine(sums_smem, extremes_smem, channel, part);
   k.combine(sums_smem, extremes_smem, channel, part);
   v.combine(sums_smem, extremes_smem, channel, part);

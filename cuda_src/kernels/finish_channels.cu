@@ -4,7 +4,8 @@
 // partials float32 [batch, heads, num_chunks, 4, HEAD_DIM]; mean, rms float32 [batch, heads, HEAD_DIM]; amax, scale
 // float32 [batch, heads]: the largest |x - mean| as float32 subtraction gives it, and the int8 scale amax / 127 (rms,
 // amax and scale may be null). Sums in float64; per_row = 1 / seqlen, per_chunk_row and per_last_row likewise come from
-// the host, as a float64 division here would be a function call. Grid: (heads, batch) CTAs of 4 * HEAD_DIM threads, a
+// the host, as a float64 division here would be a function call; lengths: rows of each batch, where they have their
+// own (tile/shape.cuh; 0 rows have mean 0). Grid: (heads, batch) CTAs of 4 * HEAD_DIM threads, a
 // quarter of the chunks each.
 #include "tile/codes.cuh"
 
@@ -12,13 +13,19 @@ template <int HEAD_DIM>
 __global__ void __launch_bounds__(4 * HEAD_DIM)
     finish_channels(const float* partials_gmem, float* mean_gmem, float* rms_gmem, float* amax_gmem, float* scale_gmem,
                     int num_chunks, int chunk_rows, int seqlen, double per_row, double per_chunk_row,
-                    double per_last_row) {
+                    double per_last_row, const int* lengths_gmem) {
   __shared__ double sums_smem[4][HEAD_DIM];
   __shared__ float extremes_smem[2][4][HEAD_DIM];
   __shared__ uint32_t amax_smem[4 * HEAD_DIM / 32];
   const int channel = threadIdx.x % HEAD_DIM, quarter = threadIdx.x / HEAD_DIM;
   const int64_t head = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
   const float* partials = partials_gmem + head * num_chunks * 4 * HEAD_DIM + channel;
+  if constexpr (Shape::HAS_LENGTHS) {
+    seqlen = lengths_gmem[blockIdx.y];
+    num_chunks = (seqlen + chunk_rows - 1) / chunk_rows;
+    per_row = seqlen == 0 ? 0. : __drcp_rn(seqlen);
+    per_last_row = seqlen == 0 ? 0. : __drcp_rn(seqlen - (num_chunks - 1) * chunk_rows);
+  }
 
   double sum = 0;
   float low = INFINITY, high = -INFINITY;
@@ -42,6 +49,7 @@ __global__ void __launch_bounds__(4 * HEAD_DIM)
   if (quarter == 0) mean_gmem[head * HEAD_DIM + channel] = mean;
 
   if (amax_gmem != nullptr) {
+    if (Shape::HAS_LENGTHS && seqlen == 0) low = high = 0;
     // Rounded subtraction is monotone, so the largest |x - mean| is at an extreme; a NaN anywhere is in the mean.
     uint32_t bits = max(magnitude_bits(__fsub_rn(high, mean)), magnitude_bits(__fsub_rn(low, mean)));
     bits = max_over_lanes<32>(bits);

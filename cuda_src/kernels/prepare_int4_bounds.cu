@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(CODE_TILE_ROWS)
   const int64_t kv_head = int64_t(blockIdx.z) * shape.num_kv_heads + blockIdx.y / shape.group_size();
   KeyBounds& bounds = bounds_gmem[head * gridDim.x + blockIdx.x];
 
-  const bool present = key < shape.seqlen_k;
+  const bool present = key < shape.of_sequence(blockIdx.z).seqlen_k;
   float corrected = -INFINITY, reciprocal = 1.f;
   uint32_t largest[2] = {0, 0};  // as bits, so that NaN counts
   if (present) {

@@ -3,7 +3,8 @@
 // x [batch, seqlen, heads, HEAD_DIM]; codes uint8 [batch, heads, padded, HEAD_DIM] as 128-row tiles (salekit/codes.py),
 // rows past the end zero. mean float32 [batch, kv heads, HEAD_DIM], balance [batch, kv heads, 2, HEAD_DIM]: of k, of q
 // (finish_balance.cu). IS_K: scale float32 [batch, heads, padded / 32, 4], four times over. Otherwise: scale float32
-// [batch, heads, padded], and shift, q . mean of k, likewise (may be null); a row past the end has scale 1.
+// [batch, heads, padded], and shift, q . mean of k, likewise (may be null); a row past the end has scale 1. lengths: the
+// rows of each batch, where they have their own (tile/shape.cuh).
 // Grid: (padded / 128, heads, batch) CTAs of 128 threads, a warp for 32 rows, all of them loaded before the first use.
 #include "tile/codes.cuh"
 #include "tile/tensor_view.cuh"
@@ -13,7 +14,8 @@ constexpr int BALANCED_THREADS = 128;
 template <int HEAD_DIM, typename Element, bool IS_K>
 __global__ void __launch_bounds__(BALANCED_THREADS)
     quantize_balanced(TensorView x, uint8_t* codes_gmem, float* scale_gmem, float* shift_gmem, const float* mean_gmem,
-                      const float* balance_gmem, int seqlen, int padded, int group_size) {
+                      const float* balance_gmem, int seqlen, int padded, int group_size, const int* lengths_gmem) {
+  if constexpr (Shape::HAS_LENGTHS) seqlen = lengths_gmem[blockIdx.z];
   constexpr int CHUNKS = HEAD_DIM / 8, STEP_ROWS = 32 / CHUNKS, STEPS = 32 / STEP_ROWS;
   const int lane = threadIdx.x % 32, chunk = lane % CHUNKS;
   const int block = blockIdx.x * (BALANCED_THREADS / 32) + threadIdx.x / 32;

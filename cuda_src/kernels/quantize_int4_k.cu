@@ -3,7 +3,8 @@
 //
 // k [batch, seqlen, kv_heads, HEAD_DIM]; k_mean float32 [batch, kv_heads, HEAD_DIM], q_mean [batch, num_heads,
 // HEAD_DIM]; codes in tiles (salekit/codes.py); scale float32 [batch, kv_heads, padded / 8], entry 4 * (j / 32) + j % 8
-// / 2; correction float32 [batch, num_heads, padded]. Keys past the end have codes and corrections 0.
+// / 2; correction float32 [batch, num_heads, padded]. Keys past the end have codes and corrections 0;
+// lengths: the keys of each batch, where they have their own (tile/shape.cuh).
 // Grid: (padded / 128, kv_heads, batch) CTAs of 4 * 4 * HEAD_DIM / 8 threads; a thread has 8 dims of a group's 8 keys.
 #include "tile/codes.cuh"
 #include "tile/tensor_view.cuh"
@@ -11,7 +12,9 @@
 template <int HEAD_DIM, typename Element, int CODE_BITS>
 __global__ void __launch_bounds__(2 * HEAD_DIM)
     quantize_int4_k(TensorView k, uint8_t* codes_gmem, float* scale_gmem, float* correction_gmem,
-                    const float* k_mean_gmem, const float* q_mean_gmem, int seqlen, int padded, int group_size) {
+                    const float* k_mean_gmem, const float* q_mean_gmem, int seqlen, int padded, int group_size,
+                    const int* lengths_gmem) {
+  if constexpr (Shape::HAS_LENGTHS) seqlen = lengths_gmem[blockIdx.z];
   constexpr int CHUNKS = HEAD_DIM / 8;
   constexpr int KEYS = 8;  // of a group
   const int chunk = threadIdx.x % CHUNKS, group = threadIdx.x / CHUNKS % 4, block = threadIdx.x / CHUNKS / 4;

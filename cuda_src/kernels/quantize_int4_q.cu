@@ -1,15 +1,18 @@
 // int4 codes of q - mean, a scale for rows r and r + 8 of each 16-row tile, packed or held in bytes.
 //
 // q [batch, seqlen, heads, HEAD_DIM]; mean float32 [batch, heads, HEAD_DIM]; codes in tiles (salekit/codes.py);
-// scale float32 [batch, heads, padded / 2], entry 8 * (row / 16) + row % 8. Rows past the end have codes 0.
+// scale float32 [batch, heads, padded / 2], entry 8 * (row / 16) + row % 8. Rows past the end have codes 0;
+// lengths: the rows of each batch, where they have their own (tile/shape.cuh).
 // Grid: (padded / 128, heads, batch) CTAs of 256 threads; a thread has 8 dims of a pair of rows at a time.
 #include "tile/codes.cuh"
 #include "tile/tensor_view.cuh"
 
 template <int HEAD_DIM, typename Element, int CODE_BITS>
 __global__ void __launch_bounds__(256) quantize_int4_q(TensorView q, uint8_t* codes_gmem, float* scale_gmem,
-                                                       const float* mean_gmem, int seqlen, int padded) {
+                                                       const float* mean_gmem, int seqlen, int padded,
+                                                       const int* lengths_gmem) {
   constexpr int CHUNKS = HEAD_DIM / 8;
+  if constexpr (Shape::HAS_LENGTHS) seqlen = lengths_gmem[blockIdx.z];
   constexpr int STEP_PAIRS = 256 / CHUNKS;
   const int chunk = threadIdx.x % CHUNKS;
   const int64_t head = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;

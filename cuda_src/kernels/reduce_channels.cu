@@ -2,6 +2,8 @@
 //
 // x [batch, seqlen, heads, HEAD_DIM]; partials float32 [batch, heads, num_chunks, 4, HEAD_DIM]: sum, min, max and the
 // sum of (x - chunk mean)^2. finish_channels combines them. Float32 throughout, in a fixed order, without atomics.
+// lengths: rows of each batch, where they have their own (tile/shape.cuh); the partials of a chunk without a row are
+// not written.
 // Grid: (num_chunks, heads, batch) CTAs of 256 threads; a thread has 8 neighbouring channels of every 16th or 32nd row.
 #include "tile/codes.cuh"
 #include "tile/tensor_view.cuh"
@@ -10,12 +12,15 @@ constexpr int REDUCE_ROWS = 512;
 constexpr int REDUCE_THREADS = 256;
 
 template <int HEAD_DIM, typename Element>
-__global__ void __launch_bounds__(REDUCE_THREADS) reduce_channels(TensorView x, float* partials_gmem, int seqlen) {
+__global__ void __launch_bounds__(REDUCE_THREADS) reduce_channels(TensorView x, float* partials_gmem, int seqlen,
+                                                                const int* lengths_gmem) {
   constexpr int CHUNKS = HEAD_DIM / 8;
   constexpr int GROUPS = REDUCE_THREADS / CHUNKS;  // rows of one step
   __shared__ float parts_smem[4][GROUPS][HEAD_DIM];
   const int chunk = threadIdx.x % CHUNKS, group = threadIdx.x / CHUNKS;
+  if constexpr (Shape::HAS_LENGTHS) seqlen = lengths_gmem[blockIdx.z];
   const int first_row = blockIdx.x * REDUCE_ROWS, num_rows = min(REDUCE_ROWS, seqlen - first_row);
+  if (Shape::HAS_LENGTHS && num_rows <= 0) return;
   const uint16_t* gmem = x.row<const uint16_t>(blockIdx.z, first_row, blockIdx.y) + chunk * 8;
 
   // Deviations from the chunk's first row: their squares do not cancel when the mean is large.

@@ -24,8 +24,10 @@ __global__ void __launch_bounds__(128)
   const int position = blockIdx.x * 128 + threadIdx.x, row = map.row(position), head = blockIdx.y, batch = blockIdx.z;
   const int64_t head_index = int64_t(batch) * shape.num_heads + head;
   const int64_t padded_index = head_index * map.num_positions + position;
+  const Shape sequence = shape.of_sequence(batch);
   float y = INFINITY;
-  if (row >= 0 && shape.visible_keys(row) > 0 && is_tested(shape, row, block_q)) {
+  const bool present = row >= 0 && (!Shape::HAS_LENGTHS || row < sequence.seqlen_q);
+  if (present && sequence.visible_keys(row) > 0 && is_tested(sequence, row, block_q)) {
     const float tau = thresholds_gmem != nullptr ? thresholds_gmem[head] : threshold;
     const float m = m_gmem[head_index * shape.seqlen_q + row], l = l_gmem[head_index * shape.seqlen_q + row];
     if (!(isfinite(m) && isfinite(l) && tau > 0.f))

@@ -52,7 +52,9 @@ struct Rows {
 
   // Blocks that some row sees.
   __device__ int num_visible(const Shape& shape) const {
-    return ceil_div(shape.visible_keys((q_block + 1) * ATTEND_BLOCK_Q - 1), KEY_BLOCK);
+    const Shape sequence = shape.of_sequence(batch);
+    if (Shape::HAS_LENGTHS && q_block * ATTEND_BLOCK_Q >= sequence.seqlen_q) return 0;
+    return ceil_div(sequence.visible_keys((q_block + 1) * ATTEND_BLOCK_Q - 1), KEY_BLOCK);
   }
 
   template <int MASK_ROWS>

@@ -52,7 +52,8 @@ struct CodeRows {
     head = blockIdx.x % num_heads_all;
     kv_head = head / shape.num_heads * shape.num_kv_heads + head % shape.num_heads / shape.group_size();
     warp_row = code_tile * CODE_TILE_ROWS + threadIdx.x / 32 * 32;
-    num_tiles = ceil_div(shape.visible_keys((code_tile + 1) * CODE_TILE_ROWS - 1), PRODUCT_TILE_K);
+    const Shape sequence = shape.of_sequence(head / shape.num_heads);
+    num_tiles = ceil_div(sequence.visible_keys((code_tile + 1) * CODE_TILE_ROWS - 1), PRODUCT_TILE_K);
   }
 };
 

@@ -17,6 +17,25 @@ struct Range {
 struct Shape {
   int batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, causal, sink_end, local, query_stride, full_rows;
 
+  // Calls whose sequences have lengths of their own are compiled apart (KernelSpec.lengths in salekit/jit.py). Arrays
+  // then have seqlen_q and seqlen_k rows for each sequence, which say where things lie; what is there is said by
+  // of_sequence.
+#ifdef SEQUENCE_LENGTHS
+  static constexpr bool HAS_LENGTHS = true;
+  const int* lengths;  // [2, batch]: rows of q and of k, at most seqlen_q and seqlen_k
+
+  __device__ __forceinline__ Shape of_sequence(int index) const {
+    Shape sequence = *this;
+    sequence.seqlen_q = lengths[index];
+    sequence.seqlen_k = lengths[batch + index];
+    sequence.sink_end = min(sink_end, sequence.seqlen_k);
+    return sequence;
+  }
+#else
+  static constexpr bool HAS_LENGTHS = false;
+  __device__ __forceinline__ Shape of_sequence(int) const { return *this; }
+#endif
+
   __device__ int offset() const { return seqlen_k - seqlen_q; }
   __device__ int group_size() const { return num_heads / num_kv_heads; }
   __device__ int padded_q() const { return ceil_div(seqlen_q, CODE_TILE_ROWS) * CODE_TILE_ROWS; }

@@ -1,0 +1,254 @@
+"""What a GPU would launch for packed sequences and given statistics, recorded and linked by a fake driver."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+cupy = pytest.importorskip("cupy")
+
+import test_host_programs as fakes  # noqa: E402
+from test_host_programs import OUT, STREAM, WORKSPACE, K, Q, V, fake, gpu_array, pointer  # noqa: E402, F401
+from test_host_serving import ESTIMATORS  # noqa: E402
+
+import salekit  # noqa: E402
+from salekit import arrays, attention_plan, plans, sequences, workspaces  # noqa: E402
+from salekit.errors import ArgumentError  # noqa: E402
+
+SUMS_Q, OF_K, TABLE, TAUS, LSE, STATISTICS = (0x7F00_0000_0000 + (i << 34) for i in range(8, 14))
+
+
+@pytest.fixture
+def gpu(fake, monkeypatch):  # noqa: F811
+    stream = type("Stream", (), {"ptr": STREAM})
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: stream)
+    monkeypatch.setattr(sequences.programs, "bind_context", lambda device: None)
+    monkeypatch.setattr(workspaces, "is_capturing", lambda stream: False)
+    monkeypatch.setattr(workspaces, "use", lambda device, stream, captured, size, given, launch: launch(WORKSPACE))
+    sequences._programs.clear()
+    yield fake
+    sequences._programs.clear()
+
+
+def checked(paged=False, on_host=False, batch=3, longest=(200, 300), debug=False, base=0, **options):
+    """A call on the fake GPU: 500 rows of q, 700 keys, or 40 pages of 32."""
+    q = gpu_array(Q + base, (500, 4, 128))
+    k, v = (gpu_array(at + base, (40, 32, 2, 128) if paged else (700, 2, 128)) for at in (K, V))
+    sums_q = np.array([0, 200, 200, 500], np.int32) if on_host else gpu_array(SUMS_Q, (batch + 1,), np.int32)
+    of_k = gpu_array(OF_K, (batch + (not paged),), np.int32)
+    if on_host:
+        of_k = np.array([300, 0, 1] if paged else [0, 300, 300, 301], np.int32)
+    table = gpu_array(TABLE, (batch, 12), np.int32, (64, 4)) if paged else None
+    pair = (None, of_k) if paged else (of_k, None)
+    options = dict(dense_below=0) | options
+    return sequences.check_sequences(q, k, v, sums_q, pair[0], *longest, table, pair[1], 0, debug, options)
+
+
+def run(gpu, call, thresholds=0.25, statistics=None):
+    out = gpu_array(OUT, (1, 500, 4, 128))
+    sequences.run_gpu(call, thresholds, False, out, statistics, 0)
+    return gpu.take()
+
+
+def shape_of(args):
+    """The Shape record with lengths among a launch's arguments."""
+    (found,) = (arg for arg in args if len(arg) == plans.LENGTHS_RECORD.itemsize == 48)
+    return np.frombuffer(found, plans.LENGTHS_RECORD)[0]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("paged", (False, True))
+def test_launches_of_packed_sequences(gpu, paged, estimator):
+    call = checked(paged, estimator=estimator)
+    assert call.plan.has_lengths and call.plan.padded_q == 256
+    for base in (0, 1 << 20):
+        calls = run(gpu, checked(paged, estimator=estimator, base=base))
+        names = [name.split("<")[0] for name, *_ in calls]
+        assert names[:4] == ["locate_sequences"] + ["gather_sequences"] * 3 and names[-1] == "scatter_sequences"
+        assert any(name.startswith("attend_sm90") for name in names) and "row_limits" in names
+        locate, *gathers = calls[:4]
+        wanted = (SUMS_Q, 0, OF_K) if paged else (SUMS_Q, OF_K, 0)
+        assert tuple(map(pointer, locate[4][:3])) == wanted
+        located = pointer(locate[4][3])
+        assert [pointer(x) for x in locate[4][4:]] == [3, 500, 32 if paged else 700, 200, 300, 8]
+        for (_, grid, _, _, args), at, rows, side in zip(gathers, (Q, K, V), (200, 300, 300), (0, 1, 1)):
+            heads = 4 if side == 0 else 2
+            assert grid == (-(-rows * heads * 16 // 256), 3, 1)
+            source, target = (np.frombuffer(arg, arrays.TENSOR_VIEW)[0] for arg in args[:2])
+            assert source["pointer"] == at + base and source["stride_row"] == heads * 128
+            assert target["stride_batch"] == rows * heads * 128
+            assert [pointer(x) for x in args[2:4]] == [located + 12 * side, located + 12 * (2 + side)]
+            has_table = paged and side == 1
+            assert pointer(args[4]) == (TABLE if has_table else 0)
+            assert pointer(args[5]) == (16 if has_table else 0)
+            if has_table:
+                assert [pointer(x) for x in args[6:8]] == [32, 40] and source["stride_batch"] == 32 * 2 * 128
+        scatter = calls[-1]
+        assert np.frombuffer(scatter[4][1], arrays.TENSOR_VIEW)[0]["pointer"] == OUT
+        assert [pointer(x) for x in scatter[4][2:6]] == [0, 0, located, located + 24]
+        shaped = [args for name, _, _, _, args in calls[4:-1] if any(len(arg) == 48 for arg in args)]
+        assert len(shaped) >= 4
+        assert plans.SHAPE_RECORD.itemsize not in {len(arg) for *_, args in calls for arg in args}
+        for args in shaped:
+            record = shape_of(args)
+            assert record["lengths"] == located
+            assert [record[name] for name in ("batch", "seqlen_q", "seqlen_k")] == [3, 200, 300]
+        reduced = [args for name, *_, args in calls if name.startswith("reduce_channels")]
+        assert [pointer(args[3]) for args in reduced] == [located + 12, located][: len(reduced)]
+    assert len(sequences._programs) == 1
+
+
+def test_launches_of_low_bit_attention(gpu):
+    calls = run(gpu, checked(attend="int8-fp8", dense_below=300))
+    located = pointer(calls[0][4][3])
+    reduced = [args for name, *_, args in calls if name.startswith("reduce_channels")]
+    assert [pointer(args[3]) for args in reduced] == [located + 4 * 12, located + 12, located + 12]
+    (balance,) = (args for name, *_, args in calls if name.startswith("finish_balance"))
+    assert [pointer(x) for x in balance[11:]] == [located + 4 * 12, located + 12, 512]
+    quantized = [args for name, *_, args in calls if name.startswith("quantize_balanced")]
+    assert [pointer(args[9]) for args in quantized] == [located, located + 12]
+    assert shape_of(next(args for name, *_, args in calls if name.startswith("attend_int8")))["lengths"] == located
+
+
+def test_launches_of_a_dense_call(gpu):
+    names = [name.split("<")[0] for name, *_ in run(gpu, checked(dense_below=300))]
+    assert names == ["locate_sequences", *["gather_sequences"] * 3, "attend_sm90", "scatter_sequences"]
+    assert [name.split("<")[0] for name, *_ in run(gpu, checked(), thresholds=0.0)][4:-1] == ["attend_sm90"]
+
+
+@pytest.mark.parametrize("paged", (False, True))
+@pytest.mark.parametrize("thresholds", (0.25, "list"))
+def test_lengths_on_the_host_are_parameters(gpu, paged, thresholds):
+    thresholds = [0.5, 0.25, 0.125, 1.0] if thresholds == "list" else thresholds
+    calls = run(gpu, checked(paged, on_host=True, longest=(300, 300)), thresholds)
+    names = [name.split("<")[0] for name, *_ in calls]
+    assert names.count("store_floats") == (2 if isinstance(thresholds, list) else 1) and "locate_sequences" not in names
+    stored = np.frombuffer(calls[0][4][1], np.int32)[:15].reshape(5, 3)
+    first_k = [0, 0, 0] if paged else [0, 300, 300]
+    assert stored.tolist() == [[200, 0, 300], [300, 0, 1], [0, 200, 200], first_k, [25, 0, 38]]
+    assert pointer(calls[0][4][2]) == 15
+    record = shape_of(next(args for name, *_, args in calls if name.startswith("attend")))
+    assert record["lengths"] == pointer(calls[0][4][0])
+    if isinstance(thresholds, list):
+        (stored,) = (args for name, *_, args in calls[1:] if name.startswith("store_floats"))
+        assert np.frombuffer(stored[1], np.float32)[:4].tolist() == thresholds
+    else:
+        (limits,) = (args for name, *_, args in calls if name.startswith("row_limits"))
+        assert np.frombuffer(limits[5], np.float32)[0] == 0.25
+    # Others at the next call, in the same program.
+    call = checked(paged, on_host=True, longest=(300, 300))
+    call.cu_seqlens_q[1] = 100
+    stored = np.frombuffer(run(gpu, call, thresholds)[0][4][1], np.int32)[:12].reshape(4, 3)
+    assert stored[0].tolist() == [100, 100, 300] and len(sequences._programs) == 1
+
+
+def test_many_sequences(gpu):
+    batch = 100  # more than one launch of store_floats takes
+    call = checked(batch=batch, longest=(500, 700))
+    assert shape_of(run(gpu, call)[-2][4])["batch"] == batch
+    sums = [np.linspace(0, n, batch + 1).astype(np.int32) for n in (500, 700)]
+    q, k, v = (gpu_array(at, (n, heads, 128)) for at, n, heads in ((Q, 500, 4), (K, 700, 2), (V, 700, 2)))
+    call = sequences.check_sequences(q, k, v, *sums, 8, 8, None, None, 0, False, dict(dense_below=0))
+    calls = run(gpu, call)
+    assert [name.split("<")[0] for name, *_ in calls[:3]] == ["store_floats", "store_floats", "gather_sequences"]
+    values = np.concatenate([np.frombuffer(x[4][1], np.int32) for x in calls[:2]])[: 5 * batch].reshape(5, batch)
+    assert (values[0] == np.diff(sums[0])).all() and (values[3] == sums[1][:-1]).all()
+
+
+def test_given_statistics_are_linked(gpu):
+    shapes = ((3, 2, 128), (3, 2, 128), (3, 2), (3, 2))
+    parts = [gpu_array(STATISTICS + (i << 20), shape, np.float32) for i, shape in enumerate(shapes)]
+    statistics = salekit.KeyStatistics(*parts, None, None)
+    for estimator, names in (("int8", {"quantize_int8"}), ("int8-sp24", {"quantize_int8", "quantize_int8_sparse"})):
+        calls = run(gpu, checked(estimator=estimator), statistics=statistics)
+        assert not any(name.startswith(("reduce", "finish")) for name, *_ in calls)
+        assert names == {name.split("<")[0] for name, *_ in calls if name.startswith("quantize")}
+        (of_k,) = (args for name, *_, args in calls if name == "quantize_int8<128, Half, 3>")
+        assert [pointer(x) for x in of_k[2:4]] == [STATISTICS + (2 << 20), STATISTICS]
+        (limits,) = (args for name, *_, args in calls if name.startswith("row_limits"))
+        assert pointer(limits[3]) == STATISTICS + (3 << 20)
+        if "quantize_int8_sparse" in names:
+            (of_q,) = (args for name, *_, args in calls if name.startswith("quantize_int8_sparse"))
+            assert pointer(of_q[3]) == STATISTICS + (1 << 20)
+    with pytest.raises(ArgumentError, match="k_statistics"):
+        run(gpu, checked(batch=2), statistics=statistics)
+
+
+def test_thresholds_and_lse_on_the_gpu_are_linked(gpu):
+    call = checked()
+    program = sequences._record(call, 0, None, "device", True, False)
+    program.link(WORKSPACE, Q, K, V, OUT, SUMS_Q, OF_K, TAUS, LSE)
+    program.submit(gpu, STREAM)
+    calls = gpu.take()
+    (limits,) = (args for name, *_, args in calls if name.startswith("row_limits"))
+    assert pointer(limits[4]) == TAUS
+    (attend,) = (args for name, *_, args in calls if name.startswith("attend_sm90"))
+    padded_lse = pointer(attend[6])
+    assert [pointer(x) for x in calls[-1][4][2:4]] == [padded_lse, LSE] and padded_lse >= WORKSPACE
+    assert [pointer(x) for x in calls[-1][4][6:]] == [200, 500, 4, 16]
+
+
+def test_debug_reads_what_is_on_the_gpu(gpu, monkeypatch):
+    """Without it no value on the GPU is looked at; with it the same errors as on the host."""
+    values = {SUMS_Q: [0, 300, 200, 500], OF_K: [0, 300, 300, 301]}
+    read = []
+
+    def on_host(x):
+        if not arrays.is_cuda(x):
+            return x
+        read.append(x.data.ptr)
+        return np.array(values[x.data.ptr], np.int32)
+
+    monkeypatch.setattr(sequences, "_on_host", on_host)
+    checked()
+    assert not read
+    with pytest.raises(ArgumentError, match="cu_seqlens_q: decreases from 300 to 200"):
+        checked(debug=True)
+    values[SUMS_Q] = [0, 200, 200, 400]
+    checked(debug=True)
+    values[OF_K] = [0, 301, 301, 302]
+    with pytest.raises(ArgumentError, match="max_seqlen_k: got 300; wants at least 301"):
+        checked(debug=True)
+    values[OF_K], values[TABLE] = [300, 0, 33], np.zeros((3, 12))
+    values[TABLE][2, 1], values[TABLE][2, 2] = 40, -1
+    with pytest.raises(ArgumentError, match=r"block_table: got page 40 at \[2, 1\]; wants 0 to 39"):
+        checked(paged=True, debug=True)
+    values[TABLE][2, 1] = 39
+    checked(paged=True, debug=True)
+    monkeypatch.setenv("SALEKIT_DEBUG", "1")
+    assert sequences.is_debugging(None) and not sequences.is_debugging(False)
+    monkeypatch.setenv("SALEKIT_DEBUG", "0")
+    assert not sequences.is_debugging(None)
+
+
+def test_lengths_and_pages_have_to_be_where_q_is(gpu):
+    q, k = gpu_array(Q, (500, 4, 128)), gpu_array(K, (700, 2, 128))
+    sums = gpu_array(SUMS_Q, (4,), np.int32)
+    here = [0, 200, 200, 500]
+
+    def check(*lengths, table=None, k=k, seqlens=None):
+        return sequences.check_sequences(q, k, k, *lengths, 300, 300, table, seqlens, 0, False, {})
+
+    with pytest.raises(ArgumentError, match="cu_seqlens_k: is on host memory; wants cuda:0, where cu_seqlens_q is"):
+        check(sums, here)
+    with pytest.raises(ArgumentError, match="cu_seqlens_k: is on cuda:0; wants host memory"):
+        check(here, sums)
+    pages = gpu_array(K, (40, 32, 2, 128))
+    with pytest.raises(ArgumentError, match="block_table: is on host memory"):
+        check(sums, None, table=np.zeros((3, 12), np.int32), k=pages, seqlens=gpu_array(OF_K, (3,), np.int32))
+    with pytest.raises(ArgumentError, match="q: got an address that is 2 past"):
+        sequences.check_sequences(gpu_array(Q + 2, (500, 4, 128)), k, k, sums, sums, 300, 300, None, None, 0, False, {})
+
+
+def test_planned_calls_take_statistics(gpu):
+    q, k, v = fakes.inputs()
+    plan = attention_plan.AttentionPlan(q, k, v, "bshd", dict(dense_below=0, estimator="int8"))
+    shapes = ((1, 2, 128), (1, 2, 128), (1, 2), (1, 2))
+    parts = [gpu_array(STATISTICS + (i << 20), shape, np.float32) for i, shape in enumerate(shapes)]
+    statistics = salekit.KeyStatistics(*parts, None, None)
+    out = gpu_array(OUT, q.shape)
+    plan._run(q, k, v, 0.25, False, False, out, None, statistics)
+    names = [name.split("<")[0] for name, *_ in gpu.take()]
+    assert not any(name.startswith(("reduce", "finish")) for name in names) and names[-1] == "attend_sm90"
+    plan._run(q, k, v, 0.25, False, False, out, None)
+    assert any(name.startswith("reduce") for name, *_ in gpu.take())
