@@ -48,7 +48,6 @@ RECORDS = {  # structs of salekit.h, which kernels take by value
     "salekit_row_map": ROW_MAP,
     "salekit_segment": SEGMENT,
 }
-NOT_CALLED = ("store_floats",)  # thresholds come from the GPU or as one number
 _SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 _LENGTHS = (2**14, 2**20)  # the keys of the longer are attended in segments
 _LOCALS = (128, 192, 256, 320)  # each takes another number of slots in anchor_statistics_sm90
@@ -98,7 +97,14 @@ class Target:
             )
             for attend in ("exact", "int8-fp8") if self.arch in LOW_BIT_ARCHS else ("exact",):
                 found.update(dict.fromkeys(call_specs(plan.replace(attend=attend))))
-        return [spec for spec in found if spec.source not in NOT_CALLED]
+        return [spec for spec in found if is_called(spec)]
+
+
+def is_called(spec: jit.KernelSpec) -> bool:
+    """Whether the C host side launches it: thresholds come from the GPU or as one number, statistics of keys are not
+    given."""
+    takes_statistics = spec.source == "quantize_int8" and spec.template[-1] == "3"
+    return spec.source != "store_floats" and not takes_statistics
 
 
 @dataclass(frozen=True)

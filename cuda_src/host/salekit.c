@@ -449,6 +449,9 @@ typedef struct argument {
     launch(r, slot, x, y, z, threads, list, (int)(sizeof list / sizeof *list));          \
   } while (0)
 
+/* Calls here are of sequences of one length: kernels get no lengths of each. */
+static const CUdeviceptr NO_LENGTHS = 0;
+
 static void visit(run *r, const salekit_launch *what, const char *name) {
   if (r->visit == NULL) return;
   const CUresult result = r->visit(r->user, what);
@@ -530,7 +533,7 @@ static CUtensorMap kv_map(run *r, salekit_tensor x, int box_rows) {
 /* What reduce_channels knows of each head's channels. */
 static void channel_partials(run *r, salekit_tensor x, int64_t rows, int64_t heads, CUdeviceptr partials) {
   LAUNCH(r, REDUCE_CHANNELS, ceil_div(rows, REDUCE_ROWS), heads, r->p->batch, 256, ARG(x), ARG(partials),
-         INT_ARG(rows));
+         INT_ARG(rows), ARG(NO_LENGTHS));
 }
 
 /* Mean and, where not null, rms, largest deviation and int8 scale of each head's channels. */
@@ -542,7 +545,7 @@ static void channel_statistics(run *r, salekit_tensor x, int64_t rows, int64_t h
   channel_partials(r, x, rows, heads, partials);
   LAUNCH(r, FINISH_CHANNELS, heads, r->p->batch, 1, 4 * r->p->head_dim, ARG(partials), ARG(mean), ARG(rms), ARG(amax),
          ARG(scale), INT_ARG(chunks), INT_ARG(REDUCE_ROWS), INT_ARG(rows), ARG(per_row), ARG(per_chunk_row),
-         ARG(per_last_row));
+         ARG(per_last_row), ARG(NO_LENGTHS));
 }
 
 static void quantize_int4(run *r) {
@@ -551,10 +554,11 @@ static void quantize_int4(run *r) {
   channel_statistics(r, r->call->k, p->seqlen_k, p->num_kv_heads, b->k_partials, b->k_mean, 0, 0, 0);
   channel_statistics(r, r->call->q, p->seqlen_q, p->num_heads, b->q_partials, b->q_mean, 0, 0, 0);
   LAUNCH(r, QUANTIZE_INT4_Q, p->padded_q / CODE_TILE_ROWS, p->num_heads, p->batch, 256, ARG(r->call->q),
-         ARG(b->q_codes), ARG(b->q_scale), ARG(b->q_mean), INT_ARG(p->seqlen_q), INT_ARG(p->padded_q));
+         ARG(b->q_codes), ARG(b->q_scale), ARG(b->q_mean), INT_ARG(p->seqlen_q), INT_ARG(p->padded_q),
+         ARG(NO_LENGTHS));
   LAUNCH(r, QUANTIZE_INT4_K, p->padded_k / CODE_TILE_ROWS, p->num_kv_heads, p->batch, 2 * p->head_dim,
          ARG(r->call->k), ARG(b->k_codes), ARG(b->k_scale), ARG(b->correction), ARG(b->k_mean), ARG(b->q_mean),
-         INT_ARG(p->seqlen_k), INT_ARG(p->padded_k), INT_ARG(p->group_size));
+         INT_ARG(p->seqlen_k), INT_ARG(p->padded_k), INT_ARG(p->group_size), ARG(NO_LENGTHS));
 }
 
 static void quantize_int8(run *r) {
@@ -564,11 +568,16 @@ static void quantize_int8(run *r) {
   const salekit_row_map k_rows = {1, 0, 0, (int32_t)p->seqlen_k, (int32_t)p->padded_k};
   channel_statistics(r, r->call->k, p->seqlen_k, p->num_kv_heads, b->k_partials, b->k_mean, b->rms, b->k_amax,
                      b->k_scale);
-  const int slot = !p->is_pruned ? QUANTIZE_INT8_Q : p->is_hopper ? QUANTIZE_INT8_Q_SPARSE : QUANTIZE_INT8_Q_PRUNED;
-  LAUNCH(r, slot, p->q_rows.num_positions / rows, p->num_heads, p->batch, 256, ARG(r->call->q), ARG(b->q_codes),
-         ARG(b->q_scale), ARG(b->rms), ARG(p->q_rows), INT_ARG(p->is_pruned ? p->group_size : 1));
+  const int64_t q_ctas = p->q_rows.num_positions / rows;
+  if (p->is_pruned && p->is_hopper)
+    LAUNCH(r, QUANTIZE_INT8_Q_SPARSE, q_ctas, p->num_heads, p->batch, 256, ARG(r->call->q), ARG(b->q_codes),
+           ARG(b->q_scale), ARG(b->rms), ARG(p->q_rows), INT_ARG(p->group_size));
+  else
+    LAUNCH(r, p->is_pruned ? QUANTIZE_INT8_Q_PRUNED : QUANTIZE_INT8_Q, q_ctas, p->num_heads, p->batch, 256,
+           ARG(r->call->q), ARG(b->q_codes), ARG(b->q_scale), ARG(b->rms), ARG(p->q_rows),
+           INT_ARG(p->is_pruned ? p->group_size : 1), ARG(NO_LENGTHS));
   LAUNCH(r, QUANTIZE_INT8_K, p->padded_k / rows, p->num_kv_heads, p->batch, 256, ARG(r->call->k), ARG(b->k_codes),
-         ARG(b->k_amax), ARG(b->k_mean), ARG(k_rows), INT_ARG(1));
+         ARG(b->k_amax), ARG(b->k_mean), ARG(k_rows), INT_ARG(1), ARG(NO_LENGTHS));
 }
 
 /* --- anchors.py --------------------------------------------------------------------------------------------------- */
@@ -673,7 +682,8 @@ static void quantize_balanced(run *r, int slot, salekit_tensor x, int64_t rows, 
                               CUdeviceptr codes, CUdeviceptr scale, CUdeviceptr shift) {
   const low_bit_buffers *low = &r->b->low;
   LAUNCH(r, slot, padded / CODE_TILE_ROWS, heads, r->p->batch, 128, ARG(x), ARG(codes), ARG(scale), ARG(shift),
-         ARG(low->k_mean), ARG(low->balance), INT_ARG(rows), INT_ARG(padded), INT_ARG(heads / r->p->num_kv_heads));
+         ARG(low->k_mean), ARG(low->balance), INT_ARG(rows), INT_ARG(padded), INT_ARG(heads / r->p->num_kv_heads),
+         ARG(NO_LENGTHS));
 }
 
 static void quantize_low_bit(run *r, CUdeviceptr row_shift) {
@@ -690,7 +700,8 @@ static void quantize_low_bit(run *r, CUdeviceptr row_shift) {
   LAUNCH(r, FINISH_BALANCE, p->num_kv_heads, p->batch, 1, BALANCE_PARTS * p->head_dim, ARG(low->q_partials),
          ARG(low->k_partials), ARG(low->v_partials), ARG(low->k_mean), ARG(low->balance), ARG(low->v_factor),
          ARG(low->v_scale), INT_ARG(p->group_size), INT_ARG(ceil_div(sampled_rows, REDUCE_ROWS)),
-         INT_ARG(ceil_div(p->seqlen_k, REDUCE_ROWS)), ARG(per_row));
+         INT_ARG(ceil_div(p->seqlen_k, REDUCE_ROWS)), ARG(per_row), ARG(NO_LENGTHS), ARG(NO_LENGTHS),
+         INT_ARG(REDUCE_ROWS));
   quantize_balanced(r, QUANTIZE_BALANCED_Q, call->q, p->seqlen_q, p->num_heads, p->padded_q, low->q_codes,
                     low->q_scale, row_shift);
   quantize_balanced(r, QUANTIZE_BALANCED_K, call->k, p->seqlen_k, p->num_kv_heads, p->padded_k, low->k_codes,
