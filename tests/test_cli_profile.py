@@ -280,7 +280,7 @@ def test_a_trace_is_in_the_event_format(no_compiler, no_gpu):
     starts = [10.0004 + 3.3333 * i for i in range(len(report["kernels"]))]
     times = list(zip(starts, [*starts[1:], starts[-1] + 1]))
     stages = [Span("quantize", 1.0, 2.0), Span("anchors", 2.0, 3.0)]
-    trace = json.loads(json.dumps(module._chrome_trace(report, Trace(times, stages, Span("", 0.5, 4.0)))))
+    trace = json.loads(json.dumps(module._chrome_trace(report, Trace(times, list(range(len(times))), stages, Span("", 0.5, 4.0)))))
     events = trace["traceEvents"]
     assert {event["ph"] for event in events} == {"X", "M"}
     kernels = [event for event in events if event["ph"] == "X" and (event["pid"], event["tid"]) == (2, 0)]
@@ -327,7 +327,7 @@ def fake_gpu(monkeypatch, no_compiler):
 
         def trace(self):
             times = [(float(i), i + 1.0) for i in range(len(self.launches))]
-            return Trace(times, [Span("quantize", 1.0, 2.0)], Span("", 0.0, 3.0))
+            return Trace(times, list(range(len(times))), [Span("quantize", 1.0, 2.0)], Span("", 0.0, 3.0))
 
     def cases(seqlen, heads, kv_heads, head_dim, dtype, *_):
         shape = dict(seqlen_q=1024, seqlen_k=1024, batch=1, heads=2, kv_heads=1, head_dim=64)
