@@ -85,11 +85,12 @@ class HeadGroup:
         found = dict.fromkeys(("density", *METRICS), np.full(self.plan.num_heads, np.nan))
         if "density" in wanted:
             found["density"] = mask.density().mean(axis=0)
-        if "recall" in wanted or selected == self.plan:
-            found |= self._measure(mask, selected)
-        if selected != self.plan and set(wanted) & set(ERRORS):
-            with_pools = self._measure(mask, self.plan)
-            found |= {name: with_pools[name] for name in ERRORS}
+        if selected == self.plan:
+            return Measured(**found | self._measure(mask, selected))
+        for plan, names in ((selected, ("recall",)), (self.plan, ERRORS)):
+            if set(wanted) & set(names):
+                measured = self._measure(mask, plan)
+                found |= {name: measured[name] for name in names}
         return Measured(**found)
 
     def _measure(self, mask: BlockMask, plan: Plan) -> dict[str, np.ndarray]:
