@@ -38,6 +38,7 @@ TWIN_LIMIT_SECONDS = 120.0
 @options.estimator
 @options.query_stride
 @options.attend
+@options.skipped
 @options.tau
 @click.option(
     "--thresholds",
@@ -78,6 +79,7 @@ def run_bench(
     estimator: str,
     query_stride: int,
     attend: str,
+    skipped: str,
     tau: float,
     thresholds_file: str | None,
     block: tuple[int, int],
@@ -94,6 +96,7 @@ def run_bench(
         query_stride=query_stride,
         block=block,
         dense_below=0,  # the sparse path is what is timed, at every length
+        skipped=skipped,
     )
     masks = load_masks(masks_file, settings["block"]) if masks_file else None
     cases = cases_of(seqlen, heads, kv_heads, int(head_dim), dtype, input_file, masks, cuda, seed)
@@ -152,6 +155,7 @@ def _bench_case(case, settings, tau, thresholds_file, masks, report, cuda: bool)
         "anchors": call.anchors,
         "estimate": call.estimate,
         "attend": call.attend,
+        **({"attend-selected": call.attend_selected} if plan.skipped == "pool" else {}),
         # With given masks the call's own mask would be attended to, so the same stages run one after another instead.
         "total": call.total if masks is not None else whole_call,
     }
@@ -223,7 +227,7 @@ def _rates(plan, blocks, times, report) -> dict[str, Any]:
 
     rates: dict[str, Any] = {
         "dense_tflops": per_second(dense_flop, "dense") / 1e12,
-        "attend_tflops": per_second(attend_flop, "attend") / 1e12,
+        "attend_tflops": per_second(attend_flop, "attend-selected" if plan.skipped == "pool" else "attend") / 1e12,
         "estimate_tops": per_second(estimate_op, "estimate") / 1e12,
         "quantize_bytes_per_s": per_second(moved, "quantize"),
         "quantize_copy_share": None,
@@ -394,14 +398,16 @@ def _duration(seconds: float) -> str:
 def _print_tables(report: dict[str, Any]) -> None:
     gpu = report["gpu"]
     where = f"{gpu['name']}, driver {gpu['driver']}" if gpu else "NumPy twin"
-    stages = ("dense", "quantize", "anchors", "estimate", "attend", "total")
+    pooled = report["settings"]["skipped"] == "pool"
+    names = {"dense": "dense", "quantize": "quantise", "anchors": "anchors", "estimate": "estimate", "attend": "attend"}
+    names |= {"attend-selected": "no pools", "total": "total"} if pooled else {"total": "total"}
     rows = []
     for result in report["results"]:
         times = result["times"]
         rows.append(
             [
                 options.seqlen_name(result["seqlen_q"]),
-                *(_ms(times[name]) for name in stages),
+                *(_ms(times[name]) for name in names),
                 f"{result['density']:.3f}",
                 f"{result['speedup']:.2f}x",
             ]
@@ -409,11 +415,11 @@ def _print_tables(report: dict[str, Any]) -> None:
     first = report["results"][0]
     title = (
         f"salekit bench: {where}; {first['estimator']}, {first['heads']}/{first['kv_heads']} heads, head_dim "
-        f"{first['head_dim']}, {first['dtype']}, causal; ms, median ± spread"
+        f"{first['head_dim']}, {first['dtype']}, causal"
+        + (", skipped blocks pooled" if pooled else "")
+        + "; ms, median ± spread"
     )
-    render.table(
-        title, ["seqlen", "dense", "quantise", "anchors", "estimate", "attend", "total", "density", "speed-up"], rows
-    )
+    render.table(title, ["seqlen", *names.values(), "density", "speed-up"], rows)
     rows = []
     for result in report["results"]:
         rates, clocks = result["rates"], result["clocks"] or {}

@@ -24,19 +24,21 @@ TWIN = "the NumPy twin calibrates, which takes long beyond a few thousand tokens
 @options.block
 @options.estimator
 @options.query_stride
+@options.skipped
 @options.backend
 @click.option("--force", is_flag=True, help="Overwrite an output that exists.")
 @options.as_json
 @click.option("-o", "--output", type=click.Path(dir_okay=False, writable=True), required=True, help="Write this JSON.")
 def calibrate(
-    files, max_relative_error, max_error, min_recall, density, block, estimator, query_stride, backend, force, as_json,
-    output,
+    files, max_relative_error, max_error, min_recall, density, block, estimator, query_stride, skipped, backend, force,
+    as_json, output,
 ) -> None:
     """Find each head's largest threshold that meets a target, on FILES (.safetensors or .npz).
 
     A file may hold many layers (layers.12.q, layers.12.k, ...); a plain q, k, v is layer 0. Files of one layer at
     several lengths make thresholds that follow the length. Load the result with salekit.load_thresholds(path,
-    layer=..., seqlen=...).
+    layer=..., seqlen=...). With --skipped pool errors are those of a call with skipped="pool"; recall stays the mass
+    that the selected blocks hold.
     """
     targets = {"relative_error": max_relative_error, "error": max_error, "recall": min_recall, "density": density}
     given = {name: value for name, value in targets.items() if value is not None} or {"relative_error": 0.1}
@@ -53,7 +55,8 @@ def calibrate(
     rows, inputs, used = [], [], {}
     for file in files:
         inputs.append({"name": Path(file).name, "sha256": _sha256(file)})
-        for layer, plan, tau, measured in _layers(file, target, value, block, estimator, query_stride, use_gpu):
+        plan_options = dict(block=block, estimator=estimator, query_stride=query_stride, skipped=skipped)
+        for layer, plan, tau, measured in _layers(file, target, value, plan_options, use_gpu):
             if plan.seqlen_k in found.setdefault(layer, {}):
                 raise click.UsageError(f"{file}: layer {layer} at {plan.seqlen_k} tokens was in a file before")
             if any(len(other) != len(tau) for other in found[layer].values()):
@@ -67,6 +70,7 @@ def calibrate(
         **used,
         "block": list(block),
         "query_stride": query_stride,
+        "skipped": skipped,
         "inputs": inputs,
         "measured": rows,
     }
@@ -76,7 +80,7 @@ def calibrate(
     if as_json:
         render.print_json({"schema": 1, "kind": "salekit-calibration", **about, "fits": fits})
     else:
-        _print(rows, target, value)
+        _print(rows, target, value, skipped)
         _print_fits(fits)
 
 
@@ -88,7 +92,7 @@ def _sha256(file: str) -> str:
     return digest.hexdigest()
 
 
-def _layers(file: str, target: str, value: float, block, estimator: str, query_stride: int, use_gpu: bool):
+def _layers(file: str, target: str, value: float, plan_options: dict[str, Any], use_gpu: bool):
     """(layer, plan, thresholds, what they give) of each layer of a file, one at a time."""
     from salekit import calibration, make_plan
     from salekit.data_files import iter_layers
@@ -97,7 +101,7 @@ def _layers(file: str, target: str, value: float, block, estimator: str, query_s
         started = time.perf_counter()
         if use_gpu:
             q, k, v = backends.on_gpu(q, k, v)
-        plan = make_plan(q, k, v, block=block, estimator=estimator, query_stride=query_stride, dense_below=0)
+        plan = make_plan(q, k, v, **plan_options, dense_below=0)
         prepared = calibration.Layer(q, k, v, plan)
         steps = calibration.GRID if target == "density" else calibration.STEPS
         with render.progress(f"{Path(file).name}, layer {layer}", steps * prepared.num_groups) as tick:
@@ -117,10 +121,10 @@ def _row(layer: str, seqlen: int, head: int, tau: np.ndarray, measured: Any) -> 
     }
 
 
-def _print(rows: list[dict[str, Any]], target: str, value: float) -> None:
+def _print(rows: list[dict[str, Any]], target: str, value: float, skipped: str) -> None:
     shown = ("tau", "density", "relative_error", "error", "recall")
     render.table(
-        f"{target.replace('_', ' ')} {value:g}",
+        f"{target.replace('_', ' ')} {value:g}" + (", skipped blocks pooled" if skipped == "pool" else ""),
         ["layer", "seqlen", "head", *(name.replace("_", " ") for name in shown)],
         [
             [row["layer"], row["seqlen"], row["head"], *("-" if row[x] is None else f"{row[x]:.4g}" for x in shown)]

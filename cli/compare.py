@@ -51,18 +51,20 @@ def _methods(ctx: Any, param: Any, text: str) -> list[Any]:
 @click.option("--anchors", is_flag=True, help="SALE's sink and local window are kept by every method.")
 @click.option("--per-head", is_flag=True, help="A table for each head, too.")
 @options.block
+@options.skipped
 @options.backend
 @options.as_json
 @click.option("--plot", type=click.Path(dir_okay=False, writable=True), help="Draw to this .svg or .png (matplotlib).")
 @click.option("--force", is_flag=True, help="Overwrite a plot that exists.")
 def compare(
-    file, sample, layer, heads, methods, densities, shared, anchors, per_head, block, backend, as_json, plot, force
+    file, sample, layer, heads, methods, densities, shared, anchors, per_head, block, skipped, backend, as_json, plot, force
 ) -> None:
     """How much attention mass SALE's masks keep and how far the output is off, next to other ways to choose blocks.
 
     FILE (.safetensors or .npz) holds q, k and v. Every method chooses blocks of the same grid, at the same density;
     "cost" is what it multiplies before the attention, relative to the exact q.k product, a product of b bits counting
-    b / 16. docs/compare.md says where each comes from, and what it was checked against.
+    b / 16. docs/compare.md says where each comes from, and what it was checked against. --skipped pool measures every
+    method's error with pools of what it skips (docs/skipped-mass.md); masks, recall and cost stay the same.
     """
     if sample == (file is not None):
         raise click.UsageError("give either FILE or --sample")
@@ -79,7 +81,7 @@ def compare(
     q, k, v = _of_heads(q, k, v, heads)
     if use_gpu:
         q, k, v = backends.on_gpu(q, k, v)
-    plan = make_plan(q, k, v, block=block, estimator="int8", dense_below=0)
+    plan = make_plan(q, k, v, block=block, estimator="int8", dense_below=0, skipped=skipped)
     found = {}
     with render.progress(name, 1 + len(methods) * (1 + len(densities))) as tick:
         comparison = frontier.Comparison(q, k, v, plan, shared, anchors)
@@ -98,6 +100,8 @@ def compare(
         "block": list(block),
         "shared": shared,
         "anchors": anchors,
+        "skipped": skipped,
+        "pools": _pools(plan) if skipped == "pool" else None,
         "methods": {method.name: _result(method, plan, *found[method.name]) for method in methods},
     }
     if plot:
@@ -147,10 +151,14 @@ def _result(method: Any, plan: Any, points: list[Any], sparsest: np.ndarray) -> 
         "checked_against": method.checked_against,
         "knob": method.knob,
         "cost": equivalent(cost),
-        "products": [{"operations": p.operations, "bits": p.bits, "for": p.what} for p in cost],
+        "products": [_product(p) for p in cost],
         "sparsest": sparsest.tolist(),
         "points": [_point(method, plan, point) for point in points],
     }
+
+
+def _product(product: Any) -> dict[str, Any]:
+    return {"operations": product.operations, "bits": product.bits, "for": product.what}
 
 
 def _point(method: Any, plan: Any, point: Any) -> dict[str, Any]:
@@ -158,6 +166,14 @@ def _point(method: Any, plan: Any, point: Any) -> dict[str, Any]:
     values = {name: [_number(x) for x in getattr(point, name)] for name in names}
     mean = {name: _number(np.mean(getattr(point, name))) for name in names[:-1]}
     return {"wanted": point.wanted, "work": method.work(plan, point.wanted), "mean": mean, "heads": values}
+
+
+def _pools(plan: Plan) -> dict[str, Any]:
+    """What pools multiply, in the units of a method's cost; a method's work has them in it."""
+    from salekit.selectors import costs
+
+    products = costs.pools(plan)
+    return {"cost": costs.equivalent(products), "products": [_product(p) for p in products]}
 
 
 def _number(x: Any) -> float | None:
@@ -172,12 +188,18 @@ def _print(result: dict[str, Any], densities: list[float], per_head: bool) -> No
         f"{result['source']}, layer {result['layer']}: {len(heads)} heads, {result['seqlen_k']} tokens, "
         f"blocks {result['block'][0]}x{result['block'][1]}; {setting}{kept}"
     )
+    pools = result["pools"]
+    if pools:
+        render.text(f"errors with pools of what is skipped, which cost every method {pools['cost']:.3f} more")
+    titles = {name: name.replace("_", " ") for name in VALUES}
+    if pools:
+        titles["relative_error"] += ", skipped blocks pooled"
     for name in VALUES:
-        _table(f"{name.replace('_', ' ')}, mean of the heads", result, densities, lambda p, name=name: p["mean"][name])
+        _table(f"{titles[name]}, mean of the heads", result, densities, lambda p, name=name: p["mean"][name])
     for index, head in enumerate(heads if per_head else []):
         for name in VALUES:
             _table(
-                f"{name.replace('_', ' ')}, head {head}",
+                f"{titles[name]}, head {head}",
                 result,
                 densities,
                 lambda p, name=name, index=index: p["heads"][name][index],

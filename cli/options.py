@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from salekit.plans import BLOCKS, ESTIMATORS
+from salekit.plans import BLOCKS, ESTIMATORS, SKIPPED
 
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
@@ -88,6 +88,13 @@ query_stride = click.option(
     show_default=True,
     callback=lambda c, p, v: int(v),
     help="Test every n-th query row.",
+)
+skipped = click.option(
+    "--skipped",
+    type=click.Choice(SKIPPED),
+    default="drop",
+    show_default=True,
+    help="Skipped blocks add nothing, or pooled keys and values.",
 )
 backend = click.option(
     "--backend",

@@ -57,7 +57,9 @@ def save(path: str, result: dict[str, Any]) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
     blocks = "x".join(map(str, result["block"]))
     figure.suptitle(
-        f"{result['source']}: {len(result['heads'])} heads, {result['seqlen_k']} tokens, blocks {blocks}", fontsize=9
+        f"{result['source']}: {len(result['heads'])} heads, {result['seqlen_k']} tokens, blocks {blocks}"
+        + (", skipped blocks pooled" if result.get("skipped") == "pool" else ""),
+        fontsize=9,
     )
     suffix = Path(path).suffix[1:]
     figure.savefig(path, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)

@@ -39,6 +39,7 @@ def _known_gpu(context: Any, parameter: Any, name: str | None) -> str | None:
 @options.query_stride
 @options.attend
 @options.block
+@options.skipped
 @options.tau
 @click.option(
     "--density",
@@ -122,6 +123,7 @@ def run_profile(
     query_stride: int,
     attend: str,
     block: tuple[int, int],
+    skipped: str,
     tau: float,
     density: float | None,
     masks_file: str | None,
@@ -134,7 +136,7 @@ def run_profile(
     """(the report as a JSON object, the Chrome trace if a file for it is named). Raises SalekitError children and
     click.UsageError."""
     settings: dict[str, Any] = dict(
-        estimator=estimator, attend=attend, query_stride=query_stride, block=block, dense_below=0
+        estimator=estimator, attend=attend, query_stride=query_stride, block=block, dense_below=0, skipped=skipped
     )
     if gpu_name is None:
         _need_gpu()
@@ -208,6 +210,7 @@ def _predict(report: dict, case: dict, settings: dict, dtype: str, masks: Any, d
         block_k=block_k,
         query_stride=settings["query_stride"],
         dense_below=0,
+        skipped=settings["skipped"],
         arch=known.arch,
     )
     if masks is None:
@@ -358,7 +361,8 @@ def _chrome_trace(report: dict[str, Any], trace: Any) -> dict[str, Any]:
         *(event(span.name, host, 0, span.start_us, span.end_us, {}) for span in trace.stages),
     ]
     stages: dict[str, list[float]] = {}
-    for entry, (start, end) in zip(report["kernels"], trace.launches):
+    for place, (start, end) in zip(trace.order, trace.launches):
+        entry = report["kernels"][place]
         args = {key: entry[key] for key in _TRACED if entry[key] is not None}
         events.append(event(entry["kernel"], gpu, 0, start, end, args))
         stages.setdefault(entry["stage"], [start])[1:] = [end]
@@ -458,6 +462,7 @@ def _finish(
         f"{plan.head_dim}, {plan.dtype}, {plan.estimator}"
         + (f", query_stride {plan.query_stride}" if plan.query_stride > 1 else "")
         + f", attend {plan.attend}, blocks {plan.block_q}x{plan.block_k}, density {density:.3f}"
+        + (", skipped blocks pooled" if plan.skipped == "pool" else "")
     )
     stages: dict[str, float] = {}
     for entry in kernels:

@@ -22,6 +22,7 @@ _STAGES = {  # colours that differ in lightness, too
     "anchors": "#2a9d74",
     "estimate": "#e07a10",
     "attend": "#b8336a",
+    "pool": "#6a3fa0",
     "dense": "#555560",
 }
 _INK, _FAINT, _GRID, _ROOF = "#202028", "#70707a", "#e4e4ea", "#8a8a96"

@@ -48,6 +48,7 @@ class Check:
 @options.estimator
 @options.query_stride
 @options.attend
+@options.skipped
 @options.tau
 @options.block
 @options.as_json
@@ -57,7 +58,8 @@ def validate(context: click.Context, **settings: Any) -> None:
     """Check every stage against the NumPy twin and the pipeline against float64 dense attention.
 
     Without arguments: the built-in sample, 4,096 tokens of real q, k, v. Without a GPU the twin itself is checked
-    against float64. --attend int8-fp8 adds the error of low-bit attention. Exit 5 when a verdict fails.
+    against float64. --attend int8-fp8 adds the error of low-bit attention; --skipped pool checks pools of skipped
+    blocks, too, and says what they do to the error. Exit 5 when a verdict fails.
     """
     report = run_validate(**settings)
     if settings["output"]:
@@ -81,6 +83,7 @@ def run_validate(
     tau: float,
     block: tuple[int, int],
     attend: str = "exact",
+    skipped: str = "drop",
     **_: Any,
 ) -> dict[str, Any]:
     """The report as a JSON object. Raises SalekitError children and click.UsageError."""
@@ -105,8 +108,17 @@ def run_validate(
         plan = arrays.make_plan(q, k, v, **plan_options)
         checks, mask, out, lse = _check_twin(q, k, v, tau, plan)
     low_bit = _low_bit(q, k, v, mask, plan, cuda) if attend == "int8-fp8" else None
+    pooled = None
+    if skipped == "pool":
+        from . import pool_checks
+
+        if cuda:
+            pool_verdicts, pooled = pool_checks.check_kernels(q, k, v, tau, mask, plan, plan_options)
+        else:
+            pool_verdicts, pooled = pool_checks.check_twin(q, k, v, mask, plan)
+        checks += pool_verdicts
     render.note("validate: float64 attention")
-    heads, pipeline_checks = _check_pipeline(q, k, v, mask, out, lse, plan, low_bit)
+    heads, pipeline_checks = _check_pipeline(q, k, v, mask, out, lse, plan, low_bit, pooled)
     checks += pipeline_checks
     return {
         "schema": SCHEMA,
@@ -115,6 +127,7 @@ def run_validate(
         "backend": "cuda" if cuda else "numpy",
         "input": source,
         "tau": tau if np.isfinite(tau) else "inf",
+        "skipped": skipped,
         "versions": timing.versions(),
         "commit": timing.git_commit(),
         "command": timing.command_line(),
@@ -554,9 +567,11 @@ def _low_bit(q, k, v, mask, plan, cuda: bool) -> np.ndarray:
     return out.get() if cuda else out
 
 
-def _check_pipeline(q, k, v, mask, out, lse, plan, low_bit=None) -> tuple[list[dict[str, Any]], list[Check]]:
+def _check_pipeline(
+    q, k, v, mask, out, lse, plan, low_bit=None, pooled=None
+) -> tuple[list[dict[str, Any]], list[Check]]:
     """Per head: density, recall and output error over sampled rows; checks of out and lse against float64 under the
-    same mask. low_bit: an output by low-bit attention, which is reported next to it."""
+    same mask. low_bit, pooled: outputs by low-bit attention and with pools, which are reported next to it."""
     rows = sample_rows(plan)
     bits, density = mask.to_dense(), mask.density()
     slack_s = score_bound(q, k, plan)[..., rows]
@@ -591,6 +606,10 @@ def _check_pipeline(q, k, v, mask, out, lse, plan, low_bit=None) -> tuple[list[d
             slack_recall = 2 * recall * np.where(np.isfinite(want_lse), slack_lse, 0) + FEW
             seen["recall"].append((ratio[some], recall[some], slack_recall[some]))
             scale = np.linalg.norm(dense_out)
+
+            def relative(x: np.ndarray, dense_out=dense_out, scale=scale) -> float:
+                return float(np.linalg.norm(x.astype(np.float64) - dense_out) / scale) if scale else 0.0
+
             low_bit_error = None
             if low_bit is not None:
                 size = np.linalg.norm(want)
@@ -603,8 +622,9 @@ def _check_pipeline(q, k, v, mask, out, lse, plan, low_bit=None) -> tuple[list[d
                     "density": float(density[b, head]),
                     "recall": float(recall[some].mean()) if some.any() else 1.0,
                     "recall_worst_row": float(recall[some].min()) if some.any() else 1.0,
-                    "relative_output_error": float(np.linalg.norm(got - dense_out) / scale) if scale else 0.0,
+                    "relative_output_error": relative(got),
                     "low_bit_error": low_bit_error,
+                    "pooled_output_error": None if pooled is None else relative(pooled[b, rows, head]),
                 }
             )
     where = f"{len(rows)} rows a head"
@@ -648,8 +668,11 @@ def _print_tables(report: dict[str, Any]) -> None:
     title = (
         f"salekit validate: {where}; {report['input']}, {plan['seqlen_k']} tokens, {plan['estimator']}, "
         f"tau {report['tau']}, blocks {plan['block_q']}x{plan['block_k']}"
+        + (", skipped blocks pooled" if report["skipped"] == "pool" else "")
     )
     render.table(title, ["stage", "what is compared", "error", "bound", "verdict"], rows)
+    extra = {"pooled_output_error": "with pools", "low_bit_error": "low-bit error"}
+    extra = {name: title for name, title in extra.items() if report["heads"] and report["heads"][0][name] is not None}
     rows = [
         [
             str(head["head"]) if plan["batch"] == 1 else f"{head['batch']}.{head['head']}",
@@ -657,15 +680,14 @@ def _print_tables(report: dict[str, Any]) -> None:
             f"{head['recall']:.4f}",
             f"{head['recall_worst_row']:.4f}",
             f"{head['relative_output_error']:.4f}",
-            *([] if head["low_bit_error"] is None else [f"{head['low_bit_error']:.4f}"]),
+            *(f"{head[name]:.4f}" for name in extra),
         ]
         for head in report["heads"]
     ]
-    low_bit = report["heads"] and report["heads"][0]["low_bit_error"] is not None
     render.table(
         f"against float64 dense attention, {report['float64_rows_per_head']} rows a head"
-        + ("; low-bit attention against float64 with the same mask" if low_bit else ""),
-        ["head", "density", "recall", "worst row", "output error", *(["low-bit error"] if low_bit else [])],
+        + ("; low-bit attention against float64 with the same mask" if "low_bit_error" in extra else ""),
+        ["head", "density", "recall", "worst row", "output error", *extra.values()],
         rows,
     )
     render.note("all verdicts ok" if report["passed"] else "a verdict FAILED")

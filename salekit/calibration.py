@@ -4,6 +4,9 @@ The target is an error of the output, the attention mass kept, or a density to s
 pass stores each block's score (``block_scores``), which gives the mask at any tau; every tau that is tried is attended
 to, all heads at once. What is reported in the end is measured through ``estimate``, as a call with these thresholds
 runs it. The mass a row keeps is exp(lse over the mask - lse over everything).
+
+With ``plan.skipped == "pool"`` errors are those of an output with pools of the skipped blocks. Recall, and with it what a
+density is spent on, stays the mass of the selected blocks alone: what pools add to lse is an estimate.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from .quantize import quantize
 from .thresholds import LOG2_RANGE, as_thresholds
 
 METRICS = ("relative_error", "error", "recall")
+ERRORS = METRICS[:2]
 # Taus are sought in LOG2_RANGE. At 2^-20 next to everything is kept. tau is relative to the anchors' sum, which other
 # keys may exceed by far.
 STEPS = 13  # bisections: tau is known to a factor of 2^(32 / 8192)
@@ -39,7 +43,7 @@ class Measured:
 
     density: set blocks over visible ones. relative_error: norm of the output's difference from dense attention over the
     norm of the dense output. error: sum of the absolute differences over seqlen_q (the paper's measure). recall: the
-    mean over rows of the attention mass that the selected blocks hold.
+    mean over rows of the attention mass that the selected blocks hold, pools not counted.
     """
 
     density: np.ndarray
@@ -75,20 +79,32 @@ class HeadGroup:
         """Free their memory; they are computed again when they are asked for."""
         self._scores = None
 
-    def measure(self, mask: BlockMask, with_density: bool = True) -> Measured:
-        """What attention over this mask gives; density NaN where it is not wanted."""
-        plan = self.plan
+    def measure(self, mask: BlockMask, wanted: tuple[str, ...] = ("density", *METRICS)) -> Measured:
+        """What attention over this mask gives; what is not wanted may be NaN."""
+        selected = self.plan.replace(skipped="drop")
+        found = dict.fromkeys(("density", *METRICS), np.full(self.plan.num_heads, np.nan))
+        if "density" in wanted:
+            found["density"] = mask.density().mean(axis=0)
+        if selected == self.plan:
+            return Measured(**found | self._measure(mask, selected))
+        for plan, names in ((selected, ("recall",)), (self.plan, ERRORS)):
+            if set(wanted) & set(names):
+                measured = self._measure(mask, plan)
+                found |= {name: measured[name] for name in names}
+        return Measured(**found)
+
+    def _measure(self, mask: BlockMask, plan: Plan) -> dict[str, np.ndarray]:
+        """METRICS of one attention; recall of all that the plan attends to."""
         out, lse = attend(self.q, self.k, self.v, mask, plan, return_lse=True)
         sums = output_sums(out, lse, self._dense, self._dense_lse, plan)
         rows = plan.batch * plan.seqlen_q
         with np.errstate(all="ignore"):
             relative = np.sqrt(sums.squares) / np.sqrt(sums.norm)
-        return Measured(
-            density=mask.density().mean(axis=0) if with_density else np.full(plan.num_heads, np.nan),
-            relative_error=np.where(sums.norm == 0, 0, relative),
-            error=sums.distance / rows,
-            recall=sums.kept / rows,
-        )
+        return {
+            "relative_error": np.where(sums.norm == 0, 0, relative),
+            "error": sums.distance / rows,
+            "recall": sums.kept / rows,
+        }
 
 
 class Layer:
@@ -168,7 +184,7 @@ def _calibrate_group(group: HeadGroup, metric: str, target: float, tick) -> tupl
     for _ in range(STEPS):
         middle = (low + high) / 2
         tau = np.exp2(middle).astype(np.float32)
-        met = meets(group.measure(group.mask_by_scores(tau), with_density=False), metric, target)
+        met = meets(group.measure(group.mask_by_scores(tau), (metric,)), metric, target)
         good = np.where(met, tau, good)
         low, high = np.where(met, middle, low), np.where(met, high, middle)
         tick()
@@ -201,7 +217,7 @@ def calibrate_density(
             cost.append(mask.density().mean(axis=0))
             # The masks of falling taus hold each other: those of one density are the same.
             same = len(cost) > 1 and np.array_equal(cost[-1], cost[-2])
-            gain.append(gain[-1] if same else group.measure(mask, with_density=False).recall)
+            gain.append(gain[-1] if same else group.measure(mask, ("recall",)).recall)
             tick()
         costs.append(cost)
         gains.append(gain)

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Iterator
 
 from . import jit, nvtx, programs
@@ -21,7 +22,7 @@ _MIN_SAMPLES, _MAX_SAMPLES = 5, 50
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a call, or the launches over its segments of the keys.
+    """One launch of a call, or the launches over its segments of the keys or in turns of its pools.
 
     spec, info, blocks_per_multiprocessor: None for a fill with zeros of ``fill_bytes``. grid: of the first.
     """
@@ -53,11 +54,13 @@ class Span:
 class Trace:
     """One call. launches: by the GPU's events, in their order; stages, whole: by the host's clock, launching alone.
 
-    Both begin with an event that an idle GPU recorded; the GPU's times lag the host's by what that took, some
+    order: of each of the launches, its place in ``LaunchedCall.launches``; kernels that take turns have several. Both
+    clocks begin with an event that an idle GPU recorded; the GPU's times lag the host's by what that took, some
     microseconds.
     """
 
     launches: list[tuple[float, float]]
+    order: list[int]
     stages: list[Span]
     whole: Span
 
@@ -78,23 +81,26 @@ class LaunchedCall:
         self._program.link(self._workspace.data.ptr, *(array.data.ptr for array in given))
         self._stream = cupy.cuda.get_current_stream()
         self.launches: list[Launch] = []
-        self._calls: list[list[tuple]] = []  # of each launch
+        self._steps: list[tuple[int, list[tuple]]] = []  # (place of the launch, its calls); one for each turn
         calls = self._program.calls(programs.Gpu(), self._stream.ptr)
         for operation, stage, call in zip(self._program.operations, self._program.stages, calls):
             launch = _describe(operation, stage, jit.loaded_kernels())
-            if self.launches and _continues(launch, self.launches[-1]):
-                self._calls[-1].append(call)
-            else:
+            if self._steps and _continues(launch, self.launches[self._steps[-1][0]]):
+                self._steps[-1][1].append(call)
+                continue
+            place = next((i for i, other in enumerate(self.launches) if _takes_turns(launch, other)), None)
+            if place is None:
+                place = len(self.launches)
                 self.launches.append(launch)
-                self._calls.append([call])
+            self._steps.append((place, [call]))
 
     def run(self) -> None:
         """Launch everything."""
-        for index in range(len(self._calls)):
-            self._launch(index)
+        for _, calls in self._steps:
+            self._launch(calls)
 
     def time_each(self, max_seconds: float = 4.0) -> list[Timing]:
-        """The time of each launch, in order, the L2 flushed before it.
+        """The time of each launch, in order, the L2 flushed before it; over all of its turns, where it has several.
 
         Runs of all launches end when every spread is at most SPREAD_GOAL, after some 50, or when ``max_seconds`` are
         spent.
@@ -102,20 +108,22 @@ class LaunchedCall:
         import cupy
 
         flush = l2_flush()
-        events = [(cupy.cuda.Event(), cupy.cuda.Event()) for _ in self._calls]
-        samples: list[list[float]] = [[] for _ in self._calls]
+        events = [(cupy.cuda.Event(), cupy.cuda.Event()) for _ in self._steps]
+        samples: list[list[float]] = [[] for _ in self.launches]
         self.run()  # warms up
         started = time.perf_counter()
         while True:
-            for stage, index in self._in_ranges():
-                start, end = events[index]
+            for (_, calls), (start, end) in zip(self._in_ranges(), events):
                 flush()
                 start.record(self._stream)
-                self._launch(index)
+                self._launch(calls)
                 end.record(self._stream)
             self._stream.synchronize()
-            for of_launch, (start, end) in zip(samples, events):
-                of_launch.append(cupy.cuda.get_elapsed_time(start, end))
+            sums = [0.0] * len(samples)
+            for (place, _), (start, end) in zip(self._steps, events):
+                sums[place] += cupy.cuda.get_elapsed_time(start, end)
+            for of_launch, ms in zip(samples, sums):
+                of_launch.append(ms)
             count, seconds = len(samples[0]), time.perf_counter() - started
             timings = [Timing.of(of_launch) for of_launch in samples]
             if count >= _MIN_SAMPLES and all(timing.spread <= SPREAD_GOAL for timing in timings):
@@ -146,7 +154,7 @@ class LaunchedCall:
 
         leads = max(1, math.ceil(LEAD_MS / max(self.time_whole(), LEAD_MS / 50)))
         base = cupy.cuda.Event()
-        events = [(cupy.cuda.Event(), cupy.cuda.Event()) for _ in self._calls]
+        events = [(cupy.cuda.Event(), cupy.cuda.Event()) for _ in self._steps]
         self._stream.synchronize()
         zero = time.perf_counter()
         base.record(self._stream)
@@ -158,11 +166,10 @@ class LaunchedCall:
 
         host: dict[str, list[float]] = {}
         begun = now()
-        for stage, index in self._in_ranges():
-            start, end = events[index]
+        for (stage, calls), (start, end) in zip(self._in_ranges(), events):
             host.setdefault(stage, [now()])
             start.record(self._stream)
-            self._launch(index)
+            self._launch(calls)
             end.record(self._stream)
             host[stage][1:] = [now()]
         whole = Span("", begun, now())
@@ -172,25 +179,28 @@ class LaunchedCall:
             return cupy.cuda.get_elapsed_time(base, event) * 1e3
 
         launches = [(gpu_us(start), gpu_us(end)) for start, end in events]
-        return Trace(launches, [Span(stage, *times) for stage, times in host.items()], whole)
+        order = [place for place, _ in self._steps]
+        return Trace(launches, order, [Span(stage, *times) for stage, times in host.items()], whole)
 
-    def _launch(self, index: int) -> None:
-        for function, arguments in self._calls[index]:
+    def _launch(self, calls: list[tuple]) -> None:
+        for function, arguments in calls:
             function(*arguments)
 
-    def _in_ranges(self) -> Iterator[tuple[str, int]]:
-        """(stage, index) of each launch, inside an NVTX range of the stage."""
-        index = 0
-        while index < len(self.launches):
-            stage = self.launches[index].stage
+    def _in_ranges(self) -> Iterator[tuple[str, list[tuple]]]:
+        """(stage, calls) of each step, inside an NVTX range of the stage."""
+        for stage, steps in groupby(self._steps, key=lambda step: self.launches[step[0]].stage):
             with nvtx.span(stage):
-                while index < len(self.launches) and self.launches[index].stage == stage:
-                    yield stage, index
-                    index += 1
+                for _, calls in steps:
+                    yield stage, calls
 
 
 def _continues(launch: Launch, before: Launch) -> bool:
     return launch.spec is not None and launch.spec == before.spec and is_segment(launch.spec)
+
+
+def _takes_turns(launch: Launch, before: Launch) -> bool:
+    """Pools are made and attended to for some query blocks at a time."""
+    return launch.stage == "pool" and launch.spec == before.spec and before.stage == "pool"
 
 
 def _describe(operation: Any, stage: str, kernels: dict[int, tuple[KernelSpec, jit.Kernel]]) -> Launch:

@@ -58,6 +58,10 @@ class StagedCall:
         """Through the given mask, or the estimated one that is there."""
         return self._output_of(self.mask or self.estimated)
 
+    def attend_selected(self) -> Any:
+        """The same without pools of what is skipped."""
+        return self._output_of(self.mask or self.estimated, self.plan.replace(skipped="drop"))
+
     def before_attention(self) -> BlockMask:
         """Everything up to the mask, one stage after another."""
         codes = self.quantize()
@@ -88,6 +92,6 @@ class StagedCall:
         with stage("estimate"):
             return estimate(codes, limits, self.plan)
 
-    def _output_of(self, mask: BlockMask) -> Any:
+    def _output_of(self, mask: BlockMask, plan: Plan | None = None) -> Any:
         with stage("attend"):
-            return attend(self.q, self.k, self.v, mask, self.plan)[0]
+            return attend(self.q, self.k, self.v, mask, plan or self.plan)[0]

@@ -97,8 +97,8 @@ def _check_values(values: Any) -> Any:
 def save_thresholds(path: str | Path, layers: dict[str, dict[int, Any]], about: dict[str, Any]) -> None:
     """Write thresholds that ``salekit calibrate`` found; the file appears whole or not at all.
 
-    layers: by layer and seqlen, thresholds [num_heads]. about: at least estimator, block and query_stride, which they
-    were found with; all of it goes into the file, with :func:`fit_lengths` of each layer that has several lengths.
+    layers: by layer and seqlen, thresholds [num_heads]. about: at least estimator, block, query_stride and skipped, which
+    they were found with; all of it goes into the file, with :func:`fit_lengths` of each layer that has several lengths.
     """
     path = Path(path)
     fits = {layer: fit_lengths(by_length) for layer, by_length in layers.items() if len(by_length) > 1}
@@ -166,6 +166,7 @@ def load_thresholds(
     seqlen: int | None = None,
     estimator: str | None = None,
     block: tuple[int, int] | None = None,
+    skipped: str | None = None,
 ) -> np.ndarray:
     """Per-head thresholds of a JSON file, float32 [num_heads].
 
@@ -174,9 +175,10 @@ def load_thresholds(
     longest that was measured) gives what was measured at that length, or at any other what the fit over its lengths
     says (:func:`fit_lengths`), beyond them for as far as they are apart, and at most to REACH times the longest and the
     REACH-th part of the shortest. A head without a fit, one with a tau of 0, takes the smaller tau of the lengths next
-    to it. estimator, block: where given, they have to be those that the thresholds were found with.
+    to it. estimator, block, skipped: where given, they have to be those that the thresholds of a calibrated file were
+    found with; one that does not say what became of skipped blocks was found with "drop".
     Raises FileFormatError, with the path, when it is missing, malformed or holds anything else; ArgumentError when
-    layer, estimator or block are not the file's.
+    layer, estimator, block or skipped are not the file's.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -185,7 +187,7 @@ def load_thresholds(
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: is not JSON: {error}") from error
     if isinstance(content, dict) and content.get("schema") in (OLDER_LAYERS, SCHEMA_LAYERS):
-        return _of_layer(path, content, layer, seqlen, estimator, block)
+        return _of_layer(path, content, layer, seqlen, estimator, block, skipped)
     values = content
     if isinstance(content, dict):
         if content.get("schema") != SCHEMA:
@@ -195,11 +197,15 @@ def load_thresholds(
     return _numbers(path, values)
 
 
-def _of_layer(path, content: dict, layer, seqlen, estimator, block) -> np.ndarray:
+def _of_layer(path, content: dict, layer, seqlen, estimator, block, skipped) -> np.ndarray:
     layers = content.get("layers")
     if not isinstance(layers, dict) or not layers:
         raise FileFormatError(f"{path}: holds no layers")
-    for name, want, got in (("estimator", estimator, content.get("estimator")), ("block", block, content.get("block"))):
+    for name, want, got in (
+        ("estimator", estimator, content.get("estimator")),
+        ("block", block, content.get("block")),
+        ("skipped", skipped, content.get("skipped", "drop")),
+    ):
         if want is not None and got != (list(want) if name == "block" else want):
             raise ArgumentError(f"{name}: {path} was calibrated with {got!r}, not with {want!r}")
     if layer is None and len(layers) > 1:

@@ -2,6 +2,8 @@
 
 Operations are those of visible pairs (docs/kernels.md): ``4 * head_dim`` for attention and ``2 * head_dim`` for
 estimation and anchors, per pair and query head; of estimation and anchors, pairs of the rows that query_stride tests.
+Pools of skipped blocks take ``6 * head_dim`` for each mean query and key that all rows of its block see, whatever is
+selected, and ``4 * head_dim`` for each row and pool.
 What runs on CUDA cores is not counted. Bytes are the least that a kernel moves: each input read once, each output
 written once.
 """
@@ -22,6 +24,8 @@ from .jit import KernelSpec
 from .plans import CODE_TILE_ROWS, KEY_BLOCK, TILE_ROWS, Plan, ceil_div
 from .quantize import kernel_specs as quantize_specs
 from .reference import LOW_BIT_Q_SAMPLE, rows_that_vote
+from .skipped_mass import POOL_KEYS
+from .skipped_mass import kernel_specs as pool_specs
 
 BF16, FP16, S8, SPARSE_S8, E4M3, S4 = "bf16", "fp16", "s8", "s8-2:4", "e4m3", "s4"
 UNITS = (BF16, FP16, S8, SPARSE_S8, E4M3, S4)  # kinds of tensor core products; s8-2:4 counts as if nothing were pruned
@@ -30,12 +34,17 @@ _FLOAT = 4  # bytes; also of an int32 and of a mask word
 _HALF = 2
 _REDUCE_ROWS = 512  # REDUCE_ROWS of reduce_channels.cu
 _KEY_BOUNDS = 592  # sizeof(KeyBounds) of tile/group_bounds.cuh
+_KEY_FACTS = POOL_KEYS + 4  # KEY_FACTS of tile/pools.cuh
+_POOL_TERMS = 2  # floats of PoolTerms of tile/pools.cuh
 
 
 @dataclass(frozen=True)
 class Work:
-    """One launch. stage: "quantize", "anchors", "estimate", "attend" or "dense"; of_what: the tensor it is for, where a
-    stage launches a kernel several times; threads: of a CTA; operations: of each unit; read, written: bytes."""
+    """One launch, or the launches over segments of the keys, or over turns of the pools.
+
+    stage: "quantize", "anchors", "estimate", "attend", "pool" or "dense"; of_what: the tensor it is for, where a stage
+    launches a kernel several times; threads: of a CTA; operations: of each unit; read, written: bytes.
+    """
 
     stage: str
     spec: KernelSpec
@@ -70,12 +79,13 @@ def sparse_work(plan: Plan, selected_pairs: int) -> list[Work]:
         *_anchors(sizes),
         *_estimate(sizes),
         *_attend(sizes, "attend", selected_pairs, sizes.words(plan.block_k)),
+        *(_pools(sizes) if plan.skipped == "pool" else ()),
     ]
 
 
 def dense_work(plan: Plan) -> list[Work]:
     """The launch of an exact call that attends to everything."""
-    exact = plan.replace(attend="exact", block_q=DENSE_BLOCK_Q)
+    exact = plan.replace(attend="exact", skipped="drop", block_q=DENSE_BLOCK_Q)
     return list(_attend(_Sizes(exact), "dense", exact.visible_pairs * exact.batch * exact.num_heads, 0))
 
 
@@ -129,6 +139,18 @@ def anchor_pairs(plan: Plan) -> int:
     return int((local + sink - both).sum())
 
 
+def keys_seen_whole(plan: Plan) -> np.ndarray:
+    """int64 [num_q_blocks]: keys that all rows of a query block see: what they skip of them is pooled."""
+    first_rows = range(0, plan.seqlen_q, plan.block_q)
+    return np.array([plan.visible_keys(row + 1) for row in first_rows], np.int64)
+
+
+def rows_of_blocks(plan: Plan) -> np.ndarray:
+    """int64 [num_q_blocks]"""
+    first_rows = np.arange(0, plan.seqlen_q, plan.block_q, dtype=np.int64)
+    return np.minimum(plan.block_q, plan.seqlen_q - first_rows)
+
+
 def _row_limits(plan: Plan) -> np.ndarray:
     """int64 [seqlen_q]: how many keys each row sees."""
     if not plan.causal:
@@ -152,6 +174,7 @@ class _Sizes:
         self.held_q = self.heads * self.held_rows * plan.head_dim * _HALF
         self.statistics = 2 * self.heads * self.held_rows * _FLOAT  # m and l
         self.limits = self.heads * plan.num_positions * _FLOAT
+        self.lse = self.heads * plan.seqlen_q * _FLOAT
 
     def words(self, block_k: int) -> int:
         plan = self.plan
@@ -259,12 +282,13 @@ def _attend(sizes: _Sizes, stage: str, pairs: int, words: int) -> Iterator[Work]
     plan = sizes.plan
     products = 2 * plan.head_dim * pairs  # q.k, and as many p.v
     specs = attend_specs(plan)
+    lse = sizes.lse if plan.skipped == "pool" else 0  # which the pools join
     if plan.attend == "exact":
         threads = plan.block_q if specs[0].source == "attend_sm80" else 384
         read = sizes.q + 2 * sizes.k + words
         segment = next((spec for spec in specs if is_segment(spec)), None)
         spec = segment if segment and words else specs[0]
-        yield Work(stage, spec, "", threads, read, sizes.q, {sizes.half: 2 * products})
+        yield Work(stage, spec, "", threads, read, sizes.q + lse, {sizes.half: 2 * products})
         return
     reduce, balance, q_spec, k_spec, v_spec, main = specs[:6]
     sampled = ceil_div(plan.seqlen_q, LOW_BIT_Q_SAMPLE)
@@ -284,11 +308,46 @@ def _attend(sizes: _Sizes, stage: str, pairs: int, words: int) -> Iterator[Work]
     k_codes = sizes.kv_heads * plan.padded_k * plan.head_dim
     k_scale = sizes.kv_heads * plan.padded_k // KEY_BLOCK * 4 * _FLOAT
     v_codes = sizes.kv_heads * plan.padded_k * (plan.head_dim + 8)  # eight channels are ones
-    yield Work(stage, q_spec, "q", 128, sizes.q + 2 * channels, q_codes + q_scale)
+    row_shift = q_scale if lse else 0
+    yield Work(stage, q_spec, "q", 128, sizes.q + 2 * channels, q_codes + q_scale + row_shift)
     yield Work(stage, k_spec, "k", 128, sizes.k + 2 * channels, k_codes + k_scale)
     yield Work(stage, v_spec, "v", 128, sizes.k + channels, v_codes)
-    read = q_codes + q_scale + k_codes + k_scale + v_codes + channels + words
-    yield Work(stage, main, "", 384, read, sizes.q, {S8: products, E4M3: products})
+    read = q_codes + q_scale + row_shift + k_codes + k_scale + v_codes + channels + words
+    yield Work(stage, main, "", 384, read, sizes.q + lse, {S8: products, E4M3: products})
+
+
+def _pools(sizes: _Sizes) -> Iterator[Work]:
+    """Of pools those that a block's rows attend to; a strip's last block has the kernels make a few more."""
+    plan = sizes.plan
+    seen, rows = keys_seen_whole(plan), rows_of_blocks(plan)
+    pools = -(-seen // POOL_KEYS)
+    if not pools.any():
+        return
+    *facts, means, pool, attending = _in_order(pool_specs(plan))
+    mean_bytes = sizes.heads * plan.num_q_blocks * plan.head_dim * _HALF
+    yield Work("pool", means, "", 128, sizes.q, mean_bytes)
+    read = mean_bytes + 2 * sizes.k + sizes.words(plan.block_k)
+    for spec in facts:
+        fact_bytes = sizes.kv_heads * ceil_div(plan.seqlen_k, POOL_KEYS) * _KEY_FACTS * _FLOAT
+        yield Work("pool", spec, "", 128, 2 * sizes.k, fact_bytes)
+        read += fact_bytes
+    pool_bytes = sizes.heads * int(pools.sum()) * (2 * plan.head_dim * _HALF + _POOL_TERMS * _FLOAT)
+    pooling = {sizes.half: 6 * plan.head_dim * sizes.heads * int(seen.sum())}
+    yield Work("pool", pool, "", 512 if facts else 128, read, pool_bytes, pooling)
+    # Rows of blocks without a pool stay as they are.
+    with_pools = sizes.heads * int(rows[pools > 0].sum())
+    out_and_lse = with_pools * (plan.head_dim * _HALF + _FLOAT)
+    read = with_pools * plan.head_dim * _HALF + mean_bytes + pool_bytes + out_and_lse
+    products = {sizes.half: 4 * plan.head_dim * sizes.heads * int((rows * pools).sum())}
+    yield Work("pool", attending, "", plan.block_q, read, out_and_lse, products)
+
+
+def _in_order(specs: list[KernelSpec]) -> tuple[KernelSpec, ...]:
+    """(measure_keys on Hopper, mean_queries, what pools there, attend_pools)."""
+    by_name = {spec.source: spec for spec in specs}
+    hopper = "pool_skipped_sm90" in by_name
+    names = ("measure_keys", "mean_queries", "pool_skipped_sm90") if hopper else ("mean_queries", "pool_skipped")
+    return tuple(by_name[name] for name in (*names, "attend_pools"))
 
 
 def by_stage(work: Iterable[Any]) -> dict[str, list]:

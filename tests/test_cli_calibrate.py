@@ -58,6 +58,32 @@ def test_one_file(folder, tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_with_pools(folder, tmp_path):
+    """Errors are those of a call with pools; the file says so, and is refused for calls without."""
+    target = tmp_path / "t.json"
+    result = calibrate(folder / "longer.npz", "--skipped", "pool", "--max-relative-error", 0.1, "-o", target)
+    assert "relative error 0.1, skipped blocks pooled" in result.stdout
+    content = json.loads(target.read_text())
+    assert content["schema"] == 3 and content["skipped"] == "pool"
+    load = salekit.load_thresholds
+    tau = load(target, skipped="pool")
+    with pytest.raises(ArgumentError, match="skipped: .* 'pool', not with 'drop'"):
+        load(target, skipped="drop")
+    q, k, v = (np.load(folder / "longer.npz")[name] for name in "qkv")
+    options = dict(thresholds=tau, estimator="int8", dense_below=0)
+    out = salekit.sparse_attention(q, k, v, skipped="pool", **options).astype(np.float64)
+    dense = salekit.dense_attention(q, k, v).astype(np.float64)
+    error = [np.linalg.norm((out - dense)[:, :, h]) / np.linalg.norm(dense[:, :, h]) for h in range(2)]
+    np.testing.assert_allclose([row["relative_error"] for row in content["measured"]], error, rtol=1e-5)
+    assert max(error) <= 0.1
+    dropped = json.loads(calibrate(
+        folder / "longer.npz", "--max-relative-error", 0.1, "-o", tmp_path / "u.json", "--json"
+    ).stdout)
+    assert dropped["skipped"] == "drop" and load(tmp_path / "u.json", skipped="drop").shape == (2,)
+    pairs = list(zip(content["measured"], dropped["measured"]))
+    assert all(a["tau"] > b["tau"] and a["density"] < b["density"] for a, b in pairs)
+
+
 def test_many_layers_and_the_table(folder, tmp_path):
     result = calibrate(folder / "many.safetensors", "--density", 0.9, "-o", tmp_path / "t.json")
     assert "mean density" in result.stdout and "recall" in result.stdout
@@ -153,6 +179,11 @@ def test_thresholds_are_for_what_they_were_found_with(tmp_path):
         load(path, estimator="int4")
     with pytest.raises(ArgumentError, match="block: "):
         load(path, block=(64, 32))
+    assert "skipped" not in ABOUT and load(path, skipped="drop", seqlen=400).tolist() == [0.25, 0.5]  # an older file
+    with pytest.raises(ArgumentError, match="skipped: .* 'drop', not with 'pool'"):
+        load(path, skipped="pool")
+    (tmp_path / "own.json").write_text("[0.5, 0.25]")  # nothing is known of these
+    assert load(tmp_path / "own.json", skipped="pool", estimator="int4").tolist() == [0.5, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +242,7 @@ def test_usage(folder, tmp_path):
         ((folder / "one.npz", "--min-recall", 1.5, "-o", target), "min-recall"),
         ((folder / "one.npz", folder / "one.npz", "-o", target), "was in a file before"),
         (("missing.npz", "-o", target), "does not exist"),
+        ((folder / "one.npz", "--skipped", "keep", "-o", target), "--skipped"),
     ):
         result = calibrate(*args, ok=False)
         assert result.returncode == 2 and said in " ".join(result.stderr.split()) and not target.exists()

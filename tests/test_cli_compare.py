@@ -63,6 +63,36 @@ def test_json_says_what_the_api_measures(folder):
     assert 0.5 < recalls[0] < recalls[1] < 1
 
 
+def test_pools(folder):
+    """Masks, recall and cost are the same; errors are with pools, and work has what they multiply."""
+    plain, pooled = (
+        json.loads(compare(folder / "one.npz", *FEW, "--json", *more).stdout) for more in ((), ("--skipped", "pool"))
+    )
+    assert (plain["skipped"], plain["pools"], pooled["skipped"]) == ("drop", None, "pool")
+    # 400 causal rows and keys: blocks of 128, 128, 128 and 16 rows, whose first rows see 1, 129, 257 and 385 keys.
+    pairs = 400 * 401 / 2
+    cost = 3 * (1 + 129 + 257 + 385) / pairs + 2 * (128 * 1 + 128 * 2 + 128 * 3 + 16 * 4) / pairs
+    assert pooled["pools"]["cost"] == pytest.approx(cost)
+    assert sum(product["operations"] for product in pooled["pools"]["products"]) == pytest.approx(cost)
+    measured = 0
+    for name, of in pooled["methods"].items():
+        other = plain["methods"][name]
+        assert (of["cost"], of["sparsest"]) == (other["cost"], other["sparsest"])
+        for got, dropped in zip(of["points"], other["points"]):
+            for value in ("density", "recall", "knob"):
+                assert got["heads"][value] == dropped["heads"][value], name
+            assert got["work"] == pytest.approx(dropped["work"] + cost / 2)
+            error = dropped["mean"]["relative_error"]
+                assert (got["mean"]["relative_error"] is None) == (error is None)  # it has no mask as sparse
+                measured += error is not None
+                assert error is None or got["mean"]["relative_error"] < error
+    assert measured >= 4
+    words = " ".join(compare(folder / "one.npz", *FEW, "--skipped", "pool", "--per-head").stdout.split())
+    assert f"errors with pools of what is skipped, which cost every method {cost:.3f} more" in words
+    assert "relative error, skipped blocks pooled, mean of the heads" in words
+    assert "relative error, skipped blocks pooled, head 0" in words and "recall, mean of the heads" in words
+
+
 def test_tables_and_the_terminal_plot(folder):
     result = compare(folder / "one.npz", *FEW, "--shared", "--anchors", "--per-head", COLUMNS="100")
     words = " ".join(result.stdout.split())

@@ -74,6 +74,26 @@ def test_a_prediction_is_the_slowest_bound_of_each_kernel(no_compiler, no_gpu, e
     assert report["dense"][0]["num_operations"] == 4 * 128 * 32 * 8192 * 8193 // 2
 
 
+@pytest.mark.parametrize("attend", ("exact", "int8-fp8"))
+def test_a_prediction_with_pools(no_compiler, no_gpu, tmp_path, attend):
+    report = predicted("--seqlen", "8k", "--attend", attend, "--skipped", "pool")
+    pools = [one for one in report["kernels"] if one["stage"] == "pool"]
+    assert [one["kernel"] for one in pools] == ["mean_queries", "measure_keys", "pool_skipped_sm90", "attend_pools"]
+    assert report["settings"]["skipped"] == "pool" and report["title"].endswith("skipped blocks pooled")
+    assert report["stages_ms"]["pool"] == pytest.approx(sum(one["ms"] for one in pools)) and all(
+        one["ms"] == one["floor_ms"] > 0 for one in pools
+    )
+    plain = predicted("--seqlen", "8k", "--attend", attend)
+    assert [one["kernel"] for one in plain["kernels"]] == [one["kernel"] for one in report["kernels"][:-4]]
+    attending, without = report["kernels"][-5], plain["kernels"][-1]
+    assert attending["written_bytes"] == without["written_bytes"] + 4 * 32 * 8192  # lse
+    assert report["dense"] == plain["dense"]
+    result = run("--gpu", "h100", "--skipped", "pool", "--roofline", tmp_path / "roof.svg")
+    assert result.exit_code == 0 and "pool_skipped_sm90" in result.stdout
+    assert "attend_pools" in (tmp_path / "roof.svg").read_text()
+    assert run("--gpu", "h100", "--skipped", "some").exit_code == 2
+
+
 def test_the_compiler_is_asked_where_there_is_no_gpu(no_gpu):
     report = predicted("--seqlen", "4k", "--head-dim", "64")
     for one in report["kernels"]:
@@ -280,7 +300,7 @@ def test_a_trace_is_in_the_event_format(no_compiler, no_gpu):
     starts = [10.0004 + 3.3333 * i for i in range(len(report["kernels"]))]
     times = list(zip(starts, [*starts[1:], starts[-1] + 1]))
     stages = [Span("quantize", 1.0, 2.0), Span("anchors", 2.0, 3.0)]
-    trace = json.loads(json.dumps(module._chrome_trace(report, Trace(times, stages, Span("", 0.5, 4.0)))))
+    trace = json.loads(json.dumps(module._chrome_trace(report, Trace(times, list(range(len(times))), stages, Span("", 0.5, 4.0)))))
     events = trace["traceEvents"]
     assert {event["ph"] for event in events} == {"X", "M"}
     kernels = [event for event in events if event["ph"] == "X" and (event["pid"], event["tid"]) == (2, 0)]
@@ -327,7 +347,7 @@ def fake_gpu(monkeypatch, no_compiler):
 
         def trace(self):
             times = [(float(i), i + 1.0) for i in range(len(self.launches))]
-            return Trace(times, [Span("quantize", 1.0, 2.0)], Span("", 0.0, 3.0))
+            return Trace(times, list(range(len(times))), [Span("quantize", 1.0, 2.0)], Span("", 0.0, 3.0))
 
     def cases(seqlen, heads, kv_heads, head_dim, dtype, *_):
         shape = dict(seqlen_q=1024, seqlen_k=1024, batch=1, heads=2, kv_heads=1, head_dim=64)
@@ -336,10 +356,19 @@ def fake_gpu(monkeypatch, no_compiler):
     make_plan = arrays.make_plan
     counted = {}
 
+    class LaunchedInTurns(Launched):
+        """Pools are made and attended to twice."""
+
+        def trace(self):
+            order = [*range(len(self.launches)), len(self.launches) - 3, len(self.launches) - 1]
+            times = [(float(i), i + 1.0) for i in range(len(order))]
+            return Trace(times, order, [Span("quantize", 1.0, 2.0)], Span("", 0.0, 3.0))
+
     def sparse(q, k, v, tau, plan, mask):
         blocks = StagedCall(q, k, v, tau, plan).estimated.selected_blocks()
         counted["pairs"] = work.pairs_of(plan, blocks.flat)
-        return Launched(work.sparse_work(plan, counted["pairs"]))
+        launched = LaunchedInTurns if plan.skipped == "pool" else Launched
+        return launched(work.sparse_work(plan, counted["pairs"]))
 
     monkeypatch.setattr("salekit.jit.device_arch", lambda: "sm_90a")
     monkeypatch.setattr(module.bench, "cases_of", cases)
@@ -374,6 +403,21 @@ def test_what_is_made_of_a_run(fake_gpu, tmp_path):
     trace = json.loads(files[0].read_text())
     assert len([x for x in trace["traceEvents"] if x["ph"] == "X" and x["pid"] == 2 and x["tid"] == 0]) == 8 + 1
     assert "a test's GPU" in files[1].read_text() and "prediction" not in files[1].read_text()
+
+
+def test_pools_in_turns_are_a_row_a_kernel_and_apart_in_the_trace(fake_gpu, tmp_path):
+    path = tmp_path / "trace.json"
+    result = run("--skipped", "pool", "--trace", path, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    pools = [one["kernel"] for one in report["kernels"] if one["stage"] == "pool"]
+    assert pools == ["mean_queries", "measure_keys", "pool_skipped_sm90", "fill", "attend_pools"]
+    assert all(one["share"] == pytest.approx(0.5) for one in report["kernels"] if one["expression"])
+    events = [x for x in json.loads(path.read_text())["traceEvents"] if x["ph"] == "X" and x["pid"] == 2]
+    kernels = [x["name"] for x in events if x["tid"] == 0]
+    assert kernels[-7:] == [*pools, "pool_skipped_sm90", "attend_pools"] and len(kernels) == len(report["kernels"]) + 2
+    [stage] = [x for x in events if x["tid"] == 1 and x["name"] == "pool"]
+    assert stage["dur"] == 7 and stage["ts"] + stage["dur"] == len(kernels)
 
 
 def test_what_the_table_says_of_a_run(fake_gpu):

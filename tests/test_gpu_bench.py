@@ -42,6 +42,23 @@ def test_twin_bench(no_gpu, tmp_path):
         assert len(result["density_per_head"]) == 2 and 0 < result["density"] <= 1
 
 
+def test_twin_bench_with_pools(no_gpu, tmp_path):
+    arguments = ("--seqlen", "1k", "--tau", "0.1")
+    plain, report = (load(tmp_path, *arguments, *more) for more in ((), ("--skipped", "pool")))
+    assert plain["settings"]["skipped"] == "drop" and report["settings"]["skipped"] == "pool"
+    [result], [without] = report["results"], plain["results"]
+    assert set(result["times"]) == STAGES | {"attend-selected"} and result["density"] == without["density"] < 0.9
+    # The rate is of the selected blocks' attention: the same pairs, without the time of the pools.
+    flops = [
+        r["rates"]["attend_tflops"] * r["times"][name]["median_ms"]
+        for r, name in ((result, "attend-selected"), (without, "attend"))
+    ]
+    assert flops[0] == pytest.approx(flops[1])
+    assert result["times"]["attend"]["median_ms"] > result["times"]["attend-selected"]["median_ms"]
+    text = run(*arguments, "--skipped", "pool").stdout
+    assert "skipped blocks pooled" in text and "no pools" in text
+
+
 def test_long_inputs_are_refused_with_a_next_step(no_gpu):
     from salekit.errors import GpuError
 
@@ -98,6 +115,14 @@ def test_gpu_bench(tmp_path, estimator):
         parts = sum(result["times"][name]["median_ms"] for name in ("quantize", "anchors", "estimate", "attend"))
         # The whole call is one launch of all kernels without an L2 flush; the parts wait for the host between theirs.
         assert 0 < result["times"]["total"]["median_ms"] <= 2 * parts + 1
+
+
+@pytest.mark.gpu
+def test_gpu_bench_with_pools(tmp_path):
+    [result] = load(tmp_path, "--seqlen", "16k", "--heads", "8", "--skipped", "pool")["results"]
+    times = {name: time["median_ms"] for name, time in result["times"].items()}
+    assert set(times) == STAGES | {"attend-selected"} and times["attend"] > times["attend-selected"] > 0
+    assert times["total"] <= 2 * sum(times[name] for name in ("quantize", "anchors", "estimate", "attend")) + 1
 
 
 @pytest.mark.gpu

@@ -15,14 +15,15 @@ from salekit import arrays, calibration
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("skipped", ["drop", "pool"])
 @pytest.mark.parametrize("metric, target", [("relative_error", 0.1), ("recall", 0.95), ("density", 0.4)])
-def test_calibration_follows_the_twin(metric, target):
+def test_calibration_follows_the_twin(metric, target, skipped):
     import cupy
 
     inputs = [salekit.load_sample()[name][:, :2048] for name in "qkv"]
     found = []
     for placed in (inputs, [cupy.asarray(x) for x in inputs]):
-        plan = arrays.make_plan(*placed, estimator="int8", dense_below=0)
+        plan = arrays.make_plan(*placed, estimator="int8", dense_below=0, skipped=skipped)
         layer = calibration.Layer(*placed, plan)
         if metric == "density":
             found.append(calibration.calibrate_density(layer, target))
@@ -36,6 +37,7 @@ def test_calibration_follows_the_twin(metric, target):
     # A score near its threshold may fall on either side, and a bisection then goes another way by a step or two.
     assert np.abs(gpu.density - twin.density).max() <= 0.02
     assert np.abs(gpu.recall - twin.recall).max() <= 0.01
+    assert np.abs(gpu.relative_error - twin.relative_error).max() <= 0.01
 
 
 @pytest.mark.parametrize("options", [{}, {"estimator": "int8-sp24", "query_stride": 2}, {"estimator": "int4"}])
@@ -69,6 +71,15 @@ def test_groups_of_heads():
     assert np.array_equal(tau, whole[0])
     for name in ("density", "relative_error", "error", "recall"):
         np.testing.assert_allclose(getattr(measured, name), getattr(whole[1], name), rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [(), ("--estimator", "int4", "--block", "64x64"), ("--seqlen", "1000")])
+def test_validate_with_pools(options):
+    report = json.loads(run("validate", "--skipped", "pool", "--tau", "0.05", "--json", *options).stdout)
+    assert report["passed"] and report["backend"] == "cuda", report["checks"]
+    pools = [check for check in report["checks"] if check["stage"] == "pool"]
+    assert len(pools) == 3 and all(check["error"] <= check["bound"] for check in pools)
+    assert all(head["pooled_output_error"] < head["relative_output_error"] for head in report["heads"])
 
 
 def test_mask_dump_on_the_gpu():

@@ -37,8 +37,9 @@ def test_levels_are_those_of_numpy(name, seqlen, block):
     assert same.mean() >= 0.99
 
 
-def test_compare_on_the_gpu():
-    arguments = ["compare", "--sample", "--densities", "0.2", "--json", "--backend"]
+@pytest.mark.parametrize("skipped", ("drop", "pool"))
+def test_compare_on_the_gpu(skipped):
+    arguments = ["compare", "--sample", "--densities", "0.2", "--json", "--skipped", skipped, "--backend"]
     results = []
     for backend in ("cuda", "numpy"):
         result = CliRunner().invoke(cli, [*arguments, backend, "--methods", "exact,int8,int8-sp24/4,xattention-16"])

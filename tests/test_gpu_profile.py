@@ -40,6 +40,7 @@ def on_hopper():
         ("--estimator", "int8-sp24", "--query-stride", "2"),
         ("--head-dim", "64", "--dtype", "fp16", "--block", "64x64"),
         ("--attend", "int8-fp8"),
+        ("--skipped", "pool"),
     ),
 )
 def test_every_launch_is_timed_and_compared(arguments):
@@ -47,7 +48,8 @@ def test_every_launch_is_timed_and_compared(arguments):
         pytest.skip("int8-fp8 runs on Hopper")
     report = profiled(*SMALL, *arguments)
     assert report["predicted"] is False and report["gpu"]["name"] and 0 < report["density"] <= 1
-    assert {one["stage"] for one in report["kernels"]} == {"quantize", "anchors", "estimate", "attend"}
+    pool = {"pool"} if "pool" in arguments else set()
+    assert {one["stage"] for one in report["kernels"]} == {"quantize", "anchors", "estimate", "attend"} | pool
     assert {one["stage"] for one in report["dense"]} == {"dense"}
     for one in [*report["kernels"], *report["dense"]]:
         assert 0 < one["min_ms"] <= one["ms"] <= one["max_ms"] and one["spread"] >= 0 and one["samples"] >= 2
@@ -196,6 +198,31 @@ def test_the_model_knows_the_launches_of_every_kind_of_call():
                         (x.stage, x.spec, x.threads) for x in model
                     ]
                     call.run()
+
+
+def test_pools_in_turns(monkeypatch, tmp_path):
+    """Each kernel is a row with the time of all its turns; the trace has them apart."""
+    from salekit import arrays, launches, skipped_mass
+    from salekit.workloads import llm_like_qkv
+
+    monkeypatch.setattr(skipped_mass, "POOL_BYTES", 1)
+    for head_dim, attend in ((64, "exact"), (128, "int8-fp8" if on_hopper() else "exact")):
+        q, k, v = llm_like_qkv(1500, 4, 2, head_dim, cuda=True)
+        plan = arrays.make_plan(q, k, v, attend=attend, dense_below=0, skipped="pool")
+        turns = len(skipped_mass.turns(plan, 128))
+        call = launches.launch_sparse(q, k, v, 0.05, plan)
+        launched = [one for one in call.launches if one.spec is not None]
+        assert [(x.stage, x.spec, x.threads) for x in launched] == [
+            (x.stage, x.spec, x.threads) for x in work.sparse_work(plan, 10**6)
+        ]
+        assert turns == 2 and len(call.trace().launches) == len(call.launches) + 2 * (turns - 1)
+        assert len(call.time_each(0.2)) == len(call.launches)
+    path = tmp_path / "trace.json"
+    report = json.loads(run(*SMALL, "--skipped", "pool", "--trace", path, "--json").stdout)
+    events = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
+    kernels = [event["name"] for event in events if (event["pid"], event["tid"]) == (2, 0)]
+    assert kernels[-4:] == 2 * [one["kernel"] for one in report["kernels"][-2:]]
+    assert kernels[:-2] == [one["kernel"] for one in report["kernels"]]
 
 
 def test_launches_one_by_one_give_what_the_call_gives(monkeypatch):

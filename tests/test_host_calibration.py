@@ -42,6 +42,29 @@ def test_measures_are_those_of_a_call(layer):
     assert got.recall[1] == pytest.approx(mass.mean(), abs=1e-5) and mass.mean() < 0.999
 
 
+def test_pools_are_in_errors_and_not_in_recall(layer):
+    pooled = calibration.Layer(layer.q, layer.k, layer.v, layer.plan.replace(skipped="pool"))
+    tau = np.array([0.1, 0.05], np.float32)
+    got, dropped = pooled.measure(tau), layer.measure(tau)
+    assert np.array_equal(got.recall, dropped.recall) and np.array_equal(got.density, dropped.density)
+    options = dict(estimator="int8", block=(64, 32), sink=32, local=32, dense_below=0, skipped="pool", return_lse=True)
+    out, lse = salekit.sparse_attention(layer.q, layer.k, layer.v, thresholds=tau, **options)
+    dense, dense_lse = salekit.dense_attention(layer.q, layer.k, layer.v, return_lse=True)
+    difference = np.square(out.astype(np.float64) - dense).sum(axis=(0, 1, 3))
+    want = np.sqrt(difference / np.square(dense.astype(np.float64)).sum(axis=(0, 1, 3)))
+    np.testing.assert_allclose(got.relative_error, want, atol=1e-6)
+    assert (got.relative_error < 0.9 * dropped.relative_error).all() and (got.error < dropped.error).all()
+    assert (np.exp(lse - dense_lse).mean(axis=(0, 2)) > got.recall + 0.01).all()  # the estimate is left out
+    # Thresholds for a recall are those without pools.
+    ((_, group),), ((_, other),) = pooled.groups(), layer.groups()
+    assert np.isnan(group.measure(group.mask(tau), ("recall",)).relative_error).all()
+    assert np.isnan(group.measure(group.mask(tau), ("error",)).recall).all()
+    for metric, target in (("recall", 0.95), ("relative_error", 0.1)):
+        (mine, measured), (theirs, _) = (calibration.calibrate(x, metric, target) for x in (pooled, layer))
+        assert np.array_equal(mine, theirs) if metric == "recall" else (mine > theirs).all()
+        assert np.isfinite(measured.error).all() and calibration.meets(measured, metric, target).all()
+
+
 @pytest.mark.parametrize("metric, target", [("relative_error", 0.1), ("error", 0.5), ("recall", 0.95)])
 def test_targets_are_met_and_tight(layer, metric, target):
     ticks = []

@@ -8,7 +8,7 @@ import pytest
 
 cupy = pytest.importorskip("cupy")
 
-from salekit import arrays, jit, launches, nvtx, pipeline, programs, tensor_map  # noqa: E402
+from salekit import arrays, jit, launches, nvtx, pipeline, programs, skipped_mass, tensor_map  # noqa: E402
 from salekit.plans import Plan  # noqa: E402
 from salekit.programs import Program, Recorder  # noqa: E402
 
@@ -150,6 +150,38 @@ def test_a_trace_is_of_one_call_behind_others(gpu):
         trace.whole.end_us,
     ]
     assert times == sorted(times)
+
+
+def test_pools_in_turns_are_a_launch_of_each_kernel(gpu, monkeypatch):
+    monkeypatch.setattr(skipped_mass, "POOL_BYTES", 5 << 20)
+    plan = make_plan(4096, skipped="pool")
+    turns = len(skipped_mass.turns(plan, 128))
+    assert turns >= 3
+    call = launches.launch_sparse(*inputs(plan), 0.008, plan)
+    names = [(one.stage, one.spec.source) for one in call.launches[-5:]]
+    assert names == [
+        ("attend", "attend_sm90"),
+        ("pool", "mean_queries"),
+        ("pool", "measure_keys"),
+        ("pool", "pool_skipped_sm90"),
+        ("pool", "attend_pools"),
+    ]
+    rows, steps = len(call.launches), len(call.launches) + 2 * (turns - 1)
+    gpu.log.clear()
+    timings = call.time_each()
+    assert [round(timing.median_ms, 6) for timing in timings[-5:]] == [1.01, 1.01, 1.01, *2 * [round(1.01 * turns, 6)]]
+    assert len(timings) == rows and {timing.samples for timing in timings} == {5}
+    launched = [entry for entry in gpu.log if entry not in ("flush", "wait")]
+    assert len(launched) == 6 * steps and gpu.log.count("flush") == 5 * steps
+    pool, attending = launched[steps - 2 : steps]
+    assert launched[steps - 2 * turns : steps] == turns * [pool, attending] and pool != attending  # one after the other
+    trace = call.trace()
+    assert trace.order == [*range(rows - 2), *turns * [rows - 2, rows - 1]] and len(trace.launches) == steps
+    assert [span.name for span in trace.stages] == ["quantize", "anchors", "estimate", "attend", "pool"]
+    times = [time for launch in trace.launches for time in launch]
+    assert times == sorted(times)
+    # Neither joins what another stage, or another kernel, launched.
+    assert len(launches.launch_dense(*inputs(plan), plan).launches) == 2
 
 
 # --- NVTX ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from salekit import reference, workloads
+from salekit import reference, skipped_mass, workloads
 from salekit.block_mask import BlockMask
 from salekit.codes import Quantized, rows_to_tiles
 
@@ -92,6 +92,9 @@ def kernels(monkeypatch):
         return BlockMask(put(mask.words), mask.block_q, mask.block_k, mask.seqlen_q, mask.seqlen_k, mask.causal)
 
     def attend(q, k, v, mask, plan, out=None, return_lse=False):
+        if plan.skipped == "pool":
+            out, lse = pooled_as_on_a_gpu(q, k, v, mask.to_numpy(), plan, broken.get("pools", lambda pools: pools))
+            return put(spoil("pooled", out)), put(spoil("pooled_lse", lse))
         out, lse = reference.attend(q, k, v, mask, plan)
         return put(spoil("out", out)), put(spoil("lse", lse))
 
@@ -103,6 +106,8 @@ def kernels(monkeypatch):
         limits = row_limits(*anchor_statistics(q, k, codes.k_mean, plan), codes, thresholds, plan)
         mask = estimate(codes, limits, plan)
         out, lse = attend(q, k, v, mask, plan)
+        if plan.skipped == "pool":
+            out = put(spoil("pooled_call", out))
         return (out, lse, mask) if return_lse else out
 
     for name in ("quantize", "anchors", "estimate", "attend", "attention", "cli.bench"):
@@ -121,6 +126,96 @@ def kernels(monkeypatch):
     monkeypatch.setattr(validate_module, "_choose_cuda", lambda backend: True)
     monkeypatch.setattr("salekit.timing.gpu_info", lambda: {"name": "stand-in"})
     return broken
+
+
+def pooled_as_on_a_gpu(q, k, v, mask, plan, change):
+    """The twin with the roundings that kernels add: weights, pooled keys and values in 16 bits, the bias of the rounded
+    key. change: of each block's pools."""
+    half = (lambda x: x.astype(q.dtype).astype(np.float32))
+
+    def pool(mean, keys, values, blocks, block_k, blocks_each):
+        exact = real(mean, keys, values, blocks, block_k, blocks_each)
+        rng = np.random.default_rng(len(blocks))
+        u = validate_module.UNIT_ROUNDOFF[plan.dtype]
+        # Weights that are off by u / 2 or so each, as if there were a handful of keys.
+        off = [1 + u / 3 * rng.standard_normal(x.shape).astype(np.float32) for x in (exact.key, exact.value)]
+        key, value = half(exact.key * off[0]), half(exact.value * off[1])
+        return change(exact._replace(key=key, value=value, bias=exact.bias + (exact.key - key) @ mean))
+
+    real = skipped_mass.pool
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(skipped_mass, "pool", pool)
+        return skipped_mass.attend_with_pools(q, k, v, mask, plan, skipped_mass.blocks_of_a_pool(mask))
+
+
+def run_pools(seqlen="1500", **settings):
+    settings = {**SETTINGS, "tau": 0.05, "estimator": "int8", "skipped": "pool", "seqlen": seqlen, **settings}
+    return validate_module.run_validate(**settings)
+
+
+@pytest.mark.parametrize("block", [(128, 32), (64, 64)])
+def test_pools_of_faultless_kernels_pass(kernels, block):
+    report = run_pools(block=block)
+    assert report["passed"], report["checks"]
+    pools = [check for check in report["checks"] if check["stage"] == "pool"]
+    assert len(pools) == 3 and pools[1]["error"] > 0 and pools[2]["error"] > 0
+    assert report["skipped"] == "pool"
+    for head in report["heads"]:
+        assert head["pooled_output_error"] < 0.8 * head["relative_output_error"] and head["density"] < 0.6
+
+
+@pytest.mark.parametrize(
+    "what, change",
+    [
+        ("pooled", lambda x: _changed(x, lambda value: np.nan)),
+        ("pooled_call", lambda x: _changed(x, lambda value: value + 1)),
+        ("pooled_lse", lambda x: x + 0.05),
+        ("pools", lambda pools: pools._replace(bias=pools.bias + np.float32(0.3))),  # too much mass
+        ("pools", lambda pools: pools._replace(bias=pools.bias - np.float32(1e9))),  # nothing is pooled
+        ("pools", lambda pools: pools._replace(value=pools.value * np.float32(1.3))),
+        ("pools", lambda pools: pools._replace(value=pools.value[::-1])),  # of other keys
+        ("pools", lambda pools: pools._replace(key=0 * pools.key)),
+    ],
+)
+def test_a_planted_error_in_pools_is_found(kernels, what, change):
+    kernels[what] = change
+    report = run_pools()
+    assert set(failed(report)) == {"pool"}, report["checks"]
+
+
+@pytest.mark.parametrize("estimator, block", [("int4", (64, 32)), ("int8", (128, 64))])
+def test_the_twins_pools_pass(estimator, block):
+    report = run_pools("2000", estimator=estimator, block=block)
+    assert report["passed"], report["checks"]
+    assert [check["stage"] for check in report["checks"]].count("pool") == 3
+    assert all(head["pooled_output_error"] < head["relative_output_error"] for head in report["heads"])
+    json.dumps(report, allow_nan=False)
+    plain = validate_module.run_validate(**SETTINGS, seqlen="300", estimator="int8")
+    assert plain["skipped"] == "drop" and all(head["pooled_output_error"] is None for head in plain["heads"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pools: pools._replace(bias=pools.bias + np.float32(0.05)),
+        lambda pools: pools._replace(value=pools.value[::-1]),
+        lambda pools: pools._replace(spread=0 * pools.spread),
+    ],
+)
+def test_an_error_in_the_twins_pools_is_found(monkeypatch, change):
+    real = skipped_mass.pool
+    monkeypatch.setattr(skipped_mass, "pool", lambda *args: change(real(*args)))
+    assert set(failed(run_pools())) == {"pool"}
+
+
+def test_pools_in_the_table():
+    result = CliRunner().invoke(
+        validate_module.validate, ["--seqlen", "1k", "--backend", "numpy", "--skipped", "pool", "--attend", "int8-fp8"]
+    )
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.stdout.split())
+    for said in ("skipped blocks pooled", "mean queries with float64", "output error with pools low-bit error"):
+        assert said in words
 
 
 def run(estimator="int8"):

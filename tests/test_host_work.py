@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from salekit import reference, work
+from salekit import reference, skipped_mass, work
 from salekit.plans import BLOCKS, SUPPORTED_ARCHS, Plan
 
 SHAPES = ((1, 1), (63, 63), (130, 130), (200, 333), (333, 200), (64, 700), (517, 517))
@@ -200,10 +200,68 @@ def test_launches_are_those_that_the_stages_make(recorded, arch, estimator, bloc
         assert (dense.stage, dense.spec, dense.threads, dense.num_bytes) == (stage, spec, threads, given)
 
 
+@pytest.mark.parametrize("seqlen_q, seqlen_k", SHAPES)
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("block_q", (64, 128))
+def test_pools_are_what_counting_gives(seqlen_q, seqlen_k, causal, block_q):
+    plan = make_plan(seqlen_q, seqlen_k, causal=causal, block_q=block_q, skipped="pool")
+    visible = visible_pairs(plan)
+    blocks = [visible[start : start + block_q] for start in range(0, seqlen_q, block_q)]
+    seen = [int(rows.all(axis=0).sum()) for rows in blocks]
+    assert work.keys_seen_whole(plan).tolist() == seen
+    assert work.rows_of_blocks(plan).tolist() == [len(rows) for rows in blocks]
+    extra_keys = sum(len(rows) * math.ceil(count / 128) for rows, count in zip(blocks, seen))
+    found = {one.spec.source: one for one in work.sparse_work(plan, 1000) if one.stage == "pool"}
+    if not extra_keys:
+        assert not found
+        return
+    heads = plan.batch * plan.num_heads
+    assert found["pool_skipped_sm90"].operations == {work.BF16: 6 * 64 * heads * sum(seen)}
+    assert found["attend_pools"].operations == {work.BF16: 4 * 64 * heads * extra_keys}
+    assert found["pool_skipped_sm90"].written == heads * sum(math.ceil(n / 128) for n in seen) * (2 * 64 * 2 + 8)
+
+
+@pytest.mark.parametrize("arch", SUPPORTED_ARCHS)
+@pytest.mark.parametrize("attend", ("exact", "int8-fp8"))
+@pytest.mark.parametrize("pool_bytes", (1 << 29, 1))  # all at once, a strip a turn
+def test_launches_with_pools_are_those_that_the_stages_make(recorded, monkeypatch, arch, attend, pool_bytes):
+    if attend == "int8-fp8" and arch != "sm_90a":
+        pytest.skip("int8-fp8 runs on Hopper")
+    monkeypatch.setattr(skipped_mass, "POOL_BYTES", pool_bytes)
+    for head_dim, block_q in itertools.product((64, 128), (64, 128)):
+        plan = make_plan(
+            1300, 2100, arch=arch, attend=attend, estimator="int8", head_dim=head_dim, block_q=block_q, skipped="pool"
+        ).replace(dtype="float16")
+        model = work.sparse_work(plan, work.pairs_at(plan, 0.3)[0])
+        launched = recorded(plan)
+        turns = skipped_mass.turns(plan, block_q)
+        assert len(turns) == (1 if pool_bytes > 1 else plan.batch * plan.num_kv_heads)
+        assert [note[1] for note in launched[-2:]] * len(turns) == [note[1] for note in launched[-2 * len(turns) :]]
+        launched = launched[: len(launched) - 2 * (len(turns) - 1)]  # of each kernel its first turn
+        assert [(one.stage, one.spec, one.threads) for one in model] == [note[:3] for note in launched]
+        if len(turns) > 1:
+            continue
+        pools = plan.batch * plan.num_heads * int((-(-work.keys_seen_whole(plan) // 128)).sum())
+        unused = (turns[0].places - pools) * (4 * head_dim + 8)
+        for one, (*_, given) in zip(model, launched):
+            if one.spec.source == "quantize_balanced":  # reads one of the two factors of each channel
+                given -= plan.batch * plan.num_kv_heads * plan.head_dim * 4
+            if one.spec.source.startswith(("pool_skipped", "attend_pools")):
+                given -= unused
+            if one.spec.source == "attend_pools":  # out and lse are read and written
+                given += plan.batch * plan.num_heads * plan.seqlen_q * (2 * head_dim + 4)
+            if one.spec.source in PARTLY:
+                assert given / 4 <= one.num_bytes <= given, one
+            else:
+                assert one.num_bytes == given, one
+        assert [one.spec for one in work.dense_work(plan)] == [recorded(plan, dense=True)[0][1]]
+
+
 def test_ctypes_layouts_agree_with_the_sources():
     from salekit import estimate as _  # noqa: F401  the module behind the function of that name
     import sys
 
+    assert work._KEY_FACTS == skipped_mass._KEY_FACTS and 4 * work._POOL_TERMS == skipped_mass._TERMS.itemsize
     assert work._KEY_BOUNDS == ctypes.sizeof(ctypes.c_float) * sys.modules["salekit.estimate"]._KEY_BOUNDS_FLOATS
 
 

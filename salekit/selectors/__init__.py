@@ -43,9 +43,11 @@ class Selector:
     saves_scores: bool = True
 
     def work(self, plan: Plan, density: float) -> float:
-        """Multiply-adds of choosing and attending over those of dense attention, each weighed by bits / 16."""
+        """Multiply-adds of choosing, attending and, where the plan has them, pools over those of dense attention, each
+        weighed by bits / 16."""
         attended = density if self.saves_scores else density / 2  # the cost holds the whole of q.k
-        return costs.equivalent(self.cost(plan)) / 2 + attended
+        pools = costs.pools(plan) if plan.skipped == "pool" else []
+        return costs.equivalent([*self.cost(plan), *pools]) / 2 + attended
 
 
 def levels_of(selector: Selector, q: Any, k: Any, plan: Plan, anchors: bool = False) -> Any:

@@ -8,6 +8,8 @@ import numpy as np
 
 from .. import reference
 from ..plans import Plan
+from ..skipped_mass import POOL_KEYS
+from ..work import keys_seen_whole, rows_of_blocks
 from .field import FLEXPREFILL_ROWS, MINFERENCE_ROWS
 
 EXACT_BITS = 16
@@ -74,6 +76,16 @@ def sparge(plan: Plan) -> list[Product]:
 
 def quest(plan: Plan) -> list[Product]:
     return [Product(2 / plan.block_k, EXACT_BITS, "bounds of pages")]
+
+
+def pools(plan: Plan) -> list[Product]:
+    """Of ``skipped="pool"``: over all that a block's rows see together, whatever is selected, as the kernels multiply."""
+    seen, pairs = keys_seen_whole(plan), max(1, plan.visible_pairs)
+    extra_keys = int((rows_of_blocks(plan) * -(-seen // POOL_KEYS)).sum())
+    return [
+        Product(3 * int(seen.sum()) / pairs, EXACT_BITS, "mean query.k, pooled k and v"),
+        Product(2 * extra_keys / pairs, EXACT_BITS, "q.pooled k, p.pooled v"),
+    ]
 
 
 def _rows(plan: Plan, count: int) -> Product:
