@@ -217,7 +217,7 @@ class _Sizes:
 
 def _quantize(sizes: _Sizes) -> Iterator[Work]:
     plan = sizes.plan
-    reduce, finish, q_spec, k_spec = quantize_specs(plan)
+    reduce, finish, q_spec, k_spec, *_ = quantize_specs(plan)  # then for statistics of keys that are given
 
     def statistics(of_what: str, values: int, heads: int, seqlen: int, kinds: int, outputs: int) -> Iterator[Work]:
         yield Work("quantize", reduce, of_what, 256, values, sizes.partials(heads, seqlen))

@@ -83,9 +83,9 @@ def test_pools(folder):
                 assert got["heads"][value] == dropped["heads"][value], name
             assert got["work"] == pytest.approx(dropped["work"] + cost / 2)
             error = dropped["mean"]["relative_error"]
-                assert (got["mean"]["relative_error"] is None) == (error is None)  # it has no mask as sparse
-                measured += error is not None
-                assert error is None or got["mean"]["relative_error"] < error
+            assert (got["mean"]["relative_error"] is None) == (error is None)  # no mask of the method is as sparse
+            measured += error is not None
+            assert error is None or got["mean"]["relative_error"] < error
     assert measured >= 4
     words = " ".join(compare(folder / "one.npz", *FEW, "--skipped", "pool", "--per-head").stdout.split())
     assert f"errors with pools of what is skipped, which cost every method {cost:.3f} more" in words

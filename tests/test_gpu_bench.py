@@ -54,7 +54,6 @@ def test_twin_bench_with_pools(no_gpu, tmp_path):
         for r, name in ((result, "attend-selected"), (without, "attend"))
     ]
     assert flops[0] == pytest.approx(flops[1])
-    assert result["times"]["attend"]["median_ms"] > result["times"]["attend-selected"]["median_ms"]
     text = run(*arguments, "--skipped", "pool").stdout
     assert "skipped blocks pooled" in text and "no pools" in text
 

@@ -63,6 +63,9 @@ def test_pools_are_in_errors_and_not_in_recall(layer):
         (mine, measured), (theirs, _) = (calibration.calibrate(x, metric, target) for x in (pooled, layer))
         assert np.array_equal(mine, theirs) if metric == "recall" else (mine > theirs).all()
         assert np.isfinite(measured.error).all() and calibration.meets(measured, metric, target).all()
+    (mine, measured), (theirs, without) = (calibration.calibrate_density(x, 0.4) for x in (pooled, layer))
+    assert np.array_equal(mine, theirs) and np.array_equal(measured.recall, without.recall)
+    assert (measured.relative_error < without.relative_error).all()
 
 
 @pytest.mark.parametrize("metric, target", [("relative_error", 0.1), ("error", 0.5), ("recall", 0.95)])
