@@ -57,7 +57,8 @@ def _methods(ctx: Any, param: Any, text: str) -> list[Any]:
 @click.option("--plot", type=click.Path(dir_okay=False, writable=True), help="Draw to this .svg or .png (matplotlib).")
 @click.option("--force", is_flag=True, help="Overwrite a plot that exists.")
 def compare(
-    file, sample, layer, heads, methods, densities, shared, anchors, per_head, block, skipped, backend, as_json, plot, force
+    file, sample, layer, heads, methods, densities, shared, anchors, per_head, block, skipped, backend, as_json, plot,
+    force,
 ) -> None:
     """How much attention mass SALE's masks keep and how far the output is off, next to other ways to choose blocks.
 
@@ -168,7 +169,7 @@ def _point(method: Any, plan: Any, point: Any) -> dict[str, Any]:
     return {"wanted": point.wanted, "work": method.work(plan, point.wanted), "mean": mean, "heads": values}
 
 
-def _pools(plan: Plan) -> dict[str, Any]:
+def _pools(plan: Any) -> dict[str, Any]:
     """What pools multiply, in the units of a method's cost; a method's work has them in it."""
     from salekit.selectors import costs
 
