@@ -117,6 +117,7 @@ def test_gpu_bench(tmp_path, estimator):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_gpu_bench_with_pools(tmp_path):
     [result] = load(tmp_path, "--seqlen", "16k", "--heads", "8", "--skipped", "pool")["results"]
     times = {name: time["median_ms"] for name, time in result["times"].items()}
