@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import json
+
 import pytest
 
 pytest.importorskip("cupy")
@@ -65,6 +67,21 @@ def test_a_damaged_entry_is_rebuilt(cache, monkeypatch, damage):
     calls = count_compiles(monkeypatch)
     again = jit.compile_kernel(SPEC, ARCH)
     assert len(calls) == 1 and again.cubin == data
+
+
+def test_a_log_without_figures_is_not_believed(cache, monkeypatch):
+    parse = jit.parse_log
+    logs = iter(("", None))  # of the first compilation nothing
+    monkeypatch.setattr(jit, "parse_log", lambda log, name: parse(log if next(logs) is None else "", name))
+    calls = count_compiles(monkeypatch)
+    first = jit.compile_kernel(SPEC, ARCH)
+    assert len(calls) == 2 and first.info.registers > 0
+    entry = next(cache.glob("*.json"))
+    record = json.loads(entry.read_text())
+    record["info"]["registers"] = 0
+    entry.write_text(json.dumps(record))
+    monkeypatch.setattr(jit, "parse_log", parse)
+    assert jit.compile_kernel(SPEC, ARCH).info.registers == first.info.registers and len(calls) == 3
 
 
 def test_key_follows_included_files(sources):
