@@ -1,9 +1,8 @@
 """The compile cache: hits, damage, many processes, bounds; and what the compiler reports. Needs NVRTC, no GPU."""
 
+import json
 import subprocess
 import sys
-
-import json
 
 import pytest
 
