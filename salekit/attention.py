@@ -26,6 +26,9 @@ def sparse_attention(
     sink: int = 32,
     local: int = 128,
     dense_below: int = DENSE_BELOW,
+    softcap: float = 0.0,
+    window_size: int | tuple[int, int] | None = None,
+    sink_logits: Any = None,
     return_lse: bool = False,
     return_mask: bool = False,
     out: Any = None,
@@ -46,12 +49,20 @@ def sparse_attention(
     query_stride: test every 1st, 2nd or 4th row of a block; the last ``full_rows`` rows are always tested.
     sink, local: keys at the start and before each query tile that are always kept.
     dense_below: up to this many keys the call is dense.
+    softcap: scores become ``softcap * tanh(softmax_scale * q.k / softcap)``, as in Gemma 2; 0 leaves them as they are.
+    window_size: (left, right): the row at position ``p = i + seqlen_k - seqlen_q`` sees keys ``p - left .. p + right``
+        alone, -1: no limit on that side (flash-attn's meaning); with ``causal`` right is 0. An integer w is the w keys
+        up to the row's own, (w - 1, w - 1), as ``sliding_window`` in Hugging Face's models.
+    sink_logits: one more logit a head, that takes part in the softmax and has no value (gpt-oss): numbers on the host,
+        or float32 [num_heads] where q is. -inf: none. Softcap and window_size do not touch it. lse includes it: of
+        calls whose states are merged, pass it to one.
     out: where to write, like q and apart from q, k and v; it is returned.
     stream: a CuPy stream, a ``cudaStream_t`` as int, or None for CuPy's current one.
 
     Returns out (like q, in its layout), or a tuple (out[, lse][, mask]): lse float32 [batch, num_heads, seqlen_q],
-    natural log, over what was computed; mask a BlockMask. A row without a visible key has out 0 and lse -inf. NaN and
-    inf in q and k reach the output as in dense attention; those in v where their block is selected.
+    natural log, over what was computed; mask a BlockMask. A row without a visible key has out 0 and lse -inf, or the
+    head's sink logit. NaN and inf in q and k reach the output as in dense attention; those in v where their block is
+    selected.
     On the GPU the first call of a kind (shapes, strides, dtype, options) compiles and plans; later ones reuse that and
     the stream's workspace, see :func:`plan`, which also says how to capture calls into a CUDA graph.
     Raises ArgumentError, DtypeError, GpuError, CompileError.
@@ -67,8 +78,10 @@ def sparse_attention(
         sink=sink,
         local=local,
         dense_below=dense_below,
+        softcap=softcap,
+        window_size=window_size,
     )
-    return _call(q, k, v, thresholds, layout, options, return_lse, return_mask, out, stream)
+    return _call(q, k, v, thresholds, layout, options, return_lse, return_mask, out, stream, sink_logits)
 
 
 def dense_attention(
@@ -79,6 +92,9 @@ def dense_attention(
     causal: bool = True,
     softmax_scale: float | None = None,
     layout: str = "bshd",
+    softcap: float = 0.0,
+    window_size: int | tuple[int, int] | None = None,
+    sink_logits: Any = None,
     return_lse: bool = False,
     out: Any = None,
     stream: Any = None,
@@ -87,16 +103,16 @@ def dense_attention(
 
     Arguments, result (out, or (out, lse)) and errors are those of :func:`sparse_attention`.
     """
-    options = dict(causal=causal, softmax_scale=softmax_scale)
-    return _call(q, k, v, 0.0, layout, options, return_lse, False, out, stream)
+    options = dict(causal=causal, softmax_scale=softmax_scale, softcap=softcap, window_size=window_size)
+    return _call(q, k, v, 0.0, layout, options, return_lse, False, out, stream, sink_logits)
 
 
 def plan(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -> "AttentionPlan":
     """What :func:`sparse_attention` prepares for calls of one kind, to hold and to run.
 
     q, k, v, layout and options (causal, softmax_scale, estimator, attend, block, query_stride, full_rows, sink, local,
-    dense_below) are those of ``sparse_attention``. The arrays are examples: their shapes, strides, dtype and GPU count,
-    they are neither read nor kept. Raises what ``sparse_attention`` raises.
+    dense_below, softcap, window_size) are those of ``sparse_attention``; sink logits are given to each run. The arrays
+    are examples: their shapes, strides, dtype and GPU count, they are neither read nor kept. Raises what ``sparse_attention`` raises.
     """
     with arrays.on_stream(q, None) as device:
         if device is not None:
@@ -115,11 +131,13 @@ def _call(
     return_mask: bool,
     out: Any,
     stream: Any,
+    sink_logits: Any,
 ) -> Any:
     with arrays.on_stream(q, stream) as device:
         if device is None:
-            call = arrays.check_call(q, k, v, layout=layout, out=out, thresholds=thresholds, **options)
+            data = dict(out=out, thresholds=thresholds, sink_logits=sink_logits)
+            call = arrays.check_call(q, k, v, layout=layout, **data, **options)
             return pipeline.run_twin(call, return_lse, return_mask)
         q, k, v = arrays.on_device(device, q, k, v)
         prepared = plan_of(q, k, v, layout, options)
-        return prepared._run(q, k, v, thresholds, return_lse, return_mask, out, None)
+        return prepared._run(q, k, v, thresholds, return_lse, return_mask, out, None, sink_logits)

@@ -20,6 +20,9 @@ QUERY_STRIDES = (1, 2, 4)
 # and 6K keys with 32 and 8 heads, between 8K and 10K with 8 and 2.
 DENSE_BELOW = 8192
 
+# What a call does to scores beside the causal limit: flags of kernel templates (cuda_src/tile/score_features.cuh).
+SOFTCAP, WINDOW, SINKS = 1, 2, 4
+
 SELECT_ALL = -(2**31)  # integer threshold of a row that selects every visible block
 SELECT_NONE = 2**31 - 1  # integer threshold of a row that never votes
 CLAMP = 2**30  # finite thresholds and corrections are clamped to +-CLAMP
@@ -38,6 +41,8 @@ SHAPE_RECORD = np.dtype(
             "local",
             "query_stride",
             "full_rows",
+            "window_left",
+            "window_right",
         )
     ]
 )
@@ -81,6 +86,9 @@ class Plan:
     local: int = 128
     dense_below: int = DENSE_BELOW
     arch: str | None = None  # "sm_90a", ...; None on the NumPy twin
+    softcap: float = 0.0  # scores are softcap * tanh(score / softcap); 0: they are not capped
+    window_left: int = -1  # keys before a row's position that it sees; -1: all
+    window_right: int = -1  # keys after it; -1: all, or none in causal calls
 
     # --- sizes -------------------------------------------------------------------------------------------------
     @property
@@ -152,24 +160,50 @@ class Plan:
         end = max(0, min(self.seqlen_k, end))
         return min(begin, end), end
 
+    @property
+    def has_window(self) -> bool:
+        """Whether a sliding window hides keys that ``causal`` does not."""
+        return self.window_left >= 0 or self.window_right >= 0
+
+    def score_features(self, has_sinks: bool) -> int:
+        """The flags SOFTCAP, WINDOW and SINKS of a call."""
+        return SOFTCAP * (self.softcap != 0) | WINDOW * self.has_window | SINKS * has_sinks
+
     def visible_keys(self, row_end: int) -> int:
-        """How many keys the rows before ``row_end`` see together (the last of them sees most)."""
-        if not self.causal:
+        """One past the last key that the rows before ``row_end`` see (the last of them sees farthest)."""
+        if not self.causal and self.window_right < 0:
             return self.seqlen_k
-        return max(0, min(self.seqlen_k, min(row_end, self.seqlen_q) + self.offset))
+        right = 0 if self.causal else self.window_right
+        return max(0, min(self.seqlen_k, min(row_end, self.seqlen_q) + self.offset + right))
+
+    def first_visible_key(self, row: int) -> int:
+        """The first key that row ``row`` and those after it see; all of them start here or later."""
+        if self.window_left < 0:
+            return 0
+        return max(0, min(self.seqlen_k, row + self.offset - self.window_left))
+
+    @cached_property
+    def first_visible_blocks(self) -> np.ndarray:
+        """int64 [num_q_blocks]: the first block with a visible pair, per query block."""
+        first = [self.first_visible_key(i * self.block_q) // self.block_k for i in range(self.num_q_blocks)]
+        return np.array(first, dtype=np.int64)
 
     @cached_property
     def visible_blocks(self) -> np.ndarray:
-        """int64 [num_q_blocks]: blocks with at least one visible pair, per query block."""
-        return np.array(
-            [ceil_div(self.visible_keys((i + 1) * self.block_q), self.block_k) for i in range(self.num_q_blocks)],
-            dtype=np.int64,
-        )
+        """int64 [num_q_blocks]: how many blocks have a visible pair, per query block."""
+        ends = [ceil_div(self.visible_keys((i + 1) * self.block_q), self.block_k) for i in range(self.num_q_blocks)]
+        return np.maximum(np.array(ends, dtype=np.int64) - self.first_visible_blocks, 0)
 
     # --- work, per head ----------------------------------------------------------------------------------------
     @property
     def visible_pairs(self) -> int:
         """Pairs of a query row and a key that it sees."""
+        if self.has_window:
+            position = np.arange(self.seqlen_q, dtype=np.int64) + self.offset
+            first = position - self.window_left if self.window_left >= 0 else np.zeros_like(position)
+            right = 0 if self.causal else self.window_right
+            end = position + right + 1 if right >= 0 else np.full_like(position, self.seqlen_k)
+            return int((end.clip(0, self.seqlen_k) - first.clip(0, self.seqlen_k)).sum())
         if not self.causal:
             return self.seqlen_q * self.seqlen_k
         last = self.visible_keys(self.seqlen_q)
@@ -180,7 +214,7 @@ class Plan:
         """Visible pairs in that many set blocks of a mask of this plan's blocks.
 
         Blocks on the diagonal reach past it; they are anchors, so every mask has them all. A ragged last row is counted
-        whole.
+        whole. Not for windows, whose edges are no anchors.
         """
         size = self.block_q * self.block_k
         beyond = int(self.visible_blocks.sum()) * size - self.visible_pairs
@@ -190,7 +224,12 @@ class Plan:
     @property
     def holds_tested_rows(self) -> bool:
         """Whether codes, scales and limits are held for the tested rows alone (tile/row_map.cuh)."""
-        return self.arch == "sm_90a" and self.estimator != "int4" and self.query_stride > 1
+        return self.uses_wgmma_estimate and self.estimator != "int4" and self.query_stride > 1
+
+    @property
+    def uses_wgmma_estimate(self) -> bool:
+        """Whether Hopper's estimation kernels run; those of ``mma.sync`` alone know windows."""
+        return self.arch == "sm_90a" and not self.has_window
 
     @cached_property
     def q_row_map(self) -> np.ndarray:
@@ -223,7 +262,7 @@ class Plan:
     @property
     def q_is_sparse(self) -> bool:
         """Whether q's codes are held pruned, in the order of the sparse tensor cores (codes.py)."""
-        return self.arch == "sm_90a" and self.estimator == "int8-sp24"
+        return self.uses_wgmma_estimate and self.estimator == "int8-sp24"
 
     # --- for kernels -------------------------------------------------------------------------------------------
     @cached_property
@@ -242,6 +281,8 @@ class Plan:
                     min(self.local, 2**30),
                     self.query_stride,
                     self.full_rows,
+                    self.window_left,
+                    self.window_right,
                 )
             ],
             dtype=SHAPE_RECORD,

@@ -45,6 +45,15 @@ struct CodeRows {
   int warp_row;       // first of the warp's 32
   int num_tiles;      // key tiles that the code tile sees
 
+  template <bool WINDOWED = false>
+  __device__ __forceinline__ static CodeRows of(const Shape& shape) {
+    CodeRows rows(shape);
+    if (WINDOWED) rows.num_tiles = ceil_div(shape.visible_end<true>(rows.last_row()), PRODUCT_TILE_K);
+    return rows;
+  }
+
+  __device__ __forceinline__ int last_row() const { return (code_tile + 1) * CODE_TILE_ROWS - 1; }
+
   __device__ __forceinline__ explicit CodeRows(const Shape& shape) {
     const int num_heads_all = shape.batch * shape.num_heads;
     num_code_tiles = ceil_div(shape.seqlen_q, CODE_TILE_ROWS);

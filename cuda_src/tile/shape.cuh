@@ -16,6 +16,7 @@ struct Range {
 
 struct Shape {
   int batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, causal, sink_end, local, query_stride, full_rows;
+  int window_left, window_right;  // keys before and after a row's position that it sees; -1: no limit
 
   __device__ int offset() const { return seqlen_k - seqlen_q; }
   __device__ int group_size() const { return num_heads / num_kv_heads; }
@@ -28,6 +29,18 @@ struct Shape {
     if (!causal) return seqlen_k;
     int end = min(row, seqlen_q - 1) + offset() + 1;
     return max(0, min(seqlen_k, end));
+  }
+
+  // With a window a row sees [visible_begin(row), visible_end(row)). WINDOWED false: there is none, and no code for it.
+  template <bool WINDOWED>
+  __device__ int visible_begin(int row) const {
+    if (!WINDOWED || window_left < 0) return 0;
+    return max(0, min(seqlen_k, min(row, seqlen_q - 1) + offset() - window_left));
+  }
+  template <bool WINDOWED>
+  __device__ int visible_end(int row) const {
+    if (!WINDOWED || causal || window_right < 0) return visible_keys(row);
+    return max(0, min(seqlen_k, min(row, seqlen_q - 1) + offset() + 1 + window_right));
   }
 
   // Keys of the local anchors of a 64-row tile; in causal calls `end` is the last row's limit + 1.
