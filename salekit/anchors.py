@@ -8,7 +8,7 @@ import numpy as np
 
 from . import arrays, jit, programs, reference, tensor_map
 from .codes import Quantized
-from .plans import CODE_TILE_ROWS, KEY_BLOCK, SINKS, TILE_ROWS, Plan, ceil_div
+from .plans import CODE_TILE_ROWS, KEY_BLOCK, TILE_ROWS, Plan, ceil_div
 
 _NULL = np.uint64(0)  # a pointer that a kernel does not read
 _THREADS = 128
@@ -125,12 +125,11 @@ def _launch_limits(
     return limits
 
 
-def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
+def kernel_specs(plan: Plan, has_sinks: bool = False) -> list[jit.KernelSpec]:
     """The kernels that this module launches for this plan."""
-    features = plan.score_features(False)
+    features = plan.score_features(has_sinks)
     hopper = [_sm90_spec(plan)] if not features and _uses_wgmma(plan) else []
-    portable = [_anchor_spec(plan, features), _anchor_spec(plan, features | SINKS)]
-    return [*hopper, *portable, _limits_spec(plan.estimator != "int4")]
+    return [*hopper, _anchor_spec(plan, features), _limits_spec(plan.estimator != "int4")]
 
 
 def _local_slots(plan: Plan) -> int:

@@ -62,27 +62,25 @@ def attend(
         low = low_bit.quantize_low_bit(q, k, v, plan, with_shift=return_lse)
         low_bit.attend_low_bit(low, mask, plan, out, lse)
     elif out.size:
-        if (plan.arch or jit.device_arch()) == "sm_90a" and all(tensor_map.can_encode(x) for x in (q, k, v)):
+        arch = plan.arch or jit.device_arch()
+        if arch == "sm_90a" and k.size and all(tensor_map.can_encode(x) for x in (q, k, v)):
             _launch_sm90(q, k, v, mask, plan, out, lse, sink_logits)
         else:
             _launch_sm80(q, k, v, mask, plan, out, lse, sink_logits=sink_logits)
     return out, lse
 
 
-def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
+def kernel_specs(plan: Plan, has_sinks: bool = False) -> list[jit.KernelSpec]:
     """The kernels that :func:`attend` launches for this plan: masked, and dense when that is another one."""
     arch = plan.arch or jit.device_arch()
     block_rows = dict.fromkeys((plan.block_q, DENSE_BLOCK_Q))
     if plan.attend == "int8-fp8":
         return low_bit.kernel_specs(plan, list(block_rows))
-    specs = []
-    for features in (plan.score_features(False), plan.score_features(True)):
-        if arch == "sm_90a":
-            specs += [_sm90_spec(plan, block_q, features=features) for block_q in block_rows]
-            if len(segment_starts(plan)) > 1:
-                specs.append(_sm90_spec(plan, plan.block_q, in_segments=True, features=features))
-        specs += [_sm80_spec(plan, block_q, STAGES, features) for block_q in block_rows]
-    return specs
+    features = plan.score_features(has_sinks)
+    hopper = [_sm90_spec(plan, block_q, features=features) for block_q in block_rows] if arch == "sm_90a" else []
+    if hopper and len(segment_starts(plan)) > 1:
+        hopper.append(_sm90_spec(plan, plan.block_q, in_segments=True, features=features))
+    return hopper + [_sm80_spec(plan, block_q, STAGES, features) for block_q in block_rows]
 
 
 def _launch_sm90(

@@ -13,7 +13,7 @@ from . import arrays, pipeline, programs, workspaces
 from .attend import attend
 from .block_mask import BlockMask
 from .errors import ArgumentError
-from .plans import Plan
+from .plans import Plan, ceil_div
 from .thresholds import check_thresholds
 
 MAX_PROGRAMS = 16  # of a plan: kinds of out and thresholds, and which results are wanted
@@ -56,9 +56,10 @@ class AttentionPlan:
         if self._device is None or self.plan.is_empty:
             return 0
         kinds = ("dense",) if self.plan.is_dense else ("dense", "scalar", "host", "device")
-        variants = product((None,), kinds, (False,), (False, True), self._sink_kinds())
+        variants = product((None,), kinds, (False,), (False, True))
+        sinks = ceil_div(4 * self.plan.num_heads, programs.WORKSPACE_ALIGNMENT) * programs.WORKSPACE_ALIGNMENT
         with arrays.import_cupy().cuda.Device(self._device):
-            return max(self._record(*variant).workspace_bytes for variant in variants)
+            return sinks + max(self._record(*variant).workspace_bytes for variant in variants)
 
     def run(
         self,
@@ -192,9 +193,6 @@ class AttentionPlan:
 
     def _program(self, key: tuple) -> programs.Program:
         return self._programs.get(key) or self._programs.add(key, self._record(*key))
-
-    def _sink_kinds(self) -> tuple:
-        return (None, "host") if self.plan.attend == "exact" else (None,)
 
     def _record(
         self, out_kind: tuple | None, kind: str, return_lse: bool, return_mask: bool, sink_kind: str | None = None

@@ -23,6 +23,7 @@ STAGES = {
     "attend": attend_specs,
     "pipeline": pipeline_specs,
 }
+_FEATURES = ({"softcap": 30.0, "window_left": 100}, {"softcap": 30.0}, {"window_left": 100})
 _LONG = 2**20  # tokens: the keys are attended in segments
 TOOLS = {  # outside of a call
     "scores": scores_specs,
@@ -33,7 +34,10 @@ TOOLS = {  # outside of a call
 
 
 def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
-    """(stage, spec) of every kernel for this architecture, each once."""
+    """(stage, spec) of every kernel for this architecture, each once.
+
+    Of softcap, windows and sink logits in float16: none, sink logits, and the other two with and without them.
+    """
     found: dict[KernelSpec, str] = {}
     for dtype, head_dim, (block_q, block_k), estimator, kv_heads in product(
         DTYPES, HEAD_DIMS, BLOCKS, ESTIMATORS, (2, 4)
@@ -57,6 +61,19 @@ def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
                 found.setdefault(spec, stage)
         for spec in attend_specs(plan.replace(seqlen_q=_LONG, seqlen_k=_LONG)):
             found.setdefault(spec, "attend")
+        features = [{}, *(_FEATURES if dtype == "bfloat16" else _FEATURES[:1])]
+        for changes in features if estimator != "int8-sp24" else []:
+            changed = plan.replace(**changes)
+            for has_sinks in (False, True):
+                for stage, specs in (("anchors", anchor_specs), ("attend", attend_specs)):
+                    for spec in specs(changed, has_sinks):
+                        found.setdefault(spec, stage)
+                if not changed.has_window:
+                    for spec in attend_specs(changed.replace(seqlen_q=_LONG, seqlen_k=_LONG), has_sinks):
+                        found.setdefault(spec, "attend")
+            if changed.has_window:
+                for spec in estimate_specs(changed):
+                    found.setdefault(spec, "estimate")
         if arch in LOW_BIT_ARCHS:
             for spec in attend_specs(plan.replace(attend="int8-fp8")):
                 found.setdefault(spec, "attend")

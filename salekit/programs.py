@@ -36,7 +36,7 @@ _FIRST_SYMBOL = _TAG << _TAG_SHIFT
 _MAX_SYMBOLS = 1 << (_TAG_SHIFT - _SYMBOL_SHIFT)
 _MIDDLE = 1 << (_SYMBOL_SHIFT - 1)  # a symbol's address lies in the middle of its TiB: views may start before it
 _IMAGE_ALIGNMENT = 64  # of a CUtensorMap
-_WORKSPACE_ALIGNMENT = 512
+WORKSPACE_ALIGNMENT = 512
 _MIN_GRAPH = 3  # operations from which on a graph is launched faster than they are
 _MAX_GRAPHS = 4  # of a program, one for each stream: launches of one graph wait for each other
 
@@ -454,4 +454,4 @@ def _layout(symbols: list[_Symbol]) -> int:
 
 
 def _round_up(num_bytes: int) -> int:
-    return -(-num_bytes // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
+    return -(-num_bytes // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT

@@ -7,14 +7,10 @@ import numpy as np
 def visible(nq, nk, causal, window=(-1, -1)):
     """bool [nq, nk]: query i, at position i + nk - nq, sees keys from left before it to right after it."""
     left, right = window
-    seen = np.zeros((nq, nk), bool)
-    for i in range(nq):
-        position = i + nk - nq
-        for j in range(nk):
-            too_early = left >= 0 and j < position - left
-            too_late = (right >= 0 and j > position + right) or (causal and j > position)
-            seen[i, j] = not (too_early or too_late)
-    return seen
+    position, key = np.arange(nq)[:, None] + nk - nq, np.arange(nk)[None]
+    too_early = (left >= 0) & (key < position - left)
+    too_late = ((right >= 0) & (key > position + right)) | (causal & (key > position))
+    return ~(too_early | too_late)
 
 
 def capped(s, softcap):
