@@ -8,7 +8,7 @@ import numpy as np
 
 from . import arrays, jit, programs, reference, tensor_map
 from .codes import Quantized
-from .plans import CODE_TILE_ROWS, KEY_BLOCK, TILE_ROWS, Plan, ceil_div
+from .plans import CODE_TILE_ROWS, KEY_BLOCK, TILE_ROWS, WGMMA_HEAD_DIMS, Plan, ceil_div
 
 _NULL = np.uint64(0)  # a pointer that a kernel does not read
 _THREADS = 128
@@ -141,7 +141,8 @@ def _local_slots(plan: Plan) -> int:
 
 def _uses_wgmma(plan: Plan) -> bool:
     """Whether anchor_statistics_sm90 runs: anchors as few as its shared memory is made for."""
-    return plan.arch == "sm_90a" and plan.sink_end <= KEY_BLOCK and _local_slots(plan) in _SM90_SLOTS
+    is_known = plan.arch == "sm_90a" and plan.head_dim in WGMMA_HEAD_DIMS
+    return is_known and plan.sink_end <= KEY_BLOCK and _local_slots(plan) in _SM90_SLOTS
 
 
 def _heads_each(plan: Plan) -> int:
@@ -151,7 +152,8 @@ def _heads_each(plan: Plan) -> int:
 
 def _anchor_spec(plan: Plan, features: int = 0) -> jit.KernelSpec:
     stride = plan.query_stride if plan.holds_tested_rows else 1
-    at_once = str(2 if _heads_each(plan) % (2 * stride) == 0 else 1)
+    is_narrow = plan.head_dim <= 128  # the rows of two wide heads do not fit shared memory
+    at_once = str(2 if is_narrow and _heads_each(plan) % (2 * stride) == 0 else 1)
     template = (str(plan.head_dim), plan.element, at_once, *([str(features)] if features else []))
     return jit.KernelSpec("anchor_statistics", template, f"AnchorStorage<{plan.head_dim}, {at_once}>")
 

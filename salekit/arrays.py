@@ -24,6 +24,7 @@ from .plans import (
     ESTIMATORS,
     HEAD_DIMS,
     LOW_BIT_ARCHS,
+    LOW_BIT_HEAD_DIMS,
     QUERY_STRIDES,
     Plan,
     default_softmax_scale,
@@ -448,6 +449,9 @@ def plan_of_views(
     causal, scale = _check_flag("causal", causal), _check_scale(softmax_scale, head_dim)
     softcap = _check_softcap(softcap, scale)
     window_left, window_right = _check_window(window_size, causal, seqlen_q, k.shape[1])
+    if attend == "int8-fp8" and head_dim not in LOW_BIT_HEAD_DIMS:
+        wanted = " and ".join(map(str, LOW_BIT_HEAD_DIMS))
+        raise ArgumentError(f"attend: 'int8-fp8' takes head_dim {wanted}, q has {head_dim}; wants 'exact'")
     if attend == "int8-fp8" and (softcap or window_left >= 0 or window_right >= 0):
         raise ArgumentError("attend: 'int8-fp8' has no softcap and no window_size; wants 'exact'")
     return Plan(

@@ -19,7 +19,7 @@ from .attend_grid import (
     whole_call,
 )
 from .block_mask import BlockMask
-from .plans import KEY_BLOCK, Plan, ceil_div
+from .plans import KEY_BLOCK, WGMMA_HEAD_DIMS, Plan, ceil_div
 
 _SM90_TILE_K = 128  # keys of a tile of attend_sm90
 # Stages of K and V in attend_sm80. On an H100 two gain 1% on dense calls of 128 rows and lose 1% (128 rows) and 30% (64
@@ -62,8 +62,7 @@ def attend(
         low = low_bit.quantize_low_bit(q, k, v, plan, with_shift=return_lse)
         low_bit.attend_low_bit(low, mask, plan, out, lse)
     elif out.size:
-        arch = plan.arch or jit.device_arch()
-        if arch == "sm_90a" and k.size and all(tensor_map.can_encode(x) for x in (q, k, v)):
+        if _uses_wgmma(plan) and k.size and all(tensor_map.can_encode(x) for x in (q, k, v)):
             _launch_sm90(q, k, v, mask, plan, out, lse, sink_logits)
         else:
             _launch_sm80(q, k, v, mask, plan, out, lse, sink_logits=sink_logits)
@@ -72,15 +71,18 @@ def attend(
 
 def kernel_specs(plan: Plan, has_sinks: bool = False) -> list[jit.KernelSpec]:
     """The kernels that :func:`attend` launches for this plan: masked, and dense when that is another one."""
-    arch = plan.arch or jit.device_arch()
     block_rows = dict.fromkeys((plan.block_q, DENSE_BLOCK_Q))
     if plan.attend == "int8-fp8":
         return low_bit.kernel_specs(plan, list(block_rows))
     features = plan.score_features(has_sinks)
-    hopper = [_sm90_spec(plan, block_q, features=features) for block_q in block_rows] if arch == "sm_90a" else []
+    hopper = [_sm90_spec(plan, block_q, features=features) for block_q in block_rows] if _uses_wgmma(plan) else []
     if hopper and len(segment_starts(plan)) > 1:
         hopper.append(_sm90_spec(plan, plan.block_q, in_segments=True, features=features))
     return hopper + [_sm80_spec(plan, block_q, STAGES, features) for block_q in block_rows]
+
+
+def _uses_wgmma(plan: Plan) -> bool:
+    return plan.head_dim in WGMMA_HEAD_DIMS and (plan.arch or jit.device_arch()) == "sm_90a"
 
 
 def _launch_sm90(
@@ -125,9 +127,10 @@ def _launch_sm80(
 ) -> None:
     block_q = DENSE_BLOCK_Q if mask is None else mask.block_q
     stages = stages or STAGES
+    cta_rows, threads = sm80_grid(plan, block_q)
     jit.get_kernel(_sm80_spec(plan, block_q, stages, plan.score_features(sink_logits is not None)))(
-        (plan.batch * plan.num_heads * ceil_div(plan.seqlen_q, block_q),),
-        (block_q,),
+        (plan.batch * plan.num_heads * ceil_div(plan.seqlen_q, cta_rows),),
+        (threads,),
         (
             *(_view(x) for x in (q, k, v, out)),
             NULL if lse is None else lse,
@@ -139,6 +142,11 @@ def _launch_sm80(
             NULL if sink_logits is None else sink_logits,
         ),
     )
+
+
+def sm80_grid(plan: Plan, block_q: int) -> tuple[int, int]:
+    """Query rows and threads of a CTA of attend_sm80: AttendRows of attend_sm80.cu."""
+    return (64, 128) if plan.head_dim > 128 else (block_q, block_q)
 
 
 def _optional(features: int) -> tuple[str, ...]:

@@ -111,8 +111,8 @@ def plan(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -> "At
     """What :func:`sparse_attention` prepares for calls of one kind, to hold and to run.
 
     q, k, v, layout and options (causal, softmax_scale, estimator, attend, block, query_stride, full_rows, sink, local,
-    dense_below, softcap, window_size) are those of ``sparse_attention``; sink logits are given to each run. The
-    arrays are examples: their shapes, strides, dtype and GPU count, they are neither read nor kept. Raises what ``sparse_attention`` raises.
+    dense_below, softcap, window_size) are those of ``sparse_attention``; sink logits are given to each run. The arrays
+    are examples: their shapes, strides, dtype and GPU count, they are neither read nor kept. Raises what ``sparse_attention`` raises.
     """
     with arrays.on_stream(q, None) as device:
         if device is not None:

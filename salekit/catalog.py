@@ -12,7 +12,7 @@ from .estimate import kernel_specs as estimate_specs
 from .jit import KernelSpec
 from .output_difference import kernel_specs as difference_specs
 from .pipeline import kernel_specs as pipeline_specs
-from .plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, LOW_BIT_ARCHS, Plan
+from .plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, LOW_BIT_ARCHS, LOW_BIT_HEAD_DIMS, WGMMA_HEAD_DIMS, Plan
 from .quantize import kernel_specs as quantize_specs
 from .workloads import kernel_specs as workload_specs
 
@@ -23,7 +23,9 @@ STAGES = {
     "attend": attend_specs,
     "pipeline": pipeline_specs,
 }
-_FEATURES = ({"softcap": 30.0, "window_left": 100}, {"softcap": 30.0}, {"window_left": 100})
+# Changes of a plan, and whether its calls have sink logits.
+_ALL_FEATURES = ({"softcap": 30.0, "window_left": 100}, True)
+_FEATURES = (({"softcap": 30.0}, False), ({"window_left": 100}, False), ({}, True), _ALL_FEATURES)
 _LONG = 2**20  # tokens: the keys are attended in segments
 TOOLS = {  # outside of a call
     "scores": scores_specs,
@@ -36,7 +38,8 @@ TOOLS = {  # outside of a call
 def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
     """(stage, spec) of every kernel for this architecture, each once.
 
-    Of softcap, windows and sink logits in float16: none, sink logits, and the other two with and without them.
+    Of kernels with softcap, windows and sink logits: each of the three and all of them in bfloat16, all of them in
+    float16; of head_dim 96, 192 and 256 all of them in bfloat16. Other combinations compile as well.
     """
     found: dict[KernelSpec, str] = {}
     for dtype, head_dim, (block_q, block_k), estimator, kv_heads in product(
@@ -61,26 +64,29 @@ def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
                 found.setdefault(spec, stage)
         for spec in attend_specs(plan.replace(seqlen_q=_LONG, seqlen_k=_LONG)):
             found.setdefault(spec, "attend")
-        features = [{}, *(_FEATURES if dtype == "bfloat16" else _FEATURES[:1])]
-        for changes in features if estimator != "int8-sp24" else []:
+        for changes, has_sinks in _features_of(dtype, head_dim, estimator):
             changed = plan.replace(**changes)
-            for has_sinks in (False, True):
-                for stage, specs in (("anchors", anchor_specs), ("attend", attend_specs)):
-                    for spec in specs(changed, has_sinks):
-                        found.setdefault(spec, stage)
-                if not changed.has_window:
-                    for spec in attend_specs(changed.replace(seqlen_q=_LONG, seqlen_k=_LONG), has_sinks):
-                        found.setdefault(spec, "attend")
+            for spec in anchor_specs(changed, has_sinks):
+                found.setdefault(spec, "anchors")
+            for size in (plan.seqlen_k, _LONG):
+                for spec in attend_specs(changed.replace(seqlen_q=size, seqlen_k=size), has_sinks):
+                    found.setdefault(spec, "attend")
             if changed.has_window:
                 for spec in estimate_specs(changed):
                     found.setdefault(spec, "estimate")
-        if arch in LOW_BIT_ARCHS:
+        if arch in LOW_BIT_ARCHS and head_dim in LOW_BIT_HEAD_DIMS:
             for spec in attend_specs(plan.replace(attend="int8-fp8")):
                 found.setdefault(spec, "attend")
         for stage, specs in TOOLS.items():
             for spec in specs(plan):
                 found.setdefault(spec, stage)
     return [(stage, spec) for spec, stage in found.items()]
+
+
+def _features_of(dtype: str, head_dim: int, estimator: str) -> tuple:
+    if estimator == "int8-sp24" or (dtype == "float16" and head_dim not in WGMMA_HEAD_DIMS):
+        return ()
+    return _FEATURES if dtype == "bfloat16" and head_dim in WGMMA_HEAD_DIMS else (_ALL_FEATURES,)
 
 
 def call_specs(plan: Plan) -> list[KernelSpec]:

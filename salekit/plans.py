@@ -13,7 +13,9 @@ KEY_BLOCK = 32  # the finest key granularity: anchors and votes are taken per 32
 CODE_TILE_ROWS = 128  # codes are stored in tiles of 128 rows, in the shared-memory order of the tensor cores
 BLOCKS = tuple((q, k) for q in (64, 128) for k in (32, 64, 128))
 ESTIMATORS = ("int4", "int8", "int8-sp24")
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 96, 128, 192, 256)
+WGMMA_HEAD_DIMS = (64, 128)  # of Hopper's kernels; the others run on mma.sync
+LOW_BIT_HEAD_DIMS = (64, 128)  # of attend="int8-fp8"
 DTYPES = ("float16", "bfloat16")
 QUERY_STRIDES = (1, 2, 4)
 # Up to this many keys a call is dense unless it says otherwise: on an H100 sparse calls overtake dense ones between 4K
@@ -61,6 +63,11 @@ def row_map_record(*values: int) -> np.ndarray:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def padded_dim(head_dim: int) -> int:
+    """Dims of a row of codes: a power of two from 64 on; what is past head_dim is zero (cuda_src/tile/shape.cuh)."""
+    return max(64, 1 << (head_dim - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -228,8 +235,8 @@ class Plan:
 
     @property
     def uses_wgmma_estimate(self) -> bool:
-        """Whether Hopper's estimation kernels run; those of ``mma.sync`` alone know windows."""
-        return self.arch == "sm_90a" and not self.has_window
+        """Whether Hopper's estimation kernels run; those of ``mma.sync`` know windows and every head_dim."""
+        return self.arch == "sm_90a" and not self.has_window and self.head_dim in WGMMA_HEAD_DIMS
 
     @cached_property
     def q_row_map(self) -> np.ndarray:
@@ -300,7 +307,7 @@ class Plan:
 
     @property
     def code_row_bytes(self) -> int:
-        return self.head_dim * self.code_bits // 8
+        return padded_dim(self.head_dim) * self.code_bits // 8
 
     def replace(self, **changes) -> "Plan":
         return replace(self, **changes)

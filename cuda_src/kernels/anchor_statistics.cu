@@ -23,9 +23,8 @@
 constexpr int ANCHOR_THREADS = 128;
 constexpr int WARP_ROWS = 16;
 
-// Elements from row to row in shared memory: a power of two, for its offsets to be XORed.
 template <int HEAD_DIM>
-constexpr int PITCH = HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 128 ? 128 : 256;
+constexpr int PITCH = padded_dim(HEAD_DIM);  // elements from row to row in shared memory
 
 template <int HEAD_DIM>
 constexpr int ANCHOR_BLOCKS = HEAD_DIM > 128 ? 3 : 7;  // of 32 keys, at a time: what fits shared memory

@@ -1,9 +1,10 @@
-// Block-sparse attention for sm_80 and later: a CTA attends 64 or 128 query rows of one head to the selected key blocks.
+// Block-sparse attention for sm_80 and later: a CTA attends 64 or 128 query rows of a head to the selected key blocks.
 //
 // out[b, i, h, :] = softmax(softmax_scale * q_i . k_j) v_j over the selected, visible keys j; lse is natural log.
 // FEATURES (tile/score_features.cuh): scores capped, a window, a sink logit for each head: float32 [num_heads].
 // A tile of 64 keys is gathered from any two selected 32-key blocks. A warp owns 32 query rows, so that each ldmatrix
-// of K or V feeds four products (16 where the output of 32 would not fit the registers); scores, p and the output stay in registers (FlashAttention-2, arXiv 2307.08691).
+// of K or V feeds four products, or 16 where the output of 32 would not fit the registers; scores, p and the output stay
+// in registers (FlashAttention-2, arXiv 2307.08691).
 // STAGES 1: V arrives under q.k, the next K under softmax and p.v. STAGES 2: both arrive under the tile before.
 // q [batch, seqlen_q, num_heads, HEAD_DIM], k, v [batch, seqlen_k, num_kv_heads, HEAD_DIM], rows on 16-byte boundaries;
 // mask uint32 [batch, num_heads, ceil(seqlen_q / BLOCK_Q), num_words], null: dense; lse float32 [batch, num_heads,
@@ -22,7 +23,7 @@
 constexpr int ATTEND_TILE_K = 2 * KEY_BLOCK;
 constexpr int KEY_TILES = ATTEND_TILE_K / 8;  // n8 tiles of the scores
 
-// How the rows of a mask block of BLOCK_Q rows are shared out. Mirrors salekit/attend.py (_sm80_grid).
+// How the rows of a mask block of BLOCK_Q rows are shared out. Mirrors salekit/attend.py (sm80_grid).
 template <int HEAD_DIM, int BLOCK_Q>
 struct AttendRows {
   static constexpr bool WIDE = HEAD_DIM > 128;
@@ -32,9 +33,8 @@ struct AttendRows {
   static constexpr int THREADS = CTA_ROWS / WARP_ROWS * 32;
 };
 
-// Elements from row to row of a tile in shared memory: a power of two, for its offsets to be XORed.
 template <int HEAD_DIM>
-constexpr int PITCH = HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 128 ? 128 : 256;
+constexpr int PITCH = padded_dim(HEAD_DIM);  // elements from row to row of a tile in shared memory
 
 template <int HEAD_DIM, int BLOCK_Q, int STAGES>
 struct AttendSm80Storage {
@@ -80,26 +80,18 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
 template <int HEAD_DIM, int NUM_THREADS, int NUM_ROWS>
 __device__ __forceinline__ void load_rows(uint32_t smem_address, const uint16_t* gmem, int64_t stride_row,
                                           int present) {
-  constexpr int CHUNKS = HEAD_DIM / 8;
+  constexpr int CHUNKS = PITCH<HEAD_DIM> / 8;
   constexpr int STEP = NUM_THREADS / CHUNKS;
-  static_assert(NUM_ROWS * CHUNKS % NUM_THREADS == 0, "the threads copy the same number of chunks each");
+  static_assert(NUM_ROWS % STEP == 0, "the threads copy the same number of chunks each");
   int thread = threadIdx.x;
   asm volatile("" : "+r"(thread), "+l"(stride_row));  // so that no address is kept, in registers, across the main loop
-  if constexpr (NUM_THREADS % CHUNKS != 0) {
+  const int row = thread / CHUNKS, chunk = thread % CHUNKS;
+  if (HEAD_DIM != PITCH<HEAD_DIM> && chunk >= HEAD_DIM / 8) return;  // no one reads those
+  const uint16_t* source = gmem + row * stride_row + chunk * 8;
 #pragma unroll
-    for (int i = 0; i < NUM_ROWS * CHUNKS; i += NUM_THREADS) {
-      const int row = (i + thread) / CHUNKS, chunk = (i + thread) % CHUNKS;
-      cp_async_16(smem_address + chunk_offset<HEAD_DIM>(row, chunk), gmem + row * stride_row + chunk * 8,
-                  row < present);
-    }
-  } else {
-    const int row = thread / CHUNKS, chunk = thread % CHUNKS;
-    const uint16_t* source = gmem + row * stride_row + chunk * 8;
-#pragma unroll
-    for (int i = 0; i < NUM_ROWS; i += STEP) {
-      cp_async_16(smem_address + chunk_offset<HEAD_DIM>(row + i, chunk), source, row + i < present);
-      source += STEP * stride_row;
-    }
+  for (int i = 0; i < NUM_ROWS; i += STEP) {
+    cp_async_16(smem_address + chunk_offset<HEAD_DIM>(row + i, chunk), source, row + i < present);
+    source += STEP * stride_row;
   }
 }
 
@@ -347,11 +339,12 @@ __global__ void __launch_bounds__(AttendRows<HEAD_DIM, BLOCK_Q>::THREADS, 256 / 
             sum == 0.f ? -INFINITY : fmaf(top, FEATURES & SINKS ? 1.f : value_scale, logf(sum));
     }
   __syncwarp();
-  constexpr int CHUNKS = HEAD_DIM / 8;
+  constexpr int CHUNKS = PITCH<HEAD_DIM> / 8;
   uint16_t* out_gmem = out.row<uint16_t>(done.batch, done.first_row, done.head);
 #pragma unroll
-  for (int i = 0; i < WARP_ROWS * CHUNKS; i += 32) {
-    const int row = warp_row + (i + lane) / CHUNKS, chunk = (i + lane) % CHUNKS;
+  for (int i = 0; i < WARP_ROWS; i += 32 / CHUNKS) {
+    const int row = warp_row + i + lane / CHUNKS, chunk = lane % CHUNKS;
+    if (HEAD_DIM != PITCH<HEAD_DIM> && chunk >= HEAD_DIM / 8) continue;
     const uint4 data = *reinterpret_cast<const uint4*>(dynamic_smem + chunk_offset<HEAD_DIM>(row, chunk));
     if (done.first_row + row < shape.seqlen_q)
       *reinterpret_cast<uint4*>(out_gmem + row * out.stride_row + chunk * 8) = data;

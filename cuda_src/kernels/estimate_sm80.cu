@@ -12,7 +12,7 @@
 #include "tile/votes.cuh"
 
 template <int HEAD_DIM, typename Format, int BLOCK_Q, bool WINDOWED = false>
-__global__ void __launch_bounds__(PRODUCT_THREADS, 3)
+__global__ void __launch_bounds__(PRODUCT_THREADS, CodeProducts<HEAD_DIM, Format, uint32_t>::CTAS)
     estimate_sm80(const uint8_t* q_codes_gmem, const uint8_t* k_codes_gmem, const void* limits_gmem,
                   const float* q_scale_gmem, const float* k_scale_gmem, const float* correction_gmem,
                   uint32_t* words_gmem, Shape shape, float softmax_scale) {

@@ -1,5 +1,5 @@
-// What a call does to scores beside the causal limit: flags of a kernel's template, so that plain calls have no code for
-// it. Mirrors salekit/plans.py.
+// What a call does to scores beside the causal limit: flags of a kernel's template, so that plain calls have no code
+// for it. Mirrors salekit/plans.py.
 #pragma once
 #include "ptx/ex2.cuh"
 #include "ptx/rcp.cuh"

@@ -8,6 +8,11 @@ constexpr int CODE_TILE_ROWS = 128;  // codes are stored in 128-row tiles
 constexpr int SELECT_ALL = -2147483647 - 1;  // integer threshold of a row that selects every visible block
 constexpr int SELECT_NONE = 2147483647;      // integer threshold of a row that never votes
 
+// Dims of a row of codes, or of a row in shared memory: a power of two, so that offsets can be XORed.
+__host__ __device__ constexpr int padded_dim(int head_dim) {
+  return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
+}
+
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 struct Range {
