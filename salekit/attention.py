@@ -37,14 +37,15 @@ def sparse_attention(
     """Sparse prefill attention by low-bit estimation (SALE, arXiv 2505.24179).
 
     q: [batch, seqlen_q, num_heads, head_dim], float16 or bfloat16; k, v: [batch, seqlen_k, num_kv_heads, head_dim];
-        ``layout="bhsd"`` swaps the middle axes. Any strides with a contiguous last axis; on the GPU 16-byte aligned
+        ``layout="bhsd"`` swaps the middle axes. head_dim 64, 96, 128, 192 or 256. Any strides with a contiguous last axis; on the GPU 16-byte aligned
         with strides that are multiples of 8 elements. NumPy arrays run on the twin; CuPy arrays, CUDA DLPack and
         ``__cuda_array_interface__`` objects on their GPU, without a host synchronisation.
     thresholds: tau, a scalar or float32 [num_heads]; 0 is a dense head, inf leaves the anchors. Values on the host are
         checked; in an array on the GPU NaN or a negative value means a dense head.
     causal: query i sees keys ``j <= i + seqlen_k - seqlen_q``. softmax_scale: default ``head_dim ** -0.5``.
     estimator: "int4" (the paper's), "int8", "int8-sp24" or "auto", which depends on the GPU alone.
-    attend: "exact", or "int8-fp8": int8 products of q and k, e4m3 products of p and v; on GPUs, Hopper alone.
+    attend: "exact", or "int8-fp8": int8 products of q and k, e4m3 products of p and v; on GPUs, Hopper alone; head_dim
+        64 and 128, and neither softcap, window_size nor sink_logits.
     block: (query rows, keys) of a mask block, 64 or 128 by 32, 64 or 128.
     query_stride: test every 1st, 2nd or 4th row of a block; the last ``full_rows`` rows are always tested.
     sink, local: keys at the start and before each query tile that are always kept.
@@ -112,7 +113,8 @@ def plan(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -> "At
 
     q, k, v, layout and options (causal, softmax_scale, estimator, attend, block, query_stride, full_rows, sink, local,
     dense_below, softcap, window_size) are those of ``sparse_attention``; sink logits are given to each run. The arrays
-    are examples: their shapes, strides, dtype and GPU count, they are neither read nor kept. Raises what ``sparse_attention`` raises.
+    are examples: their shapes, strides, dtype and GPU count, they are neither read nor kept. Raises what
+    ``sparse_attention`` raises.
     """
     with arrays.on_stream(q, None) as device:
         if device is not None:
