@@ -49,7 +49,7 @@ def sparse_attention(
     block: (query rows, keys) of a mask block, 64 or 128 by 32, 64 or 128.
     query_stride: test every 1st, 2nd or 4th row of a block; the last ``full_rows`` rows are always tested.
     sink, local: keys at the start and before each query tile that are always kept.
-    dense_below: up to this many keys the call is dense.
+    dense_below: up to this many keys, of all or in the window, the call is dense.
     softcap: scores become ``softcap * tanh(softmax_scale * q.k / softcap)``, as in Gemma 2; 0 leaves them as they are.
     window_size: (left, right): the row at position ``p = i + seqlen_k - seqlen_q`` sees keys ``p - left .. p + right``
         alone, -1: no limit on that side (flash-attn's meaning); with ``causal`` right is 0. An integer w is the w keys

@@ -137,8 +137,11 @@ class Plan:
 
     @property
     def is_dense(self) -> bool:
-        """Dense by length alone (docs/algorithm.md, step 6)."""
-        return self.seqlen_k <= self.dense_below
+        """Dense by how many keys a row sees at most (docs/algorithm.md, step 6)."""
+        keys = self.seqlen_k
+        if self.window_left >= 0 and (self.causal or self.window_right >= 0):
+            keys = min(keys, self.window_left + 1 + (0 if self.causal else self.window_right))
+        return keys <= self.dense_below
 
     @property
     def is_empty(self) -> bool:

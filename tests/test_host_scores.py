@@ -215,6 +215,13 @@ def test_a_window_that_hides_nothing_is_none():
     assert salekit.make_plan(q, k, v, causal=False, window_size=(299, 99)).has_window is False
 
 
+def test_short_windows_are_dense():
+    q, k, v = make(100, 300)
+    for causal, window, keys in ((True, (70, 0), 71), (False, (70, 20), 91), (False, (70, -1), 300), (True, None, 300)):
+        plan = salekit.make_plan(q, k, v, causal=causal, window_size=window)
+        assert plan.replace(dense_below=keys).is_dense and not plan.replace(dense_below=keys - 1).is_dense
+
+
 def test_a_cap_far_above_the_scores_changes_nothing_much():
     q, k, v = make(200, 300)
     plain, capped = (salekit.dense_attention(q, k, v, softcap=cap).astype(np.float32) for cap in (0.0, 1e4))
