@@ -130,8 +130,11 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
   if (head < heads_end) load_q(head);
   if (resident) load_blocks(0);
   cp_async_commit();
-  for (int dim = threadIdx.x; dim < HEAD_DIM; dim += ANCHOR_THREADS)
-    smem.mean[dim] = k_mean_gmem[(int64_t(batch) * shape.num_kv_heads + kv_head) * HEAD_DIM + dim];
+#pragma unroll
+  for (int first = 0; first < HEAD_DIM; first += ANCHOR_THREADS)
+    if (first + threadIdx.x < HEAD_DIM)
+      smem.mean[first + threadIdx.x] =
+          k_mean_gmem[(int64_t(batch) * shape.num_kv_heads + kv_head) * HEAD_DIM + first + threadIdx.x];
   cp_async_wait<0>();
   __syncthreads();
 
