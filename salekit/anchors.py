@@ -66,6 +66,7 @@ def anchor_statistics(q: Any, k: Any, k_mean: Any, plan: Plan, sink_logits: Any 
             np.int32(_heads_each(plan)),
             np.float32(plan.softmax_scale),
             np.float32(plan.softcap),
+            np.float32(plan.cap_factor),
             _NULL if sink_logits is None else sink_logits,
             shift[0] if shift else _NULL,
         ),

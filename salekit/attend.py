@@ -97,7 +97,7 @@ def _launch_sm90(
         np.int32(expand_log2(mask)),
     )
     shape = (plan.shape_record, np.float32(plan.softmax_scale))
-    scores = (np.float32(plan.softcap), NULL if sink_logits is None else sink_logits)
+    scores = (np.float32(plan.softcap), np.float32(plan.cap_factor), NULL if sink_logits is None else sink_logits)
     features = plan.score_features(sink_logits is not None)
     block_q = DENSE_BLOCK_Q if mask is None else mask.block_q
     if mask is None or len(segment_starts(plan)) == 1:
@@ -139,6 +139,7 @@ def _launch_sm80(
             plan.shape_record,
             np.float32(plan.softmax_scale),
             np.float32(plan.softcap),
+            np.float32(plan.cap_factor),
             NULL if sink_logits is None else sink_logits,
         ),
     )

@@ -175,6 +175,11 @@ class Plan:
         """Whether a sliding window hides keys that ``causal`` does not."""
         return self.window_left >= 0 or self.window_right >= 0
 
+    @property
+    def cap_factor(self) -> float:
+        """What kernels multiply q.k by for the exponent of tanh (SoftCap of cuda_src/tile/score_features.cuh)."""
+        return 2 * math.log2(math.e) * self.softmax_scale / self.softcap if self.softcap else 0.0
+
     def score_features(self, has_sinks: bool) -> int:
         """The flags SOFTCAP, WINDOW and SINKS of a call."""
         return SOFTCAP * (self.softcap != 0) | WINDOW * self.has_window | SINKS * has_sinks

@@ -81,7 +81,7 @@ template <int HEAD_DIM, typename Element, int AT_ONCE, int FEATURES = 0>
 __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
     anchor_statistics(TensorView q, TensorView k, const float* k_mean_gmem, float* m_gmem, float* l_gmem, Shape shape,
                       RowMap map, int num_heads_each, float softmax_scale, float softcap,
-                      const float* sink_logits_gmem, float* shift_gmem) {
+                      float cap_factor, const float* sink_logits_gmem, float* shift_gmem) {
   constexpr bool CAPPED = FEATURES & SOFTCAP, WINDOWED = FEATURES & WINDOW, WITH_SINKS = FEATURES & SINKS;
   constexpr int BLOCKS = ANCHOR_BLOCKS<HEAD_DIM>;
   constexpr int STEPS = HEAD_DIM / 16;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
   const int visible_to_all_from = shape.visible_begin<WINDOWED>(warp_row + (WARP_ROWS - 1) * stride);
   const float value_scale = CAPPED ? softcap : softmax_scale;  // of a score that is held
   const float scale_log2 = value_scale * 1.4426950408889634f;
-  const SoftCap cap(softmax_scale, softcap);
+  const SoftCap cap = {cap_factor};
 
   for (int first = first_head; first < heads_end; first += heads_at_once, head += heads_at_once) {
     const bool has_next = head + heads_at_once < heads_end;

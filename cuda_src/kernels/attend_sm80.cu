@@ -117,18 +117,31 @@ __device__ __forceinline__ void mask_scores(float (&scores)[ROW_TILES][KEY_TILES
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int visible = shape.visible_end<WINDOWED>(row + 16 * m + 8 * r) - threadIdx.x % 4 * 2;
-      const int hidden = shape.visible_begin<WINDOWED>(row + 16 * m + 8 * r) - threadIdx.x % 4 * 2;
 #pragma unroll
       for (int j = 0; j < KEY_TILES; ++j) {
         const int block = j < KEY_TILES / 2 ? blocks.x : blocks.y;
         const int left = block < 0 ? 0 : visible - (block * KEY_BLOCK + j % (KEY_TILES / 2) * 8);
         if (left <= 0) scores[m][j][2 * r] = -INFINITY;
         if (left <= 1) scores[m][j][2 * r + 1] = -INFINITY;
-        if constexpr (WINDOWED) {
-          const int before = hidden - (block * KEY_BLOCK + j % (KEY_TILES / 2) * 8);
-          if (before > 0) scores[m][j][2 * r] = -INFINITY;
-          if (before > 1) scores[m][j][2 * r + 1] = -INFINITY;
-        }
+      }
+    }
+}
+
+// Scores of keys before a row's first become -inf; apart from the above for want of registers.
+template <int ROW_TILES>
+__device__ __forceinline__ void mask_scores_before(float (&scores)[ROW_TILES][KEY_TILES][4], int2 blocks, int row,
+                                                   const Shape& shape) {
+#pragma unroll
+  for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      int hidden = shape.visible_begin<true>(row + 16 * m + 8 * r) - threadIdx.x % 4 * 2;
+      asm volatile("" : "+r"(hidden));  // one row after the other
+#pragma unroll
+      for (int j = 0; j < KEY_TILES; ++j) {
+        const int before = hidden - ((j < KEY_TILES / 2 ? blocks.x : blocks.y) * KEY_BLOCK + j % (KEY_TILES / 2) * 8);
+        if (before > 0) scores[m][j][2 * r] = -INFINITY;
+        if (before > 1) scores[m][j][2 * r + 1] = -INFINITY;
       }
     }
 }
@@ -136,7 +149,8 @@ __device__ __forceinline__ void mask_scores(float (&scores)[ROW_TILES][KEY_TILES
 template <int HEAD_DIM, int BLOCK_Q, typename Element, int STAGES, int FEATURES = 0>
 __global__ void __launch_bounds__(AttendRows<HEAD_DIM, BLOCK_Q>::THREADS, 256 / AttendRows<HEAD_DIM, BLOCK_Q>::THREADS)
     attend_sm80(TensorView q, TensorView k, TensorView v, TensorView out, float* lse_gmem, const uint32_t* mask_gmem,
-                int expand_log2, Shape shape, float softmax_scale, float softcap, const float* sink_logits_gmem) {
+                int expand_log2, Shape shape, float softmax_scale, float softcap, float cap_factor,
+                const float* sink_logits_gmem) {
   using Storage = AttendSm80Storage<HEAD_DIM, BLOCK_Q, STAGES>;
   using Part = AttendRows<HEAD_DIM, BLOCK_Q>;
   static_assert(STAGES == 1 || STAGES == 2, "K and V have one or two stages");
@@ -265,7 +279,7 @@ __global__ void __launch_bounds__(AttendRows<HEAD_DIM, BLOCK_Q>::THREADS, 256 / 
     }
 
     if constexpr ((FEATURES & SOFTCAP) != 0) {
-      const SoftCap cap(softmax_scale, softcap);
+      const SoftCap cap = {cap_factor};
 #pragma unroll
       for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
@@ -275,8 +289,9 @@ __global__ void __launch_bounds__(AttendRows<HEAD_DIM, BLOCK_Q>::THREADS, 256 / 
     }
 
     // Softmax. Blocks go down: x is the one that reaches farthest.
-    if (blocks.y < 0 || (blocks.x + 1) * KEY_BLOCK > smem.visible_to_all ||
-        (WINDOWED && blocks.y * KEY_BLOCK < smem.visible_to_all_from))
+    if (WINDOWED && blocks.y * KEY_BLOCK < smem.visible_to_all_from)  // true of an absent one
+      mask_scores_before(s, blocks, smem.first_row + warp_row + lane / 4, shape);
+    if (blocks.y < 0 || (blocks.x + 1) * KEY_BLOCK > smem.visible_to_all)
       mask_scores<WINDOWED>(s, blocks, smem.first_row + warp_row + lane / 4, shape);
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {

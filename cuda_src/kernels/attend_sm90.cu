@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(384, 1)
                 const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap k_wide_map,
                 const __grid_constant__ TensorMap v_wide_map, TensorView out, float* lse_gmem,
                 const uint32_t* mask_gmem, int expand_log2, uint32_t* next_item, Shape shape, float softmax_scale,
-                Segment part, float4* carried_gmem, float softcap, const float* sink_logits_gmem) {
+                Segment part, float4* carried_gmem, float softcap, float cap_factor, const float* sink_logits_gmem) {
   using Storage = AttendSm90Storage<HEAD_DIM>;
   constexpr int HALVES = Storage::HALVES;
   constexpr uint32_t TILE_BYTES = HALVES * ATTEND_TILE_K * HALF_BYTES;
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(384, 1)
     const bool leader = threadIdx.x % 128 == 0;
     const float value_scale = FEATURES & SOFTCAP ? softcap : softmax_scale;  // of a score that is held
     const float scale_log2 = value_scale * 1.4426950408889634f, slack = 8.f / scale_log2;
-    const SoftCap cap(softmax_scale, softcap);
+    const SoftCap cap = {cap_factor};
     const uint64_t q_desc = descriptor(shared_address(smem.Q_smem[0]) + warpgroup * 64 * HALF_BYTES, 16);
     const uint64_t k_desc = descriptor(shared_address(smem.K_smem[0][0]), 16);
     const uint64_t v_desc = descriptor(shared_address(smem.V_smem[0][0]), ATTEND_TILE_K * HALF_BYTES);

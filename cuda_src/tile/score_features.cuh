@@ -13,9 +13,6 @@ constexpr float LOG2_E = 1.4426950408889634f;
 struct SoftCap {
   float factor;  // 2 log2(e) softmax_scale / softcap
 
-  __device__ __forceinline__ SoftCap(float softmax_scale, float softcap)
-      : factor(softmax_scale / softcap * (2 * LOG2_E)) {}
-
   __device__ __forceinline__ float operator()(float product) const {
     return fmaf(-2.f, rcp(1.f + ex2(product * factor)), 1.f);
   }
