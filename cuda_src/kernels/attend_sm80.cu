@@ -3,8 +3,8 @@
 // out[b, i, h, :] = softmax(softmax_scale * q_i . k_j) v_j over the selected, visible keys j; lse is natural log.
 // FEATURES (tile/score_features.cuh): scores capped, a window, a sink logit for each head: float32 [num_heads].
 // A tile of 64 keys is gathered from any two selected 32-key blocks. A warp owns 32 query rows, so that each ldmatrix
-// of K or V feeds four products, or 16 where the output of 32 would not fit the registers; scores, p and the output stay
-// in registers (FlashAttention-2, arXiv 2307.08691).
+// of K or V feeds four products, or 16 where the output of 32 would not fit the registers; scores, p and the output
+// stay in registers (FlashAttention-2, arXiv 2307.08691).
 // STAGES 1: V arrives under q.k, the next K under softmax and p.v. STAGES 2: both arrive under the tile before.
 // q [batch, seqlen_q, num_heads, HEAD_DIM], k, v [batch, seqlen_k, num_kv_heads, HEAD_DIM], rows on 16-byte boundaries;
 // mask uint32 [batch, num_heads, ceil(seqlen_q / BLOCK_Q), num_words], null: dense; lse float32 [batch, num_heads,

@@ -57,8 +57,8 @@ struct Rows {
   }
 
   template <int MASK_ROWS, bool WINDOWED>
-  __device__ SlotWalker<MASK_ROWS, WINDOWED> walker(const Shape& shape, const Segment& segment, const uint32_t* mask_gmem,
-                                          int expand_log2) const {
+  __device__ SlotWalker<MASK_ROWS, WINDOWED> walker(const Shape& shape, const Segment& segment,
+                                                    const uint32_t* mask_gmem, int expand_log2) const {
     using Walker = SlotWalker<MASK_ROWS, WINDOWED>;
     constexpr int NUM_ROWS = Walker::NUM_ROWS;
     const uint32_t* mask_rows[NUM_ROWS] = {};
