@@ -147,7 +147,10 @@ def _launch_sm80(
 
 def sm80_grid(plan: Plan, block_q: int) -> tuple[int, int]:
     """Query rows and threads of a CTA of attend_sm80: AttendRows of attend_sm80.cu."""
-    return (64, 128) if plan.head_dim > 128 else (block_q, block_q)
+    if plan.head_dim > 128:
+        return 64, 128
+    rows = 64 if plan.has_window and plan.head_dim > 64 else block_q
+    return rows, rows
 
 
 def _optional(features: int) -> tuple[str, ...]:
@@ -165,7 +168,7 @@ def _sm80_spec(plan: Plan, block_q: int, stages: int, features: int = 0) -> jit.
     return jit.KernelSpec(
         "attend_sm80",
         (str(plan.head_dim), str(block_q), plan.element, str(stages), *_optional(features)),
-        f"AttendSm80Storage<{plan.head_dim}, {block_q}, {stages}>",
+        f"AttendSm80Storage<{plan.head_dim}, {sm80_grid(plan, block_q)[0]}, {stages}>",
     )
 
 

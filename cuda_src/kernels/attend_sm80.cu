@@ -24,10 +24,11 @@ constexpr int ATTEND_TILE_K = 2 * KEY_BLOCK;
 constexpr int KEY_TILES = ATTEND_TILE_K / 8;  // n8 tiles of the scores
 
 // How the rows of a mask block of BLOCK_Q rows are shared out. Mirrors salekit/attend.py (sm80_grid).
-template <int HEAD_DIM, int BLOCK_Q>
+template <int HEAD_DIM, int BLOCK_Q, int FEATURES>
 struct AttendRows {
   static constexpr bool WIDE = HEAD_DIM > 128;
-  static constexpr int CTA_ROWS = WIDE ? 64 : BLOCK_Q;  // 128 wide ones do not fit shared memory
+  // 128 wide ones do not fit shared memory, and a window's masks not the registers.
+  static constexpr int CTA_ROWS = WIDE || ((FEATURES & WINDOW) != 0 && HEAD_DIM > 64) ? 64 : BLOCK_Q;
   static constexpr int ROW_TILES = WIDE ? 1 : 2;        // m16 tiles of a warp
   static constexpr int WARP_ROWS = 16 * ROW_TILES;
   static constexpr int THREADS = CTA_ROWS / WARP_ROWS * 32;
@@ -36,10 +37,9 @@ struct AttendRows {
 template <int HEAD_DIM>
 constexpr int PITCH = padded_dim(HEAD_DIM);  // elements from row to row of a tile in shared memory
 
-template <int HEAD_DIM, int BLOCK_Q, int STAGES>
+template <int HEAD_DIM, int CTA_ROWS, int STAGES>
 struct AttendSm80Storage {
-  static constexpr int Q_ROWS = AttendRows<HEAD_DIM, BLOCK_Q>::CTA_ROWS;
-  alignas(128) uint16_t Q_smem[Q_ROWS * PITCH<HEAD_DIM>];  // the output too, at the end
+  alignas(128) uint16_t Q_smem[CTA_ROWS * PITCH<HEAD_DIM>];  // the output too, at the end
   alignas(128) uint16_t K_smem[STAGES][ATTEND_TILE_K * PITCH<HEAD_DIM>];
   alignas(128) uint16_t V_smem[STAGES][ATTEND_TILE_K * PITCH<HEAD_DIM>];
   alignas(16) BlockList selected;
@@ -147,12 +147,13 @@ __device__ __forceinline__ void mask_scores_before(float (&scores)[ROW_TILES][KE
 }
 
 template <int HEAD_DIM, int BLOCK_Q, typename Element, int STAGES, int FEATURES = 0>
-__global__ void __launch_bounds__(AttendRows<HEAD_DIM, BLOCK_Q>::THREADS, 256 / AttendRows<HEAD_DIM, BLOCK_Q>::THREADS)
+__global__ void __launch_bounds__(AttendRows<HEAD_DIM, BLOCK_Q, FEATURES>::THREADS,
+                                  256 / AttendRows<HEAD_DIM, BLOCK_Q, FEATURES>::THREADS)
     attend_sm80(TensorView q, TensorView k, TensorView v, TensorView out, float* lse_gmem, const uint32_t* mask_gmem,
                 int expand_log2, Shape shape, float softmax_scale, float softcap, float cap_factor,
                 const float* sink_logits_gmem) {
-  using Storage = AttendSm80Storage<HEAD_DIM, BLOCK_Q, STAGES>;
-  using Part = AttendRows<HEAD_DIM, BLOCK_Q>;
+  using Part = AttendRows<HEAD_DIM, BLOCK_Q, FEATURES>;
+  using Storage = AttendSm80Storage<HEAD_DIM, Part::CTA_ROWS, STAGES>;
   static_assert(STAGES == 1 || STAGES == 2, "K and V have one or two stages");
   constexpr int CTA_ROWS = Part::CTA_ROWS, ROW_TILES = Part::ROW_TILES, WARP_ROWS = Part::WARP_ROWS;
   constexpr int THREADS = Part::THREADS;

@@ -12,7 +12,7 @@ struct BlockList {
   static constexpr int SIZE = WALKER_WORDS * 32 + 2;  // room for a block that the filling before left over
   int blocks[SIZE];  // the last `count` are in use
   int count;
-  int word;         // the first word, of 32 blocks, that is not listed yet; they go down
+  int word;         // the first word, of 32 blocks, that is not listed yet; they go down; negative: there is none
   int num_visible;  // blocks; those from here on are never listed
   int first;        // nor are those before this one; a window's alone
   const uint32_t* mask_row;  // null: every visible block is selected
@@ -74,7 +74,7 @@ class BlockWalker {
       }
       if (lane == 0) {
         list_.count = count;
-        list_.word = word - WALKER_WORDS;
+        list_.word = word - WALKER_WORDS < first_word() ? -1 : word - WALKER_WORDS;
       }
     }
     __syncthreads();
@@ -96,7 +96,7 @@ class BlockWalker {
 
   // The next two blocks, the later one first; -1: there is none. All threads call it together (it may synchronise).
   __device__ __forceinline__ int2 next() {
-    while (left_ < 2 && list_.word >= first_word()) fill();
+    while (left_ < 2 && list_.word >= 0) fill();
     int2 blocks = make_int2(-1, -1);
     if (left_ > 0) blocks.x = list_.blocks[BlockList::SIZE - left_];
     if (left_ > 1) blocks.y = list_.blocks[BlockList::SIZE - left_ + 1];
