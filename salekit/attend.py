@@ -147,10 +147,8 @@ def _launch_sm80(
 
 def sm80_grid(plan: Plan, block_q: int) -> tuple[int, int]:
     """Query rows and threads of a CTA of attend_sm80: AttendRows of attend_sm80.cu."""
-    if plan.head_dim > 128:
-        return 64, 128
-    rows = 64 if plan.has_window and plan.head_dim > 64 else block_q
-    return rows, rows
+    has_fewer = plan.head_dim > 128 or (plan.head_dim > 64 and (plan.softcap != 0 or plan.has_window))
+    return (64, 128) if has_fewer else (block_q, block_q)
 
 
 def _optional(features: int) -> tuple[str, ...]:

@@ -26,10 +26,10 @@ constexpr int KEY_TILES = ATTEND_TILE_K / 8;  // n8 tiles of the scores
 // How the rows of a mask block of BLOCK_Q rows are shared out. Mirrors salekit/attend.py (sm80_grid).
 template <int HEAD_DIM, int BLOCK_Q, int FEATURES>
 struct AttendRows {
-  static constexpr bool WIDE = HEAD_DIM > 128;
-  // 128 wide ones do not fit shared memory, and a window's masks not the registers.
-  static constexpr int CTA_ROWS = WIDE || ((FEATURES & WINDOW) != 0 && HEAD_DIM > 64) ? 64 : BLOCK_Q;
-  static constexpr int ROW_TILES = WIDE ? 1 : 2;        // m16 tiles of a warp
+  // Caps and windows take registers, wide rows registers and shared memory.
+  static constexpr bool FEWER = HEAD_DIM > 128 || (HEAD_DIM > 64 && (FEATURES & (SOFTCAP | WINDOW)) != 0);
+  static constexpr int CTA_ROWS = FEWER ? 64 : BLOCK_Q;
+  static constexpr int ROW_TILES = FEWER ? 1 : 2;  // m16 tiles of a warp
   static constexpr int WARP_ROWS = 16 * ROW_TILES;
   static constexpr int THREADS = CTA_ROWS / WARP_ROWS * 32;
 };
