@@ -19,13 +19,14 @@ import salekit
 from salekit import attend_grid, skipped_mass
 from salekit.jit import device_arch
 from salekit.output_difference import output_sums
-from salekit.plans import BLOCKS, ESTIMATORS, LOW_BIT_ARCHS
+from salekit.plans import BLOCKS, ESTIMATORS, LOW_BIT_ARCHS, LOW_BIT_HEAD_DIMS
+from salekit.plans import HEAD_DIMS as ALL_HEAD_DIMS
 
 cupy.cuda.set_allocator(None)
 FEW = "--few" in sys.argv
 LENGTHS = ((65, 63), (333, 300)) if FEW else ((1, 1), (65, 63), (127, 1029), (333, 300))
 DTYPES = (ml_dtypes.bfloat16,) if FEW else (np.float16, ml_dtypes.bfloat16)
-HEAD_DIMS = (128,) if FEW else (64, 128)
+HEAD_DIMS = (128,) if FEW else ALL_HEAD_DIMS
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
                 estimator=estimator, block=block, causal=causal, query_stride=stride, full_rows=64, dense_below=0
             )
             out, lse, mask = salekit.sparse_attention(*gpu, return_lse=True, return_mask=True, **options)
-            if arch in LOW_BIT_ARCHS:
+            if arch in LOW_BIT_ARCHS and head_dim in LOW_BIT_HEAD_DIMS:
                 low, _ = salekit.sparse_attention(*gpu, return_lse=True, attend="int8-fp8", **options)
                 low, exact = low.get().astype(np.float32), out.get().astype(np.float32)
                 assert np.linalg.norm(low - exact) <= 0.1 * np.linalg.norm(exact)
@@ -69,6 +70,7 @@ def main() -> None:
             lse = cupy.zeros((1, 4, seqlen_q), np.float32)
             assert output_sums(out, lse, out, lse, plan).squares.max() == 0
             calls += 1
+        calls += check_scores(gpu)
         dense = salekit.dense_attention(*gpu).get().astype(np.float32)
         twin = salekit.dense_attention(q, k, v).astype(np.float32)
         assert np.linalg.norm(dense - twin) <= 1e-2 * np.linalg.norm(twin)
@@ -121,6 +123,34 @@ def check_serving() -> int:
             for dense_below in (0, 8192):
                 salekit.sparse_attention_varlen(q, k, v, *sums, 300, 333, attend=attend, dense_below=dense_below)
                 calls += 1
+    return calls
+
+
+def check_scores(gpu: list) -> int:
+    """Softcap, a window and sink logits, dense and sparse, by Hopper's attention kernel and by the portable one."""
+    attend = importlib.import_module("salekit.attend")
+    sinks = cupy.asarray(np.linspace(-1, 2, gpu[0].shape[2]).astype(np.float32))
+    combinations = [dict(softcap=3.0, window_size=(40, 9), sink_logits=sinks)]
+    if not FEW:
+        combinations += [dict(softcap=3.0), dict(window_size=(0, -1)), dict(sink_logits=sinks)]
+    calls = 0
+    for options, causal, estimator in product(combinations, (True, False), ("int8", "int4")):
+        sparse = dict(estimator=estimator, block=(64, 64), local=32, thresholds=0.01, dense_below=0)
+        out, lse, mask = salekit.sparse_attention(
+            *gpu, causal=causal, return_lse=True, return_mask=True, **sparse, **options
+        )
+        plan = salekit.make_plan(
+            *gpu, causal=causal, **{name: x for name, x in options.items() if name != "sink_logits"}
+        )
+        other = cupy.empty(out.shape, out.dtype)
+        attend._launch_sm80(*gpu, mask, plan, other, lse, sink_logits=options.get("sink_logits"))
+        for given, want in ((out, other), (salekit.dense_attention(*gpu, causal=causal, **options), None)):
+            got = given.get().astype(np.float32)
+            assert np.isfinite(got).all()
+            if want is not None:
+                want = want.get().astype(np.float32)
+                assert np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want) + 1e-6
+        calls += 2
     return calls
 
 

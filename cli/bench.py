@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from salekit.errors import GpuError
+from salekit.plans import HEAD_DIMS
 
 from . import options, render
 
@@ -24,7 +25,7 @@ TWIN_LIMIT_SECONDS = 120.0
 @click.option("--seqlen", default=None, help="Lengths, as 8k,32k,128k,1m. Default: 8k,32k,128k; without a GPU 1k,2k.")
 @click.option("--heads", type=click.IntRange(min=1), default=None, help="Query heads. Default: 32; without a GPU 2.")
 @click.option("--kv-heads", type=click.IntRange(min=1), default=None, help="KV heads. Default: a quarter of the heads.")
-@click.option("--head-dim", type=click.Choice(["64", "128"]), default="128", show_default=True)
+@click.option("--head-dim", type=click.Choice([str(dim) for dim in HEAD_DIMS]), default="128", show_default=True)
 @click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True)
 @click.option(
     "--input", "input_file", type=click.Path(exists=True, dir_okay=False), help="Real q, k, v instead of generated."

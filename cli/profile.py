@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from salekit.errors import GpuError, SalekitError
+from salekit.plans import HEAD_DIMS
 
 from . import bench, options, render, roofline
 
@@ -33,7 +34,7 @@ def _known_gpu(context: Any, parameter: Any, name: str | None) -> str | None:
 @click.option("--seqlen", default=None, help=f"Tokens, as 4096 or 128k.  [default: {DEFAULT_SEQLEN}]")
 @click.option("--heads", type=click.IntRange(min=1), default=None, help="Query heads.  [default: 32]")
 @click.option("--kv-heads", type=click.IntRange(min=1), default=None, help="KV heads. Default: a quarter of the heads.")
-@click.option("--head-dim", type=click.Choice(["64", "128"]), default="128", show_default=True)
+@click.option("--head-dim", type=click.Choice([str(dim) for dim in HEAD_DIMS]), default="128", show_default=True)
 @click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True)
 @options.estimator
 @options.query_stride

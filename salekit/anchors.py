@@ -8,7 +8,7 @@ import numpy as np
 
 from . import arrays, jit, programs, reference, tensor_map
 from .codes import Quantized
-from .plans import CODE_TILE_ROWS, KEY_BLOCK, TILE_ROWS, Plan, ceil_div
+from .plans import CODE_TILE_ROWS, KEY_BLOCK, TILE_ROWS, WGMMA_HEAD_DIMS, Plan, ceil_div
 
 _NULL = np.uint64(0)  # a pointer that a kernel does not read
 _THREADS = 128
@@ -17,18 +17,22 @@ _SM90_SLOTS = range(3, 7)  # NUM_SLOTS, up to ANCHOR_SLOTS
 _SM90_SLOT_KEYS = 64  # SLOT_KEYS
 
 
-def anchor_statistics(q: Any, k: Any, k_mean: Any, plan: Plan) -> tuple[Any, Any]:
+def anchor_statistics(q: Any, k: Any, k_mean: Any, plan: Plan, sink_logits: Any = None) -> tuple[Any, ...]:
     """m and l, float32 [batch, num_heads, seqlen_q]: maximum of s and sum of exp(s - m) over a row's anchor keys.
 
     q: [batch, seqlen_q, num_heads, head_dim]; k: [batch, seqlen_k, num_kv_heads, head_dim], bshd views; k_mean: float32
-    [batch, num_kv_heads, head_dim]. s is the score of the smoothed key (docs/algorithm.md, step 2). A row without a
-    visible key has m = -inf, l = 0. NumPy arrays run the twin. On GPUs, rows that the plan does not hold
-    (``Plan.holds_tested_rows``) are undefined.
+    [batch, num_kv_heads, head_dim]. s is the score of the smoothed key (docs/algorithm.md, step 2). sink_logits: None,
+    or float32 [num_heads] where q is: one more s of each row. With ``plan.softcap`` s is the capped score of the raw
+    key, and a third array like m has ``softmax_scale * q.mean(k)``, for ``row_limits``. A row without a visible key has
+    m = -inf, l = 0. NumPy arrays run the twin. On GPUs, rows that the plan does not hold (``Plan.holds_tested_rows``)
+    are undefined.
     """
     if not arrays.is_cuda(q):
-        return reference.anchor_statistics(q, k, k_mean, plan)
-    m, l = (arrays.empty((plan.batch, plan.num_heads, plan.seqlen_q), np.float32) for _ in range(2))
-    if _uses_wgmma(plan) and all(tensor_map.can_encode(x) for x in (q, k)):
+        return reference.anchor_statistics(q, k, k_mean, plan, sink_logits)
+    shape = (plan.batch, plan.num_heads, plan.seqlen_q)
+    m, l, *shift = (arrays.empty(shape, np.float32) for _ in range(3 if plan.softcap else 2))
+    features = plan.score_features(sink_logits is not None)
+    if not features and _uses_wgmma(plan) and all(tensor_map.can_encode(x) for x in (q, k)):
         stride = int(plan.q_row_map["stride"][0])
         jobs = plan.batch * plan.num_heads * plan.num_q_tiles
         jit.get_kernel(_sm90_spec(plan))(
@@ -48,7 +52,7 @@ def anchor_statistics(q: Any, k: Any, k_mean: Any, plan: Plan) -> tuple[Any, Any
             ),
         )
         return m, l
-    jit.get_kernel(_anchor_spec(plan))(
+    jit.get_kernel(_anchor_spec(plan, features))(
         (plan.num_q_tiles, plan.num_heads // _heads_each(plan), plan.batch),
         (_THREADS,),
         (
@@ -61,26 +65,30 @@ def anchor_statistics(q: Any, k: Any, k_mean: Any, plan: Plan) -> tuple[Any, Any
             plan.q_row_map,
             np.int32(_heads_each(plan)),
             np.float32(plan.softmax_scale),
+            np.float32(plan.softcap),
+            np.float32(plan.cap_factor),
+            _NULL if sink_logits is None else sink_logits,
+            shift[0] if shift else _NULL,
         ),
     )
-    return m, l
+    return m, l, *shift
 
 
-def row_limits(m: Any, l: Any, quantized: Quantized, thresholds: Any, plan: Plan) -> Any:
+def row_limits(m: Any, l: Any, quantized: Quantized, thresholds: Any, plan: Plan, shift: Any = None) -> Any:
     """What a row's scores have to exceed (docs/algorithm.md, step 4), in the form that ``estimate`` takes.
 
     int8 and int8-sp24: int32 thresholds of the integer scores; int4: float32 y = m + ln(tau * l). NumPy: [batch,
     num_heads, seqlen_q]; CuPy: [batch, num_heads, plan.num_positions], padding never votes. thresholds: a float, or
-    float32 [num_heads] where m is.
+    float32 [num_heads] where m is. shift: with ``plan.softcap``, the third of the anchor statistics.
     """
     is_int4 = plan.estimator == "int4"
     if not arrays.is_cuda(m):
-        y = reference.row_limits(m, l, thresholds, plan)
+        y = reference.row_limits(m, l, thresholds, plan, shift)
         if is_int4:
             return y
         k_scale = np.repeat(quantized.k_scale, plan.group_size, axis=1)[:, :, None]
         return reference.integer_thresholds(y, quantized.q_scale, k_scale, plan)
-    return _launch_limits(m, l, (quantized.q_scale, quantized.k_scale), thresholds, plan, not is_int4)
+    return _launch_limits(m, l, (quantized.q_scale, quantized.k_scale), thresholds, plan, not is_int4, shift)
 
 
 def row_bases(m: Any, l: Any, plan: Plan) -> Any:
@@ -91,7 +99,9 @@ def row_bases(m: Any, l: Any, plan: Plan) -> Any:
     return _launch_limits(m, l, (_NULL, _NULL), 1.0, plan, False)
 
 
-def _launch_limits(m: Any, l: Any, scales: tuple, thresholds: Any, plan: Plan, as_integers: bool) -> Any:
+def _launch_limits(
+    m: Any, l: Any, scales: tuple, thresholds: Any, plan: Plan, as_integers: bool, shift: Any = None
+) -> Any:
     shape = (plan.batch, plan.num_heads, plan.num_positions)
     limits = arrays.empty(shape, np.int32 if as_integers else np.float32)
     on_device = not isinstance(thresholds, float)
@@ -109,15 +119,19 @@ def _launch_limits(m: Any, l: Any, scales: tuple, thresholds: Any, plan: Plan, a
             plan.q_row_map,
             np.int32(plan.block_q),
             np.float32(plan.softmax_scale),
+            np.float32(plan.softcap),
+            _NULL if shift is None else shift,
         ),
     )
     return limits
 
 
-def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
+def kernel_specs(plan: Plan, has_sinks: bool = False) -> list[jit.KernelSpec]:
     """The kernels that this module launches for this plan."""
-    hopper = [_sm90_spec(plan)] if _uses_wgmma(plan) else []
-    return [*hopper, _anchor_spec(plan), _limits_spec(plan.estimator != "int4", plan.has_lengths)]
+    features = plan.score_features(has_sinks)
+    hopper = [_sm90_spec(plan)] if not features and _uses_wgmma(plan) else []
+    limits = _limits_spec(plan.estimator != "int4", plan.has_lengths)
+    return [*hopper, _anchor_spec(plan, features), limits]
 
 
 def _local_slots(plan: Plan) -> int:
@@ -134,7 +148,8 @@ def _local_slots(plan: Plan) -> int:
 
 def _uses_wgmma(plan: Plan) -> bool:
     """Whether anchor_statistics_sm90 runs: anchors as few as its shared memory is made for."""
-    return plan.arch == "sm_90a" and plan.sink_end <= KEY_BLOCK and _local_slots(plan) in _SM90_SLOTS
+    is_known = plan.arch == "sm_90a" and plan.head_dim in WGMMA_HEAD_DIMS
+    return is_known and plan.sink_end <= KEY_BLOCK and _local_slots(plan) in _SM90_SLOTS
 
 
 def _heads_each(plan: Plan) -> int:
@@ -142,15 +157,13 @@ def _heads_each(plan: Plan) -> int:
     return next(heads for heads in (4, 3, 2, 1) if plan.group_size % heads == 0)
 
 
-def _anchor_spec(plan: Plan) -> jit.KernelSpec:
+def _anchor_spec(plan: Plan, features: int = 0) -> jit.KernelSpec:
     stride = plan.query_stride if plan.holds_tested_rows else 1
-    at_once = str(2 if _heads_each(plan) % (2 * stride) == 0 else 1)
-    return jit.KernelSpec(
-        "anchor_statistics",
-        (str(plan.head_dim), plan.element, at_once),
-        f"AnchorStorage<{plan.head_dim}, {at_once}>",
-        plan.has_lengths,
-    )
+    is_narrow = plan.head_dim <= 128  # the rows of two wide heads do not fit shared memory
+    at_once = str(2 if is_narrow and _heads_each(plan) % (2 * stride) == 0 else 1)
+    template = (str(plan.head_dim), plan.element, at_once, *([str(features)] if features else []))
+    storage = f"AnchorStorage<{plan.head_dim}, {at_once}>"
+    return jit.KernelSpec("anchor_statistics", template, storage, plan.has_lengths)
 
 
 def _sm90_spec(plan: Plan) -> jit.KernelSpec:

@@ -25,6 +25,7 @@ from .plans import (
     ESTIMATORS,
     HEAD_DIMS,
     LOW_BIT_ARCHS,
+    LOW_BIT_HEAD_DIMS,
     QUERY_STRIDES,
     SKIPPED,
     Plan,
@@ -57,6 +58,7 @@ class Call:
     out: Any
     result: Any
     thresholds: Any  # a float, or float32 [num_heads] where q is
+    sink_logits: Any  # None, or float32 [num_heads] on the host or where q is
 
 
 def import_cupy():
@@ -370,6 +372,77 @@ def _check_block(block: Any) -> tuple[int, int]:
     return pair
 
 
+def _check_softcap(value: Any, scale: float) -> float:
+    if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
+        raise ArgumentError(f"softcap: got {value!r}; wants a finite number >= 0")
+    cap = float(value)
+    # Kernels hold it and softmax_scale / softcap in float32.
+    if cap != 0 and not (1e-37 <= cap <= 1e37 and 1e-37 <= scale / cap <= 1e37):
+        raise ArgumentError(
+            f"softcap: got {value!r}; wants 0 (off) or a finite number > 0 (1e-37 to 1e37, as softmax_scale / softcap)"
+        )
+    return cap
+
+
+def _check_window(window: Any, causal: bool, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
+    """(left, right) as a Plan holds them: -1 where the window hides nothing that ``causal`` does not."""
+    if window is None:
+        return -1, -1
+    if isinstance(window, (int, np.integer)) and not isinstance(window, bool) and window >= 1:
+        sides = (int(window) - 1,) * 2  # the row's own key is one of them
+    else:
+        try:
+            sides = tuple(-2 if isinstance(side, (bool, np.bool_)) else operator.index(side) for side in window)
+        except TypeError:
+            sides = ()
+    if len(sides) != 2 or min(sides) < -1:
+        raise ArgumentError(
+            f"window_size: got {window!r}; wants None, an integer >= 1 or a pair (left, right) of integers >= -1"
+        )
+    left, right = sides
+    return (
+        left if left < seqlen_k - 1 else -1,
+        right if not causal and right < seqlen_q - 1 else -1,
+    )
+
+
+def check_sink_logits(sink_logits: Any, plan: Plan, q: Any) -> Any:
+    """None, or float32 [num_heads] on the host or where ``q`` (a checked array) is.
+
+    Host values are finite or -inf (a head without a sink). An array on the GPU is not read: +inf and NaN there make NaN
+    of the head's output. Raises ArgumentError, DtypeError.
+    """
+    if sink_logits is None:
+        return None
+    if plan.attend != "exact":
+        raise ArgumentError(f"sink_logits: attend={plan.attend!r} takes none; wants attend='exact'")
+    if isinstance(sink_logits, (list, tuple)):
+        try:
+            sink_logits = np.array(sink_logits)
+        except ValueError:
+            raise ArgumentError(f"sink_logits: got a ragged list; wants {plan.num_heads} numbers, one a head") from None
+    place, want = _place("sink_logits", sink_logits), q.device.id if is_cuda(q) else None
+    if place not in (None, want):
+        wants = "host memory" if want is None else f"{place_name(want)} or host memory"
+        raise ArgumentError(f"sink_logits: is on {place_name(place)}; wants {wants}")
+    values = _import_array("sink_logits", sink_logits, place)
+    is_real = values.dtype.kind in "fiu" or values.dtype.name == "bfloat16"
+    if not is_real or (place is not None and values.dtype != np.float32):
+        wants = "real numbers" if place is None else "float32 on the GPU"
+        raise DtypeError(f"sink_logits: got dtype {values.dtype}; wants {wants}")
+    if values.shape != (plan.num_heads,):
+        raise ArgumentError(f"sink_logits: got shape {values.shape}; wants ({plan.num_heads},), one a head")
+    if place is not None:
+        if not values.flags.c_contiguous:
+            raise ArgumentError("sink_logits: is not contiguous; wants a contiguous array on the GPU")
+        return values
+    with np.errstate(over="ignore"):
+        values = np.array(values, np.float32)  # a copy: programs keep it
+    if np.isnan(values).any() or np.isposinf(values).any():
+        raise ArgumentError("sink_logits: has a NaN or +inf; wants numbers that are finite in float32, or -inf")
+    return values
+
+
 def plan_of_views(
     q: Any,
     k: Any,
@@ -385,6 +458,8 @@ def plan_of_views(
     local: int = 128,
     dense_below: int = DENSE_BELOW,
     skipped: str = "drop",
+    softcap: float = 0.0,
+    window_size: int | tuple[int, int] | None = None,
 ) -> Plan:
     """The Plan of checked bshd views."""
     _check_choice("estimator", estimator, ("auto", *ESTIMATORS))
@@ -402,6 +477,14 @@ def plan_of_views(
             wanted = ", ".join(LOW_BIT_ARCHS)
             raise ArgumentError(f"attend: 'int8-fp8' is built for {wanted} alone, this GPU is {arch}; wants 'exact'")
     batch, seqlen_q, num_heads, head_dim = q.shape
+    causal, scale = _check_flag("causal", causal), _check_scale(softmax_scale, head_dim)
+    softcap = _check_softcap(softcap, scale)
+    window_left, window_right = _check_window(window_size, causal, seqlen_q, k.shape[1])
+    if attend == "int8-fp8" and head_dim not in LOW_BIT_HEAD_DIMS:
+        wanted = " and ".join(map(str, LOW_BIT_HEAD_DIMS))
+        raise ArgumentError(f"attend: 'int8-fp8' takes head_dim {wanted}, q has {head_dim}; wants 'exact'")
+    if attend == "int8-fp8" and (softcap or window_left >= 0 or window_right >= 0):
+        raise ArgumentError("attend: 'int8-fp8' has no softcap and no window_size; wants 'exact'")
     return Plan(
         batch=batch,
         seqlen_q=seqlen_q,
@@ -416,13 +499,16 @@ def plan_of_views(
         block_k=block_k,
         query_stride=stride,
         arch=arch,
-        causal=_check_flag("causal", causal),
-        softmax_scale=_check_scale(softmax_scale, q.shape[3]),
+        causal=causal,
+        softmax_scale=scale,
         full_rows=_check_count("full_rows", full_rows),
         sink=_check_count("sink", sink),
         local=_check_count("local", local),
         dense_below=_check_count("dense_below", dense_below),
         skipped=skipped,
+        softcap=softcap,
+        window_left=window_left,
+        window_right=window_right,
     )
 
 
@@ -430,8 +516,8 @@ def make_plan(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -
     """The Plan of a call, for the stages.
 
     q, k, v, layout and options (causal, softmax_scale, estimator, attend, block, query_stride, full_rows, sink, local,
-    dense_below, skipped) are those of ``sparse_attention``, checked in the same way. Raises ArgumentError, DtypeError; GpuError
-    for a GPU that no kernel supports.
+    dense_below, skipped, softcap, window_size) are those of ``sparse_attention``, checked in the same way. Raises
+    ArgumentError, DtypeError; GpuError for a GPU that no kernel supports.
     """
     with on_stream(q, None):
         q, k, v = as_arrays(q, k, v, layout)
@@ -468,13 +554,16 @@ def check_workspace(workspace: Any, device: int, num_bytes: int) -> Any:
     return array
 
 
-def check_call(q: Any, k: Any, v: Any, *, layout: str, out: Any, thresholds: Any = 0.0, **options: Any) -> Call:
+def check_call(
+    q: Any, k: Any, v: Any, *, layout: str, out: Any, thresholds: Any = 0.0, sink_logits: Any = None, **options: Any
+) -> Call:
     """Check a whole call inside ``on_stream`` and allocate its output when none is given."""
     from .thresholds import as_thresholds
 
     q, k, v = as_arrays(q, k, v, layout)
     plan = plan_of_views(q, k, **options)
     thresholds = as_thresholds(thresholds, plan.num_heads, q)
+    sink_logits = check_sink_logits(sink_logits, plan, q)
     order = LAYOUTS[layout]
     if out is None:
         allocate = import_cupy().empty if is_cuda(q) else np.empty
@@ -482,12 +571,19 @@ def check_call(q: Any, k: Any, v: Any, *, layout: str, out: Any, thresholds: Any
         view = in_layout(result, layout)
     else:
         result, view = out, check_out(out, q, layout)
-    return Call(plan=plan, q=q, k=k, v=v, out=view, result=result, thresholds=thresholds)
+    return Call(
+        plan=plan, q=q, k=k, v=v, out=view, result=result, thresholds=thresholds, sink_logits=sink_logits
+    )
 
 
-def empty_attention(out: Any, plan: Plan) -> Any:
-    """The lse of a call without a query row or without a key, minus infinity; ``out``, a bshd view, is zeroed."""
+def empty_attention(out: Any, plan: Plan, sink_logits: Any = None) -> Any:
+    """The lse of a call without a query row or without a key; ``out``, a bshd view, is zeroed.
+
+    It is minus infinity, or the sink logits (of the host).
+    """
     lse = np.full((plan.batch, plan.num_heads, plan.seqlen_q), -np.inf, np.float32)
+    if sink_logits is not None:
+        lse[...] = sink_logits[:, None]
     if not is_cuda(out):
         out[...] = 0
         return lse

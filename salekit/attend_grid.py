@@ -40,7 +40,7 @@ def segment_starts(plan: Plan) -> list[int]:
     """First keys of the segments that a sparse call attends one after the other, so that their K and V fit the L2."""
     num_bytes = plan.seqlen_k * plan.head_dim * 4
     num_items = plan.group_size * ceil_div(plan.seqlen_q, DENSE_BLOCK_Q)
-    is_whole = num_bytes <= WHOLE_BYTES or num_items < SEGMENTED_ITEMS
+    is_whole = num_bytes <= WHOLE_BYTES or num_items < SEGMENTED_ITEMS or plan.has_window
     count = 1 if is_whole else ceil_div(num_bytes, SEGMENT_BYTES)
     starts = {round(i * plan.seqlen_k / count / SEGMENT_GRAIN) * SEGMENT_GRAIN for i in range(count)}
     return sorted(start for start in starts if start < plan.seqlen_k)

@@ -27,6 +27,9 @@ def sparse_attention(
     local: int = 128,
     dense_below: int = DENSE_BELOW,
     skipped: str = "drop",
+    softcap: float = 0.0,
+    window_size: int | tuple[int, int] | None = None,
+    sink_logits: Any = None,
     k_statistics: Any = None,
     return_lse: bool = False,
     return_mask: bool = False,
@@ -36,28 +39,38 @@ def sparse_attention(
     """Sparse prefill attention by low-bit estimation (SALE, arXiv 2505.24179).
 
     q: [batch, seqlen_q, num_heads, head_dim], float16 or bfloat16; k, v: [batch, seqlen_k, num_kv_heads, head_dim];
-        ``layout="bhsd"`` swaps the middle axes. Any strides with a contiguous last axis; on the GPU 16-byte aligned
+        ``layout="bhsd"`` swaps the middle axes. head_dim 64, 96, 128, 192 or 256. Any strides with a contiguous last axis; on the GPU 16-byte aligned
         with strides that are multiples of 8 elements. NumPy arrays run on the twin; CuPy arrays, CUDA DLPack and
         ``__cuda_array_interface__`` objects on their GPU, without a host synchronisation.
     thresholds: tau, a scalar or float32 [num_heads]; 0 is a dense head, inf leaves the anchors. Values on the host are
         checked; in an array on the GPU NaN or a negative value means a dense head.
     causal: query i sees keys ``j <= i + seqlen_k - seqlen_q``. softmax_scale: default ``head_dim ** -0.5``.
     estimator: "int4" (the paper's), "int8", "int8-sp24" or "auto", which depends on the GPU alone.
-    attend: "exact", or "int8-fp8": int8 products of q and k, e4m3 products of p and v; on GPUs, Hopper alone.
+    attend: "exact", or "int8-fp8": int8 products of q and k, e4m3 products of p and v; on GPUs, Hopper alone; head_dim
+        64 and 128, and neither softcap, window_size nor sink_logits.
     block: (query rows, keys) of a mask block, 64 or 128 by 32, 64 or 128.
     query_stride: test every 1st, 2nd or 4th row of a block; the last ``full_rows`` rows are always tested.
     sink, local: keys at the start and before each query tile that are always kept.
-    dense_below: up to this many keys the call is dense.
+    dense_below: up to this many keys, of all or in the window, the call is dense.
     skipped: "drop", as in the paper, or "pool": what is skipped of 128 neighbouring keys joins the softmax as one pooled
-        key and value (docs/skipped-mass.md); thresholds are to be calibrated with the same choice.
+        key and value (docs/skipped-mass.md); thresholds are to be calibrated with the same choice. head_dim 64 and 128,
+        without softcap, window_size and sink_logits.
+    softcap: scores become ``softcap * tanh(softmax_scale * q.k / softcap)``, as in Gemma 2; 0 leaves them as they are.
+    window_size: (left, right): the row at position ``p = i + seqlen_k - seqlen_q`` sees keys ``p - left .. p + right``
+        alone, -1: no limit on that side (flash-attn's meaning); with ``causal`` right is 0. An integer w is the w keys
+        up to the row's own, (w - 1, w - 1), as ``sliding_window`` in Hugging Face's models.
+    sink_logits: one more logit a head, that takes part in the softmax and has no value (gpt-oss): numbers on the host,
+        or float32 [num_heads] where q is. -inf: none. Softcap and window_size do not touch it. lse includes it: of
+        calls whose states are merged, pass it to one.
     k_statistics: what :func:`key_statistics` returned, where q is, instead of the statistics of this call's keys: those
         of all keys of a sequence whose chunks are to have the masks that they would have in one call (docs/serving.md).
     out: where to write, like q and apart from q, k and v; it is returned.
     stream: a CuPy stream, a ``cudaStream_t`` as int, or None for CuPy's current one.
 
     Returns out (like q, in its layout), or a tuple (out[, lse][, mask]): lse float32 [batch, num_heads, seqlen_q],
-    natural log, over what was computed (pools included); mask a BlockMask. A row without a visible key has out 0 and lse -inf. NaN and
-    inf in q and k reach the output as in dense attention; those in v where their block is selected.
+    natural log, over what was computed (pools included); mask a BlockMask. A row without a visible key has out 0 and
+    lse -inf, or the head's sink logit. NaN and inf in q and k reach the output as in dense attention; those in v where
+    their block is selected.
     On the GPU the first call of a kind (shapes, strides, dtype, options) compiles and plans; later ones reuse that and
     the stream's workspace, see :func:`plan`, which also says how to capture calls into a CUDA graph.
     Raises ArgumentError, DtypeError, GpuError, CompileError.
@@ -74,8 +87,10 @@ def sparse_attention(
         local=local,
         dense_below=dense_below,
         skipped=skipped,
+        softcap=softcap,
+        window_size=window_size,
     )
-    return _call(q, k, v, thresholds, layout, options, return_lse, return_mask, out, stream, k_statistics)
+    return _call(q, k, v, thresholds, layout, options, return_lse, return_mask, out, stream, sink_logits, k_statistics)
 
 
 def dense_attention(
@@ -86,6 +101,9 @@ def dense_attention(
     causal: bool = True,
     softmax_scale: float | None = None,
     layout: str = "bshd",
+    softcap: float = 0.0,
+    window_size: int | tuple[int, int] | None = None,
+    sink_logits: Any = None,
     return_lse: bool = False,
     out: Any = None,
     stream: Any = None,
@@ -94,16 +112,17 @@ def dense_attention(
 
     Arguments, result (out, or (out, lse)) and errors are those of :func:`sparse_attention`.
     """
-    options = dict(causal=causal, softmax_scale=softmax_scale)
-    return _call(q, k, v, 0.0, layout, options, return_lse, False, out, stream)
+    options = dict(causal=causal, softmax_scale=softmax_scale, softcap=softcap, window_size=window_size)
+    return _call(q, k, v, 0.0, layout, options, return_lse, False, out, stream, sink_logits)
 
 
 def plan(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -> "AttentionPlan":
     """What :func:`sparse_attention` prepares for calls of one kind, to hold and to run.
 
     q, k, v, layout and options (causal, softmax_scale, estimator, attend, block, query_stride, full_rows, sink, local,
-    dense_below, skipped) are those of ``sparse_attention``. The arrays are examples: their shapes, strides, dtype and GPU count,
-    they are neither read nor kept. Raises what ``sparse_attention`` raises.
+    dense_below, skipped, softcap, window_size) are those of ``sparse_attention``; sink logits are given to each run. The
+    arrays are examples: their shapes, strides, dtype and GPU count, they are neither read nor kept. Raises what
+    ``sparse_attention`` raises.
     """
     with arrays.on_stream(q, None) as device:
         if device is not None:
@@ -203,13 +222,16 @@ def _call(
     return_mask: bool,
     out: Any,
     stream: Any,
+    sink_logits: Any,
     k_statistics: Any = None,
 ) -> Any:
     with arrays.on_stream(q, stream) as device:
         if device is None:
-            call = arrays.check_call(q, k, v, layout=layout, out=out, thresholds=thresholds, **options)
+            data = dict(out=out, thresholds=thresholds, sink_logits=sink_logits)
+            call = arrays.check_call(q, k, v, layout=layout, **data, **options)
             check_statistics(k_statistics, call.plan, None)
             return pipeline.run_twin(call, return_lse, return_mask, k_statistics)
         q, k, v = arrays.on_device(device, q, k, v)
         prepared = plan_of(q, k, v, layout, options)
-        return prepared._run(q, k, v, thresholds, return_lse, return_mask, out, None, k_statistics)
+        more = dict(sink_logits=sink_logits, k_statistics=k_statistics)
+        return prepared._run(q, k, v, thresholds, return_lse, return_mask, out, None, **more)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from . import arrays, key_statistics, pipeline, programs, workspaces
+from .attend import attend
 from .block_mask import BlockMask
 from .errors import ArgumentError
-from .plans import Plan
+from .plans import Plan, ceil_div
 from .thresholds import check_thresholds
 
 MAX_PROGRAMS = 16  # of a plan: kinds of out and thresholds, and which results are wanted
@@ -56,8 +57,10 @@ class AttentionPlan:
             return 0
         kinds = ("dense",) if self.plan.is_dense else ("dense", "scalar", "host", "device")
         variants = product((None,), kinds, (False,), (False, True))
+        sinks = ceil_div(4 * self.plan.num_heads, programs.WORKSPACE_ALIGNMENT) * programs.WORKSPACE_ALIGNMENT
         with arrays.import_cupy().cuda.Device(self._device):
-            return max(self._record(*variant).workspace_bytes for variant in variants)  # fewer with k_statistics
+            # Fewer with k_statistics.
+            return sinks + max(self._record(*variant).workspace_bytes for variant in variants)
 
     def run(
         self,
@@ -71,6 +74,7 @@ class AttentionPlan:
         out: Any = None,
         stream: Any = None,
         workspace: Any = None,
+        sink_logits: Any = None,
         k_statistics: Any = None,
     ) -> Any:
         """One call, with the arguments, results and errors of :func:`sparse_attention`.
@@ -81,13 +85,15 @@ class AttentionPlan:
         """
         with arrays.on_stream(q, stream) as device:
             if device is None:
-                call = arrays.check_call(q, k, v, layout=self.layout, out=out, thresholds=thresholds, **self._options)
+                data = dict(out=out, thresholds=thresholds, sink_logits=sink_logits)
+                call = arrays.check_call(q, k, v, layout=self.layout, **data, **self._options)
                 self._check_kind(*(arrays.in_layout(x, self.layout) for x in (call.q, call.k, call.v)))
                 check_statistics(k_statistics, self.plan, None)
                 return pipeline.run_twin(call, return_lse, return_mask, k_statistics)
             q, k, v = arrays.on_device(device, q, k, v)
             self._check_kind(q, k, v)
-            return self._run(q, k, v, thresholds, return_lse, return_mask, out, workspace, k_statistics)
+            more = dict(sink_logits=sink_logits, k_statistics=k_statistics)
+            return self._run(q, k, v, thresholds, return_lse, return_mask, out, workspace, **more)
 
     def _check_kind(self, q: Any, k: Any, v: Any) -> None:
         kind = _kind_of(q, k, v)
@@ -112,36 +118,43 @@ class AttentionPlan:
         return_mask: Any,
         out: Any,
         workspace: Any,
+        sink_logits: Any = None,
         k_statistics: Any = None,
         lse_out: Any = None,
         words_out: Any = None,
     ) -> Any:
         """A call with CuPy arrays of this plan's kind; q's GPU and the call's stream are current.
 
-        What the kind does not say is checked here each time: addresses, thresholds and out. lse_out, words_out: where
-        lse and the mask's words go, contiguous CuPy arrays of their shapes (not checked); None allocates them.
+        What the kind does not say is checked here each time: addresses, thresholds, sink logits and out. lse_out,
+        words_out: where lse and the mask's words go, contiguous CuPy arrays of their shapes (not checked); None
+        allocates them.
         """
         if (q.data.ptr | k.data.ptr | v.data.ptr) % arrays.ALIGNMENT:
             arrays.as_arrays(q, k, v, self.layout)  # says which it is; arrays without elements may have any address
         thresholds = check_thresholds(thresholds, self.plan.num_heads, q)
         check_statistics(k_statistics, self.plan, self._device)
+        sink_kind = None
+        if sink_logits is not None:
+            sink_logits = arrays.check_sink_logits(sink_logits, self.plan, q)
+            sink_kind = "device" if programs.is_gpu_array(sink_logits) else "host"
         view, out_kind = None, None
         if out is not None:
             view = arrays.import_array("out", out, self._device)
             out_kind = (view.dtype, view.shape, view.strides)
         kind = _kind_of_thresholds(thresholds, self.plan)
         statistics = () if k_statistics is None or kind == "dense" else k_statistics.arrays
-        key = (out_kind, kind, bool(return_lse), bool(return_mask), bool(statistics))
+        key = (out_kind, kind, bool(return_lse), bool(return_mask), sink_kind, bool(statistics))
         program = self._programs.get(key)
         if view is not None and (program is None or view.data.ptr % arrays.ALIGNMENT):
             arrays.check_out(view, arrays.in_layout(q, self.layout), self.layout)
         if self.plan.is_empty:
-            result, lse, mask = self._run_empty(q, view)
+            result, lse, mask = self._run_empty(q, k, v, view, sink_logits)
         else:
             program = program or self._program(key)
             if workspace is not None:
                 workspace = arrays.check_workspace(workspace, self._device, program.workspace_bytes)
-            arguments = (program, key, (q, k, v), thresholds, view, workspace, statistics, lse_out, words_out)
+            where = (view, workspace, lse_out, words_out)
+            arguments = (program, key, (q, k, v), thresholds, sink_logits, statistics, *where)
             try:
                 result, lse, mask = self._submit(*arguments)
             except arrays.import_cupy().cuda.memory.OutOfMemoryError:
@@ -155,15 +168,16 @@ class AttentionPlan:
         key: tuple,
         qkv: tuple,
         thresholds: Any,
+        sink_logits: Any,
+        statistics: tuple,
         out: Any,
         workspace: Any,
-        statistics: tuple,
         lse: Any,
         words: Any,
     ) -> tuple[Any, Any, BlockMask | None]:
         """Allocate what the caller gets and launch; (out, lse, mask)."""
         cupy, plan, (q, k, v) = arrays.import_cupy(), self.plan, qkv
-        _, kind, return_lse, return_mask, _ = key
+        _, kind, return_lse, return_mask, sink_kind, _ = key
         mask = None
         if out is None:
             out = cupy.ndarray(q.shape, q.dtype)
@@ -171,6 +185,8 @@ class AttentionPlan:
         if kind == "device":
             addresses.append(thresholds.data.ptr)
         addresses += [x.data.ptr for x in statistics]
+        if sink_kind == "device":
+            addresses.append(sink_logits.data.ptr)
         if return_lse:
             if lse is None:
                 lse = cupy.ndarray((plan.batch, plan.num_heads, plan.seqlen_q), np.float32)
@@ -187,6 +203,7 @@ class AttentionPlan:
             with self._lock:
                 program.link(base, *addresses)
                 program.write_values(thresholds)
+                program.write_values(sink_logits, 1)
                 program.submit(self._gpu, stream, is_captured)
 
         workspaces.use(self._device, stream, is_captured, program.workspace_bytes, workspace, launch)
@@ -196,9 +213,15 @@ class AttentionPlan:
         return self._programs.get(key) or self._programs.add(key, self._record(*key))
 
     def _record(
-        self, out_kind: tuple | None, kind: str, return_lse: bool, return_mask: bool, has_statistics: bool = False
+        self,
+        out_kind: tuple | None,
+        kind: str,
+        return_lse: bool,
+        return_mask: bool,
+        sink_kind: str | None = None,
+        has_statistics: bool = False,
     ) -> programs.Program:
-        """The launches of calls with such an out, such thresholds and these results."""
+        """The launches of calls with such an out, such thresholds and sink logits and these results."""
         plan = self.plan
         with programs.Recorder(self._device) as recorder:
             ports = [recorder.array(shape, dtype, strides) for dtype, shape, strides in self._kinds]
@@ -208,15 +231,19 @@ class AttentionPlan:
                 thresholds = recorder.array((plan.num_heads,), np.float32)
                 ports.append(thresholds)
             elif kind == "host":
-                thresholds = pipeline.store_thresholds(plan)
+                thresholds = pipeline.store_numbers(plan)
             else:
                 thresholds = programs.ScalarParameter() if kind == "scalar" else 0.0
             statistics = None
             if has_statistics:
                 statistics = recorded_statistics(recorder, plan)
                 ports += statistics.arrays
+            sinks = pipeline.store_numbers(plan, 1) if sink_kind == "host" else None
+            if sink_kind == "device":
+                sinks = recorder.array((plan.num_heads,), np.float32)
+                ports.append(sinks)
             views = (arrays.in_layout(x, self.layout) for x in ports[:4])
-            lse, mask = pipeline.run_stages(*views, thresholds, plan, return_lse, return_mask, statistics)
+            lse, mask = pipeline.run_stages(*views, thresholds, plan, return_lse, return_mask, sinks, statistics)
         ports += [lse] if return_lse else []
         ports += [mask.words] if return_mask else []
         program = programs.Program(recorder, ports)
@@ -224,11 +251,16 @@ class AttentionPlan:
             raise RuntimeError("the launches of this program do not take the thresholds")
         return program
 
-    def _run_empty(self, q: Any, out: Any) -> tuple[Any, Any, BlockMask]:
+    def _run_empty(self, q: Any, k: Any, v: Any, out: Any, sink_logits: Any) -> tuple[Any, Any, BlockMask]:
         """A call without a query row or without a key."""
         if out is None:
             out = arrays.import_cupy().empty(q.shape, q.dtype)
-        lse = arrays.empty_attention(arrays.in_layout(out, self.layout), self.plan)
+        if q.size and programs.is_gpu_array(sink_logits):  # lse is made of what the host does not know
+            views = (arrays.in_layout(x, self.layout) for x in (q, k, v))
+            into = arrays.in_layout(out, self.layout)
+            lse = attend(*views, None, self.plan, out=into, return_lse=True, sink_logits=sink_logits)[1]
+        else:
+            lse = arrays.empty_attention(arrays.in_layout(out, self.layout), self.plan, sink_logits)
         return out, lse, pipeline.all_visible(q, self.plan)
 
 
@@ -265,8 +297,12 @@ def plan_of(q: Any, k: Any, v: Any, layout: str, options: dict) -> AttentionPlan
 def _key(q: Any, k: Any, v: Any, layout: str, options: dict) -> tuple:
     """Equal for two calls only when the same checks pass: types count, because True == 1 == 1.0."""
     values = (layout, *options.values())
-    block = options.get("block", ())
-    return _kind_of(q, k, v), values, tuple(options), tuple(map(type, values)), tuple(map(type, block))
+    pairs = (*options.get("block", ()), *_sides(options.get("window_size")))
+    return _kind_of(q, k, v), values, tuple(options), tuple(map(type, values)), tuple(map(type, pairs))
+
+
+def _sides(window: Any) -> tuple:
+    return window if isinstance(window, tuple) else ()
 
 
 def _kind_of(q: Any, k: Any, v: Any) -> tuple:

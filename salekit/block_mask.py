@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ class BlockMask:
     """Which key blocks each query block attends to.
 
     words: uint32 [batch, num_heads, num_q_blocks, ceil(num_k_blocks / 32)], NumPy, CuPy or JAX; bit j % 32 of word
-    j // 32 is key block j. Bits past the last block and of blocks without a visible pair are 0.
+    j // 32 is key block j. Bits past the last block and of blocks without a visible pair are 0. window_left,
+    window_right: keys before and after a row's position that it sees, -1: all (or, after it, none in causal calls).
     """
 
     words: Any
@@ -29,6 +30,8 @@ class BlockMask:
     seqlen_q: int
     seqlen_k: int
     causal: bool
+    window_left: int = -1
+    window_right: int = -1
 
     @property
     def num_q_blocks(self) -> int:
@@ -38,10 +41,13 @@ class BlockMask:
     def num_k_blocks(self) -> int:
         return ceil_div(self.seqlen_k, self.block_k)
 
+    @property
+    def has_window(self) -> bool:
+        return self.window_left >= 0 or self.window_right >= 0
+
     def to_numpy(self) -> "BlockMask":
         """The same mask with its words on the host (copies from the GPU and synchronises)."""
-        words = self.words.get() if hasattr(self.words, "get") else np.asarray(self.words)
-        return BlockMask(words, self.block_q, self.block_k, self.seqlen_q, self.seqlen_k, self.causal)
+        return replace(self, words=self.words.get() if hasattr(self.words, "get") else np.asarray(self.words))
 
     def to_dense(self) -> np.ndarray:
         """bool [batch, num_heads, num_q_blocks, num_k_blocks], NumPy."""
@@ -52,19 +58,35 @@ class BlockMask:
         return bits[..., : self.num_k_blocks].astype(bool)
 
     @classmethod
-    def from_dense(cls, bits, block_q: int, block_k: int, seqlen_q: int, seqlen_k: int, causal: bool) -> "BlockMask":
+    def from_dense(
+        cls,
+        bits,
+        block_q: int,
+        block_k: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        causal: bool,
+        window_left: int = -1,
+        window_right: int = -1,
+    ) -> "BlockMask":
         """Packs bool [batch, num_heads, num_q_blocks, num_k_blocks]."""
         num_words = ceil_div(bits.shape[-1], 32)
         padded = np.zeros((*bits.shape[:-1], num_words * 32), bool)
         padded[..., : bits.shape[-1]] = bits
         words = np.packbits(padded, axis=-1, bitorder="little").view("<u4").reshape(*bits.shape[:-1], num_words)
-        return cls(words, block_q, block_k, seqlen_q, seqlen_k, causal)
+        return cls(words, block_q, block_k, seqlen_q, seqlen_k, causal, window_left, window_right)
 
     def visible(self) -> np.ndarray:
         """bool [num_q_blocks, num_k_blocks]: blocks with a visible pair."""
-        ends = np.minimum((np.arange(self.num_q_blocks) + 1) * self.block_q, self.seqlen_q)
-        seen = ends + self.seqlen_k - self.seqlen_q if self.causal else np.full(ends.shape, self.seqlen_k)
-        return np.arange(self.num_k_blocks)[None] * self.block_k < seen[:, None]
+        starts, offset = np.arange(self.num_q_blocks) * self.block_q, self.seqlen_k - self.seqlen_q
+        ends = np.minimum(starts + self.block_q, self.seqlen_q)
+        right = 0 if self.causal else self.window_right
+        seen = ends + offset + right if right >= 0 else np.full(ends.shape, self.seqlen_k)
+        keys = np.arange(self.num_k_blocks)[None] * self.block_k
+        visible = keys < seen[:, None]
+        if self.window_left >= 0:
+            visible &= np.minimum(keys + self.block_k, self.seqlen_k) > (starts + offset - self.window_left)[:, None]
+        return visible
 
     def selected_blocks(self) -> np.ndarray:
         """int64 [batch, num_heads]: set blocks. Head by head, for the unpacked bits of 1M tokens take gigabytes."""
@@ -86,7 +108,8 @@ class BlockMask:
         padded = np.zeros((*dense.shape[:2], nq * rows, nk * cols), bool)
         padded[:, :, : dense.shape[2], : dense.shape[3]] = dense
         bits = padded.reshape(*dense.shape[:2], nq, rows, nk, cols).any(axis=(3, 5))
-        return BlockMask.from_dense(bits, block_q, block_k, self.seqlen_q, self.seqlen_k, self.causal)
+        sizes = (block_q, block_k, self.seqlen_q, self.seqlen_k)
+        return BlockMask.from_dense(bits, *sizes, self.causal, self.window_left, self.window_right)
 
     def save_npz(self, path, metadata: dict | None = None) -> None:
         """One uint8 [num_q_blocks, ceil(num_k_blocks / 8)] array a head, and ``__meta__``, a JSON text."""
@@ -105,6 +128,7 @@ class BlockMask:
             seqlen_q=self.seqlen_q,
             seqlen_k=self.seqlen_k,
             causal=self.causal,
+            **({"window": [self.window_left, self.window_right]} if self.has_window else {}),
         )
         np.savez_compressed(path, __meta__=np.array(json.dumps(meta)), **arrays)
 
@@ -127,14 +151,15 @@ class BlockMask:
             seqlen_q = int(meta.get("seqlen_q", heads[0].shape[0] * block_q))
             seqlen_k = int(meta.get("seqlen_k", seqlen_q))
             batch = int(meta.get("batch", 1))
+            window = tuple(int(x) for x in meta.get("window", (-1, -1)))
             nq, nk = ceil_div(seqlen_q, block_q), ceil_div(seqlen_k, block_k)
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise FileFormatError(f"{path}: damaged metadata ({error})") from None
-        if heads[0].shape != (nq, ceil_div(nk, 8)) or batch < 1 or len(heads) % batch:
+        if heads[0].shape != (nq, ceil_div(nk, 8)) or batch < 1 or len(heads) % batch or len(window) != 2:
             raise FileFormatError(
                 f"{path}: arrays of {heads[0].shape} do not fit seqlen {seqlen_q}x{seqlen_k}, "
                 f"blocks {block_q}x{block_k}"
             )
         bits = np.unpackbits(np.stack(heads), axis=-1, bitorder="little")[..., :nk].astype(bool)
         bits = bits.reshape(batch, -1, nq, nk)
-        return cls.from_dense(bits, block_q, block_k, seqlen_q, seqlen_k, bool(meta.get("causal", True)))
+        return cls.from_dense(bits, block_q, block_k, seqlen_q, seqlen_k, bool(meta.get("causal", True)), *window)

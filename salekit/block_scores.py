@@ -23,7 +23,12 @@ _NULL = np.uint64(0)  # a pointer that a kernel does not read
 
 
 def scores_plan(plan: Plan) -> Plan:
-    """The plan to quantise with for :func:`block_scores`: codes of all rows, in tiles."""
+    """The plan to quantise with for :func:`block_scores`: codes of all rows, in tiles.
+
+    ArgumentError for a plan with softcap or a window, which have no block scores.
+    """
+    if plan.softcap or plan.has_window:
+        raise ArgumentError("plan: has softcap or a window; wants one without, for block scores know neither")
     return plan.replace(arch="sm_80") if plan.holds_tested_rows or plan.q_is_sparse else plan
 
 

@@ -14,7 +14,7 @@ from .key_statistics import kernel_specs as statistics_specs
 from .merge import kernel_specs as merge_specs
 from .output_difference import kernel_specs as difference_specs
 from .pipeline import kernel_specs as pipeline_specs
-from .plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, LOW_BIT_ARCHS, Plan
+from .plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, LOW_BIT_ARCHS, LOW_BIT_HEAD_DIMS, WGMMA_HEAD_DIMS, Plan
 from .quantize import kernel_specs as quantize_specs
 from .sequences import kernel_specs as sequences_specs
 from .skipped_mass import kernel_specs as pool_specs
@@ -27,6 +27,9 @@ STAGES = {
     "attend": attend_specs,
     "pipeline": pipeline_specs,
 }
+# Changes of a plan, and whether its calls have sink logits.
+_ALL_FEATURES = ({"softcap": 30.0, "window_left": 100}, True)
+_FEATURES = (({"softcap": 30.0}, False), ({"window_left": 100}, False), ({}, True), _ALL_FEATURES)
 _LONG = 2**20  # tokens: the keys are attended in segments
 SERVING = {"sequences": sequences_specs, "merge": merge_specs, "statistics": statistics_specs}
 TOOLS = {  # outside of a call
@@ -38,7 +41,11 @@ TOOLS = {  # outside of a call
 
 
 def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
-    """(stage, spec) of every kernel for this architecture, each once."""
+    """(stage, spec) of every kernel for this architecture, each once.
+
+    Of kernels with softcap, windows and sink logits: each of the three and all of them in bfloat16, all of them in
+    float16; of head_dim 96, 192 and 256 all of them in bfloat16. Other combinations compile as well.
+    """
     found: dict[KernelSpec, str] = {}
     for dtype, head_dim, (block_q, block_k), estimator, kv_heads in product(
         DTYPES, HEAD_DIMS, BLOCKS, ESTIMATORS, (2, 4)
@@ -62,7 +69,17 @@ def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
                 found.setdefault(spec, stage)
         for spec in attend_specs(plan.replace(seqlen_q=_LONG, seqlen_k=_LONG)):
             found.setdefault(spec, "attend")
-        if arch in LOW_BIT_ARCHS:
+        for changes, has_sinks in _features_of(dtype, head_dim, estimator):
+            changed = plan.replace(**changes)
+            for spec in anchor_specs(changed, has_sinks):
+                found.setdefault(spec, "anchors")
+            for size in (plan.seqlen_k, _LONG):
+                for spec in attend_specs(changed.replace(seqlen_q=size, seqlen_k=size), has_sinks):
+                    found.setdefault(spec, "attend")
+            if changed.has_window:
+                for spec in estimate_specs(changed):
+                    found.setdefault(spec, "estimate")
+        if arch in LOW_BIT_ARCHS and head_dim in LOW_BIT_HEAD_DIMS:
             for spec in attend_specs(plan.replace(attend="int8-fp8")):
                 found.setdefault(spec, "attend")
         for spec in pool_specs(plan):
@@ -80,6 +97,12 @@ def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
             for spec in attend_specs(packed.replace(attend="int8-fp8")):
                 found.setdefault(spec, "attend")
     return [(stage, spec) for spec, stage in found.items()]
+
+
+def _features_of(dtype: str, head_dim: int, estimator: str) -> tuple:
+    if estimator == "int8-sp24" or (dtype == "float16" and head_dim not in WGMMA_HEAD_DIMS):
+        return ()
+    return _FEATURES if dtype == "bfloat16" and head_dim in WGMMA_HEAD_DIMS else (_ALL_FEATURES,)
 
 
 def call_specs(plan: Plan) -> list[KernelSpec]:

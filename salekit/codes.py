@@ -2,9 +2,10 @@
 
 Rows: int8 ``[batch, heads, seqlen, head_dim]``, one code a byte, as the NumPy twin computes them.
 Tiles: uint8 ``[batch, heads, num_tiles, 128 * row_bytes]``, as the kernels read them: 128-row tiles, rows past the end
-zero, 4-bit codes packed with even d in the low nibble, 16-byte chunk c of a row stored at chunk ``c ^ s``, where s is
-taken from address bits 7 and up: the 128-, 64- and 32-byte swizzles of the PTX manual ("Swizzling modes"), so that
-a tile is copied to shared memory as it lies and read by ldmatrix or wgmma without bank conflicts.
+zero, dims from head_dim to ``plans.padded_dim`` zero, 4-bit codes packed with even d in the low nibble, 16-byte chunk c
+of a row stored at chunk ``c ^ s``, where s is taken from address bits 7 and up: the 128-, 64- and 32-byte swizzles of
+the PTX manual ("Swizzling modes"), so that a tile is copied to shared memory as it lies and read by ldmatrix or wgmma
+without bank conflicts. Rows of 256 bytes: s is the row modulo 8.
 Sparse (q of int8-sp24 on Hopper): uint32 ``[batch, heads, num_tiles * 2, head_dim / 64, 5, 128]``: for a 64-row tile,
 64-dim step and thread of a warpgroup four words of the codes that are kept and one of metadata, as ``wgmma.sp`` takes
 them from registers (cuda_src/ptx/wgmma_sp.cuh): codes go from memory straight to where they are multiplied.
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .plans import CODE_TILE_ROWS, Plan, ceil_div
+from .plans import CODE_TILE_ROWS, Plan, ceil_div, padded_dim
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Quantized:
 def _swizzle(tiles: np.ndarray, row_bytes: int) -> np.ndarray:
     """The involution on ``[..., 128 * row_bytes]`` bytes that XORs 16-byte chunk indices with address bits 7 and up."""
     chunk = np.arange(CODE_TILE_ROWS * row_bytes // 16)
-    target = chunk ^ ((chunk >> 3) & (row_bytes // 16 - 1))
+    target = chunk ^ ((chunk >> (4 if row_bytes == 256 else 3)) & (min(row_bytes, 128) // 16 - 1))
     view = tiles.reshape(*tiles.shape[:-1], chunk.size, 16)
     return view[..., target, :].reshape(tiles.shape)
 
@@ -57,8 +58,8 @@ def rows_to_tiles(rows: np.ndarray, code_bits: int) -> np.ndarray:
     """int8 [batch, heads, seqlen, head_dim] codes -> uint8 tiles (see the module's text). NumPy."""
     batch, heads, seqlen, head_dim = rows.shape
     num_tiles = ceil_div(seqlen, CODE_TILE_ROWS)
-    padded = np.zeros((batch, heads, num_tiles * CODE_TILE_ROWS, head_dim), np.int8)
-    padded[:, :, :seqlen] = rows
+    padded = np.zeros((batch, heads, num_tiles * CODE_TILE_ROWS, padded_dim(head_dim)), np.int8)
+    padded[:, :, :seqlen, :head_dim] = rows
     data = padded.view(np.uint8)
     if code_bits == 4:
         data = (data[..., 0::2] & 15) | (data[..., 1::2] << 4)
@@ -66,17 +67,17 @@ def rows_to_tiles(rows: np.ndarray, code_bits: int) -> np.ndarray:
     return _swizzle(data.reshape(batch, heads, num_tiles, CODE_TILE_ROWS * row_bytes), row_bytes)
 
 
-def tiles_to_rows(tiles: np.ndarray, code_bits: int, seqlen: int) -> np.ndarray:
-    """The inverse of :func:`rows_to_tiles`; drops the padding rows."""
+def tiles_to_rows(tiles: np.ndarray, code_bits: int, seqlen: int, head_dim: int | None = None) -> np.ndarray:
+    """The inverse of :func:`rows_to_tiles`; drops the padding rows, and the padding dims when head_dim is given."""
     batch, heads, num_tiles, tile_bytes = tiles.shape
     row_bytes = tile_bytes // CODE_TILE_ROWS
     data = _swizzle(tiles, row_bytes).reshape(batch, heads, num_tiles * CODE_TILE_ROWS, row_bytes)[:, :, :seqlen]
     if code_bits == 8:
-        return np.ascontiguousarray(data).view(np.int8)
+        return np.ascontiguousarray(data[..., :head_dim]).view(np.int8)
     rows = np.empty((*data.shape[:-1], 2 * row_bytes), np.int8)
     rows[..., 0::2] = (data << 4).view(np.int8) >> 4
     rows[..., 1::2] = data.view(np.int8) >> 4
-    return rows
+    return np.ascontiguousarray(rows[..., :head_dim])
 
 
 def _sparse_places(head_dim: int) -> tuple[np.ndarray, ...]:
@@ -133,7 +134,7 @@ def q_codes_to_rows(quantized: Quantized, plan: Plan) -> np.ndarray:
     if plan.q_is_sparse:
         held = sparse_to_rows(codes, plan.num_positions)
     else:
-        held = tiles_to_rows(codes, quantized.code_bits, plan.num_positions)
+        held = tiles_to_rows(codes, quantized.code_bits, plan.num_positions, plan.head_dim)
     return spread_rows(held, plan, 0)
 
 

@@ -10,7 +10,7 @@ from . import arrays, jit, reference
 from .block_mask import BlockMask
 from .codes import Quantized
 from .errors import ArgumentError
-from .plans import CODE_TILE_ROWS, KEY_BLOCK, Plan, ceil_div
+from .plans import CODE_TILE_ROWS, KEY_BLOCK, WGMMA_HEAD_DIMS, Plan, ceil_div
 
 KERNELS = ("auto", "mma", "wgmma")
 _WGMMA_ROWS = 256  # tested query rows of a CTA of estimate_int8_sm90 and estimate_int4_sm90
@@ -42,7 +42,8 @@ def estimate(quantized: Quantized, limits: Any, plan: Plan, *, kernel: str = "au
                 (ceil_div(words.size, 256),), (256,),
                 (fine, words, np.int64(num_rows), np.int32(fine_words), np.int32(plan.num_words)),
             )
-    return BlockMask(words, plan.block_q, plan.block_k, plan.seqlen_q, plan.seqlen_k, plan.causal)
+    sizes = (plan.block_q, plan.block_k, plan.seqlen_q, plan.seqlen_k)
+    return BlockMask(words, *sizes, plan.causal, plan.window_left, plan.window_right)
 
 
 def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
@@ -55,6 +56,8 @@ def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
 
 def _launch_estimate(quantized: Quantized, limits: Any, words: Any, plan: Plan, kernel: str) -> None:
     heads = plan.batch * plan.num_heads
+    if kernel == "wgmma" and (plan.has_window or plan.head_dim not in WGMMA_HEAD_DIMS):
+        raise ArgumentError("kernel: 'wgmma' has no windows and no such head_dim; wants 'auto' or 'mma' for this plan")
     if _uses_wgmma(plan, kernel) and plan.estimator == "int4":
         _launch_int4_wgmma(quantized, limits, words, plan)
         return
@@ -96,7 +99,7 @@ def _launch_int4_wgmma(quantized: Quantized, limits: Any, words: Any, plan: Plan
 
 def _uses_wgmma(plan: Plan, kernel: str) -> bool:
     if kernel == "auto":
-        return plan.arch == "sm_90a"
+        return plan.uses_wgmma_estimate
     return kernel == "wgmma"
 
 
@@ -120,7 +123,9 @@ def _bounds_spec(plan: Plan) -> jit.KernelSpec:
 
 def _mma_spec(plan: Plan, code_bits: int) -> jit.KernelSpec:
     codes = "Int8" if plan.estimator != "int4" else {4: "Int4", 8: "Int4InBytes"}[code_bits]
-    return jit.KernelSpec("estimate_sm80", (str(plan.head_dim), codes, str(plan.block_q)), lengths=plan.has_lengths)
+    windowed = ("true",) if plan.has_window else ()
+    template = (str(plan.head_dim), codes, str(plan.block_q), *windowed)
+    return jit.KernelSpec("estimate_sm80", template, lengths=plan.has_lengths)
 
 
 def _coarsen_spec(plan: Plan) -> jit.KernelSpec:

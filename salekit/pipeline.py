@@ -21,7 +21,15 @@ _VISIBLE_THREADS = 256
 
 
 def run_stages(
-    q: Any, k: Any, v: Any, out: Any, thresholds: Any, plan: Plan, return_lse: bool, return_mask: bool,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    thresholds: Any,
+    plan: Plan,
+    return_lse: bool,
+    return_mask: bool,
+    sink_logits: Any = None,
     k_statistics: Any = None,
 ) -> tuple[Any, BlockMask | None]:
     """bshd views in, (lse, mask) out."""
@@ -30,12 +38,12 @@ def run_stages(
         with stage("quantize"):
             quantized = quantize(q, k, plan, k_statistics)
         with stage("anchors"):
-            statistics = anchor_statistics(q, k, quantized.k_mean, plan)
-            limits = row_limits(*statistics, quantized, thresholds, plan)
+            m, l, *shift = anchor_statistics(q, k, quantized.k_mean, plan, sink_logits)
+            limits = row_limits(m, l, quantized, thresholds, plan, *shift)
         with stage("estimate"):
             mask = estimate(quantized, limits, plan)
     with stage("attend"):
-        lse = attend_stage(q, k, v, mask, plan, out=out, return_lse=return_lse)[1]
+        lse = attend_stage(q, k, v, mask, plan, out=out, return_lse=return_lse, sink_logits=sink_logits)[1]
     if return_mask and mask is None:
         mask = all_visible(q, plan)
     return lse, mask
@@ -46,7 +54,8 @@ def is_zero(thresholds: Any) -> bool:
 
 
 def block_mask(words: Any, plan: Plan) -> BlockMask:
-    return BlockMask(words, plan.block_q, plan.block_k, plan.seqlen_q, plan.seqlen_k, plan.causal)
+    sizes = (plan.block_q, plan.block_k, plan.seqlen_q, plan.seqlen_k)
+    return BlockMask(words, *sizes, plan.causal, plan.window_left, plan.window_right)
 
 
 def all_visible(q: Any, plan: Plan) -> BlockMask:
@@ -68,25 +77,29 @@ def all_visible(q: Any, plan: Plan) -> BlockMask:
                 ),
             )
     else:
-        counts = np.clip(plan.visible_blocks[:, None] - 32 * np.arange(plan.num_words), 0, 32).astype(np.uint64)
-        row = ((np.uint64(1) << counts) - np.uint64(1)).astype(np.uint32)
+        ends = plan.first_visible_blocks + plan.visible_blocks
+        below, hidden = (
+            np.clip(blocks[:, None] - 32 * np.arange(plan.num_words), 0, 32).astype(np.uint64)
+            for blocks in (ends, plan.first_visible_blocks)
+        )
+        row = ((np.uint64(1) << below) - (np.uint64(1) << hidden)).astype(np.uint32)
         words = np.ascontiguousarray(np.broadcast_to(row, shape))
     return block_mask(words, plan)
 
 
-def store_thresholds(plan: Plan) -> Any:
-    """Thresholds that each run of a recorded program gets from the host, in memory."""
-    return store_values((plan.num_heads,), np.float32)
+def store_numbers(plan: Plan, group: int = 0) -> Any:
+    """One number a head that each run of a recorded program gets from the host, in memory."""
+    return store_values((plan.num_heads,), np.float32, group)
 
 
-def store_values(shape: tuple[int, ...], dtype: Any) -> Any:
+def store_values(shape: tuple[int, ...], dtype: Any, group: int = 0) -> Any:
     """Values of 4 bytes that each run of a recorded program gets from the host, in memory."""
     values = arrays.empty(shape, dtype)
     flat = values.reshape(-1)
     for start in range(0, flat.size, STORE_COUNT):
         target = flat[start : start + STORE_COUNT]
         get_kernel(_STORE_SPEC)(
-            (1,), (STORE_COUNT,), (target, programs.Parameter(STORE_COUNT), np.int32(target.size))
+            (1,), (STORE_COUNT,), (target, programs.Parameter(STORE_COUNT, group), np.int32(target.size))
         )
     return values
 
@@ -104,11 +117,12 @@ def run_twin(call: arrays.Call, return_lse: bool, return_mask: bool, k_statistic
     """A checked call with NumPy arrays."""
     plan = call.plan
     if plan.is_empty:
-        lse = arrays.empty_attention(call.out, plan)
+        lse = arrays.empty_attention(call.out, plan, call.sink_logits)
         mask = all_visible(call.q, plan)
     else:
         views = (call.q, call.k, call.v, call.out)
-        lse, mask = run_stages(*views, call.thresholds, plan, return_lse, return_mask, k_statistics)
+        more = dict(sink_logits=call.sink_logits, k_statistics=k_statistics)
+        lse, mask = run_stages(*views, call.thresholds, plan, return_lse, return_mask, **more)
     return pack(call.result, lse, mask, return_lse, return_mask)
 
 

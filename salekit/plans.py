@@ -14,13 +14,18 @@ KEY_BLOCK = 32  # the finest key granularity: anchors and votes are taken per 32
 CODE_TILE_ROWS = 128  # codes are stored in tiles of 128 rows, in the shared-memory order of the tensor cores
 BLOCKS = tuple((q, k) for q in (64, 128) for k in (32, 64, 128))
 ESTIMATORS = ("int4", "int8", "int8-sp24")
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 96, 128, 192, 256)
+WGMMA_HEAD_DIMS = (64, 128)  # of Hopper's kernels; the others run on mma.sync
+LOW_BIT_HEAD_DIMS = (64, 128)  # of attend="int8-fp8"
 DTYPES = ("float16", "bfloat16")
 QUERY_STRIDES = (1, 2, 4)
 SKIPPED = ("drop", "pool")  # what becomes of skipped blocks
 # Up to this many keys a call is dense unless it says otherwise: on an H100 sparse calls overtake dense ones between 4K
 # and 6K keys with 32 and 8 heads, between 8K and 10K with 8 and 2.
 DENSE_BELOW = 8192
+
+# What a call does to scores beside the causal limit: flags of kernel templates (cuda_src/tile/score_features.cuh).
+SOFTCAP, WINDOW, SINKS = 1, 2, 4
 
 SELECT_ALL = -(2**31)  # integer threshold of a row that selects every visible block
 SELECT_NONE = 2**31 - 1  # integer threshold of a row that never votes
@@ -40,6 +45,8 @@ SHAPE_RECORD = np.dtype(
             "local",
             "query_stride",
             "full_rows",
+            "window_left",
+            "window_right",
         )
     ]
 )
@@ -61,6 +68,11 @@ def row_map_record(*values: int) -> np.ndarray:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def padded_dim(head_dim: int) -> int:
+    """Dims of a row of codes: a power of two from 64 on; what is past head_dim is zero (cuda_src/tile/shape.cuh)."""
+    return max(64, 1 << (head_dim - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,9 @@ class Plan:
     dense_below: int = DENSE_BELOW
     skipped: str = "drop"
     arch: str | None = None  # "sm_90a", ...; None on the NumPy twin
+    softcap: float = 0.0  # scores are softcap * tanh(score / softcap); 0: they are not capped
+    window_left: int = -1  # keys before a row's position that it sees; -1: all
+    window_right: int = -1  # keys after it; -1: all, or none in causal calls
     # Whether each sequence has a length of its own, up to seqlen_q and seqlen_k, and where they are: int32 [5, batch]
     # on the GPU, as cuda_src/kernels/locate_sequences.cu lays them out.
     has_lengths: bool = False
@@ -132,8 +147,11 @@ class Plan:
 
     @property
     def is_dense(self) -> bool:
-        """Dense by length alone (docs/algorithm.md, step 6)."""
-        return self.seqlen_k <= self.dense_below
+        """Dense by how many keys a row sees at most (docs/algorithm.md, step 6)."""
+        keys = self.seqlen_k
+        if self.window_left >= 0 and (self.causal or self.window_right >= 0):
+            keys = min(keys, self.window_left + 1 + (0 if self.causal else self.window_right))
+        return keys <= self.dense_below
 
     @property
     def is_empty(self) -> bool:
@@ -162,24 +180,55 @@ class Plan:
         end = max(0, min(self.seqlen_k, end))
         return min(begin, end), end
 
+    @property
+    def has_window(self) -> bool:
+        """Whether a sliding window hides keys that ``causal`` does not."""
+        return self.window_left >= 0 or self.window_right >= 0
+
+    @property
+    def cap_factor(self) -> float:
+        """What kernels multiply q.k by for the exponent of tanh (SoftCap of cuda_src/tile/score_features.cuh)."""
+        return 2 * math.log2(math.e) * self.softmax_scale / self.softcap if self.softcap else 0.0
+
+    def score_features(self, has_sinks: bool) -> int:
+        """The flags SOFTCAP, WINDOW and SINKS of a call."""
+        return SOFTCAP * (self.softcap != 0) | WINDOW * self.has_window | SINKS * has_sinks
+
     def visible_keys(self, row_end: int) -> int:
-        """How many keys the rows before ``row_end`` see together (the last of them sees most)."""
-        if not self.causal:
+        """One past the last key that the rows before ``row_end`` see (the last of them sees farthest)."""
+        if not self.causal and self.window_right < 0:
             return self.seqlen_k
-        return max(0, min(self.seqlen_k, min(row_end, self.seqlen_q) + self.offset))
+        right = 0 if self.causal else self.window_right
+        return max(0, min(self.seqlen_k, min(row_end, self.seqlen_q) + self.offset + right))
+
+    def first_visible_key(self, row: int) -> int:
+        """The first key that row ``row`` and those after it see; all of them start here or later."""
+        if self.window_left < 0:
+            return 0
+        return max(0, min(self.seqlen_k, row + self.offset - self.window_left))
+
+    @cached_property
+    def first_visible_blocks(self) -> np.ndarray:
+        """int64 [num_q_blocks]: the first block with a visible pair, per query block."""
+        first = [self.first_visible_key(i * self.block_q) // self.block_k for i in range(self.num_q_blocks)]
+        return np.array(first, dtype=np.int64)
 
     @cached_property
     def visible_blocks(self) -> np.ndarray:
-        """int64 [num_q_blocks]: blocks with at least one visible pair, per query block."""
-        return np.array(
-            [ceil_div(self.visible_keys((i + 1) * self.block_q), self.block_k) for i in range(self.num_q_blocks)],
-            dtype=np.int64,
-        )
+        """int64 [num_q_blocks]: how many blocks have a visible pair, per query block."""
+        ends = [ceil_div(self.visible_keys((i + 1) * self.block_q), self.block_k) for i in range(self.num_q_blocks)]
+        return np.maximum(np.array(ends, dtype=np.int64) - self.first_visible_blocks, 0)
 
     # --- work, per head ----------------------------------------------------------------------------------------
     @property
     def visible_pairs(self) -> int:
         """Pairs of a query row and a key that it sees."""
+        if self.has_window:
+            position = np.arange(self.seqlen_q, dtype=np.int64) + self.offset
+            first = position - self.window_left if self.window_left >= 0 else np.zeros_like(position)
+            right = 0 if self.causal else self.window_right
+            end = position + right + 1 if right >= 0 else np.full_like(position, self.seqlen_k)
+            return int((end.clip(0, self.seqlen_k) - first.clip(0, self.seqlen_k)).sum())
         if not self.causal:
             return self.seqlen_q * self.seqlen_k
         last = self.visible_keys(self.seqlen_q)
@@ -190,7 +239,7 @@ class Plan:
         """Visible pairs in that many set blocks of a mask of this plan's blocks.
 
         Blocks on the diagonal reach past it; they are anchors, so every mask has them all. A ragged last row is counted
-        whole.
+        whole. Not for windows, whose edges are no anchors.
         """
         size = self.block_q * self.block_k
         beyond = int(self.visible_blocks.sum()) * size - self.visible_pairs
@@ -201,7 +250,12 @@ class Plan:
     def holds_tested_rows(self) -> bool:
         """Whether codes, scales and limits are held for the tested rows alone (tile/row_map.cuh)."""
         # Where they are would differ from sequence to sequence.
-        return self.arch == "sm_90a" and self.estimator != "int4" and self.query_stride > 1 and not self.has_lengths
+        return self.uses_wgmma_estimate and self.estimator != "int4" and self.query_stride > 1 and not self.has_lengths
+
+    @property
+    def uses_wgmma_estimate(self) -> bool:
+        """Whether Hopper's estimation kernels run; those of ``mma.sync`` know windows and every head_dim."""
+        return self.arch == "sm_90a" and not self.has_window and self.head_dim in WGMMA_HEAD_DIMS
 
     @cached_property
     def q_row_map(self) -> np.ndarray:
@@ -234,7 +288,7 @@ class Plan:
     @property
     def q_is_sparse(self) -> bool:
         """Whether q's codes are held pruned, in the order of the sparse tensor cores (codes.py)."""
-        return self.arch == "sm_90a" and self.estimator == "int8-sp24"
+        return self.uses_wgmma_estimate and self.estimator == "int8-sp24"
 
     # --- for kernels -------------------------------------------------------------------------------------------
     @cached_property
@@ -251,6 +305,8 @@ class Plan:
             min(self.local, 2**30),
             self.query_stride,
             self.full_rows,
+            self.window_left,
+            self.window_right,
         )
         if self.has_lengths:
             return np.array([(*values, self.lengths.data.ptr)], LENGTHS_RECORD)
@@ -275,7 +331,7 @@ class Plan:
 
     @property
     def code_row_bytes(self) -> int:
-        return self.head_dim * self.code_bits // 8
+        return padded_dim(self.head_dim) * self.code_bits // 8
 
     def replace(self, **changes) -> "Plan":
         return replace(self, **changes)

@@ -36,7 +36,7 @@ _FIRST_SYMBOL = _TAG << _TAG_SHIFT
 _MAX_SYMBOLS = 1 << (_TAG_SHIFT - _SYMBOL_SHIFT)
 _MIDDLE = 1 << (_SYMBOL_SHIFT - 1)  # a symbol's address lies in the middle of its TiB: views may start before it
 _IMAGE_ALIGNMENT = 64  # of a CUtensorMap
-_WORKSPACE_ALIGNMENT = 512
+WORKSPACE_ALIGNMENT = 512
 _MIN_GRAPH = 3  # operations from which on a graph is launched faster than they are
 _MAX_GRAPHS = 4  # of a program, one for each stream: launches of one graph wait for each other
 
@@ -55,10 +55,14 @@ class Deferred:
 
 
 class Parameter:
-    """A kernel argument of ``count`` float32 values that each run of a program may change."""
+    """A kernel argument of ``count`` float32 values that each run of a program may change.
 
-    def __init__(self, count: int):
+    group: which of the run's values: 0, the thresholds; 1, the sink logits.
+    """
+
+    def __init__(self, count: int, group: int = 0):
         self.count = count
+        self.group = group
 
 
 class ScalarParameter(Parameter, float):
@@ -282,13 +286,14 @@ class Program:
     recorder: what was recorded. ports: arrays (symbols) whose addresses each run gets from outside, in this order;
     every other symbol lies in the workspace.
     workspace_bytes: its size. operations: the launches and fills. stages: that of each. versions: for each of them, how
-    often its arguments changed. parameters: a float32 view for each :class:`Parameter`, in the order of their launches.
+    often its arguments changed. parameters, other_parameters: a float32 view for each :class:`Parameter` of group 0 and
+    of group 1, in the order of their launches.
     """
 
     def __init__(self, recorder: Recorder, ports: Iterable[Any]):
         image = _Image()
         deferred: list[tuple[int, int, Deferred]] = []  # offset of the address, of the argument, the argument
-        parameters: list[tuple[int, int, int]] = []  # operation, offset, count
+        parameters: list[tuple[int, int, Parameter]] = []  # operation, offset
         offsets: list[list[int]] = []
         starts: list[int] = []
         for index, noted in enumerate(recorder.noted):
@@ -301,14 +306,17 @@ class Program:
                 if is_deferred:
                     deferred.append((image.add(arg.address.to_bytes(8, "little")), offset, arg))
                 elif isinstance(arg, Parameter):
-                    parameters.append((index, offset, arg.count))
+                    parameters.append((index, offset, arg))
         self._image = image.build()
         self._words = memoryview(self._image).cast("Q")
         base = self._image.ctypes.data
         self.versions = [0] * len(starts)
-        self.parameters = tuple(self._image[at : at + 4 * count].view(np.float32) for _, at, count in parameters)
-        self._parameter_operations = tuple(operation for operation, _, _ in parameters)
-        self._values: Any = None
+        self.parameters, self.other_parameters = (
+            tuple(self._image[at : at + 4 * x.count].view(np.float32) for _, at, x in parameters if x.group == group)
+            for group in (0, 1)
+        )
+        self._parameter_operations = [[at for at, _, x in parameters if x.group == group] for group in (0, 1)]
+        self._values: list[Any] = [None, None]  # of each group
         targets = {offset // 8: (base + target, arg) for offset, target, arg in deferred}
         self._link_symbols(recorder, list(ports), starts, targets)
         self._linked: list[int] = [0] * len(self._places)
@@ -368,19 +376,22 @@ class Program:
                     argument.write(address + addend, target)
             self._linked[port] = address
 
-    def write_values(self, values: float | np.ndarray) -> None:
-        """Write the parameters: each of them a float, or an array from the first to the last. An array that is passed
-        again must hold what it held."""
-        if values is self._values or not self.parameters or (isinstance(values, float) and values == self._values):
+    def write_values(self, values: float | np.ndarray, group: int = 0) -> None:
+        """Write a group's parameters: each of them a float, or an array from the first to the last. An array that is
+        passed again must hold what it held."""
+        parameters, last = (self.parameters, self.other_parameters)[group], self._values[group]
+        if values is last or not parameters or (isinstance(values, float) and values == last):
             return
         is_array = isinstance(values, np.ndarray)
+        if group and is_array and isinstance(last, np.ndarray) and values.tobytes() == last.tobytes():
+            return
         start = 0
-        for parameter, operation in zip(self.parameters, self._parameter_operations):
+        for parameter, operation in zip(parameters, self._parameter_operations[group]):
             part = values[start : start + parameter.size] if is_array else values
             parameter[: part.size if is_array else None] = part
             start += parameter.size
             self.versions[operation] += 1
-        self._values = values
+        self._values[group] = values
 
     def address(self, fill: "Fill") -> int:
         return self._words[fill.word]
@@ -443,4 +454,4 @@ def _layout(symbols: list[_Symbol]) -> int:
 
 
 def _round_up(num_bytes: int) -> int:
-    return -(-num_bytes // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
+    return -(-num_bytes // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT

@@ -8,7 +8,7 @@ import numpy as np
 
 from . import arrays, jit, reference
 from .codes import Quantized
-from .plans import CODE_TILE_ROWS, Plan, ceil_div, row_map_record
+from .plans import CODE_TILE_ROWS, Plan, ceil_div, padded_dim, row_map_record
 
 _NULL = np.uint64(0)  # a pointer that a kernel does not read or write
 REDUCE_ROWS = 512  # REDUCE_ROWS of reduce_channels.cu
@@ -112,7 +112,7 @@ def _quantize_int8(x: Any, side: str, scale: Any, statistics: Any, plan: Plan) -
         codes = _empty((batch, heads, positions // 64, head_dim // 64, 5, 128), np.uint32)
     else:
         codes = _empty_codes(heads, positions, plan)
-    rows = _THREADS // (head_dim // 8) * _STEPS
+    rows = _THREADS // (padded_dim(head_dim) // 8) * _STEPS
     group_size = plan.group_size if side in ("q pruned", "q sparse") else 1
     # Rows of q past a sequence's end are zeros, which have codes 0; zeros of k would not, after smoothing.
     lengths = () if side == "q sparse" else (plan.lengths_of("k") if side.startswith("k") else _NULL,)
@@ -145,7 +145,7 @@ def _quantize_int4(q: Any, k: Any, plan: Plan, k_statistics: Any) -> Quantized:
     )
     jit.get_kernel(_int4_spec("k", plan))(
         (plan.padded_k // CODE_TILE_ROWS, plan.num_kv_heads, plan.batch),
-        (2 * plan.head_dim,),
+        (2 * padded_dim(plan.head_dim),),
         (
             arrays.tensor_view(k),
             k_codes,

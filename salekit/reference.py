@@ -168,40 +168,76 @@ def anchor_keys(plan: Plan, tile: int) -> np.ndarray:
 
 
 def _row_visible(plan: Plan, rows: np.ndarray) -> np.ndarray:
-    """How many keys each row sees."""
-    if not plan.causal:
+    """One past the last key that each row sees."""
+    right = 0 if plan.causal else plan.window_right
+    if right < 0:
         return np.full(rows.shape, plan.seqlen_k)
-    return np.clip(rows + plan.offset + 1, 0, plan.seqlen_k)
+    return np.clip(rows + plan.offset + right + 1, 0, plan.seqlen_k)
 
 
-def anchor_statistics(q: np.ndarray, k: np.ndarray, k_mean: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+def _row_first(plan: Plan, rows: np.ndarray) -> np.ndarray:
+    """The first key that each row sees."""
+    if plan.window_left < 0:
+        return np.zeros(rows.shape, np.int64)
+    return np.clip(rows + plan.offset - plan.window_left, 0, plan.seqlen_k)
+
+
+def row_sees(plan: Plan, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """bool [rows, keys]: the visible pairs of these rows and keys."""
+    return (keys[None] >= _row_first(plan, rows)[:, None]) & (keys[None] < _row_visible(plan, rows)[:, None])
+
+
+def cap_scores(s: np.ndarray, softcap: float) -> np.ndarray:
+    """softcap * tanh(s / softcap) in the dtype of s; s itself when softcap is 0."""
+    if softcap == 0:
+        return s
+    cap = s.dtype.type(softcap)
+    return cap * np.tanh(s / cap)
+
+
+def uncap_limits(y: np.ndarray, softcap: float) -> np.ndarray:
+    """What an uncapped score has to exceed for its capped one to exceed y, float64; +inf: none does, -inf: all do."""
+    if softcap == 0:
+        return y.astype(np.float64)
+    with np.errstate(all="ignore"):
+        return softcap * np.arctanh(np.clip(y.astype(np.float64) / softcap, -1, 1))
+
+
+def anchor_statistics(
+    q: np.ndarray, k: np.ndarray, k_mean: np.ndarray, plan: Plan, sink_logits: np.ndarray | None = None
+) -> tuple[np.ndarray, ...]:
     """m, l: float32 [batch, heads, seqlen_q], maximum of s and sum of exp(s - m) over a row's visible anchor keys.
 
     s is the score with the smoothed key: taken with the raw key, then softmax_scale * q.mean(k) is subtracted from m.
-    A row without a visible key has m = -inf, l = 0. float64 inside.
+    With softcap, s is the capped score of the raw key, nothing is subtracted, and what would have been comes as a third
+    array. The row's sink logit is one more s. A row without a visible key has m = -inf, l = 0. float64 inside.
     """
     m = np.full((plan.batch, plan.num_heads, plan.seqlen_q), -np.inf, np.float32)
-    l = np.zeros_like(m)
+    l, shifts = np.zeros_like(m), np.zeros_like(m)
+    sinks = np.full(plan.num_heads, -np.inf) if sink_logits is None else sink_logits.astype(np.float64)
     queries, keys = _heads_first(q).astype(np.float64), _heads_first(k)
     with np.errstate(all="ignore"):
         for tile in range(plan.num_q_tiles):
             rows = np.arange(tile * TILE_ROWS, min((tile + 1) * TILE_ROWS, plan.seqlen_q))
             anchors = anchor_keys(plan, tile)
-            visible = anchors[None] < _row_visible(plan, rows)[:, None]
-            some = visible.any(axis=1)
+            visible = row_sees(plan, rows, anchors)
+            some = _row_first(plan, rows) < _row_visible(plan, rows)
             if not some.any():
                 continue
             for head in range(plan.num_heads):
                 kv = _kv(plan, head)
                 tile_q = queries[:, head, rows]
                 s = plan.softmax_scale * (tile_q @ keys[:, kv, anchors].astype(np.float64).swapaxes(1, 2))
-                s = np.where(visible[None], s, -np.inf)
+                s = np.where(visible[None], cap_scores(s, plan.softcap), -np.inf)
+                s = np.concatenate((s, np.full((*s.shape[:2], 1), sinks[head])), axis=2)
                 top = s.max(axis=2)
-                total = np.exp(s - top[..., None]).sum(axis=2)
+                total = np.exp(s - np.where(np.isneginf(top), 0, top)[..., None]).sum(axis=2)
                 shift = plan.softmax_scale * np.einsum("brd,bd->br", tile_q, k_mean[:, kv].astype(np.float64))
+                if plan.softcap:
+                    shifts[:, head, rows], shift = shift, 0
                 m[:, head, rows] = np.where(some, top - shift, -np.inf)
                 l[:, head, rows] = np.where(some, total, 0)
-    return m, l
+    return (m, l, shifts) if plan.softcap else (m, l)
 
 
 def rows_that_vote(plan: Plan) -> np.ndarray:
@@ -211,16 +247,22 @@ def rows_that_vote(plan: Plan) -> np.ndarray:
     block_end = np.minimum(block_start + plan.block_q, plan.seqlen_q)
     whole = block_end > plan.seqlen_q - plan.full_rows
     tested = whole | ((rows - block_start) % plan.query_stride == 0)
-    return tested & (_row_visible(plan, rows) > 0)
+    return tested & (_row_first(plan, rows) < _row_visible(plan, rows))
 
 
-def row_limits(m: np.ndarray, l: np.ndarray, thresholds, plan: Plan) -> np.ndarray:
-    """y = m + ln(tau * l), float32 [batch, heads, seqlen_q]; -inf selects every visible block, +inf never votes."""
+def row_limits(m: np.ndarray, l: np.ndarray, thresholds, plan: Plan, shift: np.ndarray | None = None) -> np.ndarray:
+    """y = m + ln(tau * l), float32 [batch, heads, seqlen_q]; -inf selects every visible block, +inf never votes.
+
+    With softcap, y is the uncapped score that belongs to it, less shift (the third of the anchor statistics).
+    """
     tau = np.broadcast_to(np.asarray(thresholds, np.float32), (plan.num_heads,))[None, :, None]
     with np.errstate(all="ignore"):
         y = (m + np.log(tau * l)).astype(np.float32)
+        if plan.softcap:
+            y = (uncap_limits(y, plan.softcap) - shift).astype(np.float32)
     y = np.where(np.isposinf(tau), np.float32(np.inf), y)
-    y = np.where(np.isfinite(m) & np.isfinite(l) & (tau > 0), y, np.float32(-np.inf))
+    known = np.isfinite(m) & np.isfinite(l) & np.isfinite(0 if shift is None else shift)
+    y = np.where(known & (tau > 0), y, np.float32(-np.inf))
     return np.where(rows_that_vote(plan), y, np.float32(np.inf)).astype(np.float32)
 
 
@@ -250,8 +292,9 @@ def anchor_blocks(plan: Plan) -> np.ndarray:
 def visible_blocks(plan: Plan) -> np.ndarray:
     """bool [num_q_tiles, 32-key blocks]: blocks with a pair that is inside the matrix and visible."""
     starts = np.arange(ceil_div(plan.seqlen_k, KEY_BLOCK)) * KEY_BLOCK
+    begins = np.array([plan.first_visible_key(t * TILE_ROWS) for t in range(plan.num_q_tiles)])
     ends = np.array([plan.visible_keys((t + 1) * TILE_ROWS) for t in range(plan.num_q_tiles)])
-    return starts[None] < ends[:, None]
+    return (starts[None] < ends[:, None]) & (starts[None] + KEY_BLOCK > begins[:, None])
 
 
 def fold_blocks(fine: np.ndarray, plan: Plan) -> np.ndarray:
@@ -282,8 +325,9 @@ def row_products(quantized: Quantized, plan: Plan):
 
 def visible_pairs(rows: np.ndarray, padded_k: int, plan: Plan) -> np.ndarray:
     """bool, broadcasts to [rows, padded_k]: pairs that are inside the matrix and visible."""
-    keys = np.arange(padded_k)[None]
-    return keys < (_row_visible(plan, rows)[:, None] if plan.causal else plan.seqlen_k)
+    if plan.causal or plan.has_window:
+        return row_sees(plan, rows, np.arange(padded_k))
+    return np.arange(padded_k)[None] < plan.seqlen_k
 
 
 def estimate(quantized: Quantized, limits: np.ndarray, plan: Plan) -> BlockMask:
@@ -301,9 +345,8 @@ def estimate(quantized: Quantized, limits: np.ndarray, plan: Plan) -> BlockMask:
         tiles = np.arange(0, rows.size, TILE_ROWS)
         votes[b, head, rows[0] // TILE_ROWS + np.arange(tiles.size)] = np.logical_or.reduceat(vote, tiles, axis=0)
     bits = (votes | anchor_blocks(plan)) & visible_blocks(plan)
-    return BlockMask.from_dense(
-        fold_blocks(bits, plan), plan.block_q, plan.block_k, plan.seqlen_q, plan.seqlen_k, plan.causal
-    )
+    sizes = (plan.block_q, plan.block_k, plan.seqlen_q, plan.seqlen_k)
+    return BlockMask.from_dense(fold_blocks(bits, plan), *sizes, plan.causal, plan.window_left, plan.window_right)
 
 
 def corrected_products(acc, quantized: Quantized, rows, b: int, head: int, plan: Plan):
@@ -366,10 +409,14 @@ def _round_p(p: np.ndarray) -> np.ndarray:
     return (p * unit).astype(E4M3).astype(np.float32) / unit
 
 
-def attend(q, k, v, mask: BlockMask | None, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """out like q and lse float32 [batch, heads, seqlen_q] over the selected, visible keys; mask None: all of them."""
+def attend(q, k, v, mask: BlockMask | None, plan: Plan, sink_logits=None) -> tuple[np.ndarray, np.ndarray]:
+    """out like q and lse float32 [batch, heads, seqlen_q] over the selected, visible keys; mask None: all of them.
+
+    sink_logits: None, or float32 [heads]: one more logit of each row, without a value; it is part of lse.
+    """
     out = np.zeros(q.shape, q.dtype)
-    lse = np.full((plan.batch, plan.num_heads, plan.seqlen_q), -np.inf, np.float32)
+    sinks = np.full(plan.num_heads, -np.inf, np.float32) if sink_logits is None else sink_logits
+    lse = np.broadcast_to(sinks[:, None], (plan.batch, plan.num_heads, plan.seqlen_q)).copy()
     if plan.seqlen_q == 0 or plan.seqlen_k == 0:
         return out, lse
     queries, keys, values = _heads_first(q), _heads_first(k), _heads_first(v)
@@ -379,28 +426,31 @@ def attend(q, k, v, mask: BlockMask | None, plan: Plan) -> tuple[np.ndarray, np.
         low = _LowBit(queries, keys, values, plan) if plan.attend == "int8-fp8" else None
         for block in range(plan.num_q_blocks):
             rows = np.arange(block * plan.block_q, min((block + 1) * plan.block_q, plan.seqlen_q))
-            seen = _row_visible(plan, rows)
+            first, end = _row_first(plan, rows).min(), _row_visible(plan, rows).max()
             for b in range(plan.batch):
                 for head in range(plan.num_heads):
                     kv = _kv(plan, head)
                     if bits is None:
-                        cols = np.arange(seen.max())
+                        cols = np.arange(first, end)
                     else:
                         blocks = np.flatnonzero(bits[b, head, block])
                         cols = (blocks[:, None] * plan.block_k + np.arange(plan.block_k)).ravel()
-                        cols = cols[cols < seen.max()]
+                        cols = cols[(cols >= first) & (cols < end)]
                     if cols.size == 0:
                         continue
                     if low:
                         s = scale * low.scores(b, head, kv, rows, cols)
                     else:
                         s = scale * (queries[b, head, rows] @ keys[b, kv, cols].T)
-                    s = np.where(cols[None] < seen[:, None], s, np.float32(-np.inf))
-                    top = s.max(axis=1, keepdims=True)
+                    s = cap_scores(s, plan.softcap)
+                    s = np.where(row_sees(plan, rows, cols), s, np.float32(-np.inf))
+                    top = np.maximum(s.max(axis=1, keepdims=True), sinks[head])
                     p = np.exp(s - np.where(np.isneginf(top), np.float32(0), top))
                     if low:
                         p = _round_p(p)
                     total = p.sum(axis=1, keepdims=True)
+                    if not np.isneginf(sinks[head]):
+                        total = total + np.exp(sinks[head] - top)
                     some = ~(total == 0)
                     weighted = low.weighted_values(p, b, kv, cols) if low else p @ values[b, kv, cols]
                     o = np.where(some, weighted / np.where(some, total, 1), 0)
@@ -435,16 +485,16 @@ def merge_states(out_a, lse_a, out_b, lse_b) -> tuple[np.ndarray, np.ndarray]:
     return merged.astype(out_a.dtype), lse
 
 
-def sparse_attention(q, k, v, thresholds, plan: Plan):
+def sparse_attention(q, k, v, thresholds, plan: Plan, sink_logits=None):
     """The whole pipeline: out, lse, mask (None when dense by length)."""
     if plan.is_dense or plan.seqlen_q == 0:
-        return (*dense_attention(q, k, v, plan), None)
+        return (*attend(q, k, v, None, plan, sink_logits), None)
     quantized = quantize(q, k, plan)
-    m, l = anchor_statistics(q, k, quantized.k_mean, plan)
-    limits = row_limits(m, l, thresholds, plan)
+    m, l, *shift = anchor_statistics(q, k, quantized.k_mean, plan, sink_logits)
+    limits = row_limits(m, l, thresholds, plan, *shift)
     if plan.estimator != "int4":
         limits = integer_thresholds(
             limits, quantized.q_scale, quantized.k_scale[:, :, None].repeat(plan.group_size, 1), plan
         )
     mask = estimate(quantized, limits, plan)
-    return (*attend(q, k, v, mask, plan), mask)
+    return (*attend(q, k, v, mask, plan, sink_logits), mask)

@@ -391,7 +391,7 @@ def _record(
             thresholds = recorder.array((plan.num_heads,), np.float32)
             ports.append(thresholds)
         elif kind == "host":
-            thresholds = pipeline.store_thresholds(plan)
+            thresholds = pipeline.store_numbers(plan)
         else:
             thresholds = programs.ScalarParameter() if kind == "scalar" else 0.0
         statistics = None

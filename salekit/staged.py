@@ -85,8 +85,8 @@ class StagedCall:
 
     def _limits_of(self, codes: Quantized) -> Any:
         with stage("anchors"):
-            statistics = anchor_statistics(self.q, self.k, codes.k_mean, self.plan)
-            return row_limits(*statistics, codes, self.thresholds, self.plan)
+            m, l, *shift = anchor_statistics(self.q, self.k, codes.k_mean, self.plan)
+            return row_limits(m, l, codes, self.thresholds, self.plan, *shift)
 
     def _mask_of(self, codes: Quantized, limits: Any) -> BlockMask:
         with stage("estimate"):

@@ -16,12 +16,12 @@ from typing import Any, Iterable, Iterator, Mapping
 import numpy as np
 
 from .anchors import kernel_specs as anchor_specs
-from .attend import is_segment
+from .attend import is_segment, sm80_grid
 from .attend import kernel_specs as attend_specs
 from .attend_grid import DENSE_BLOCK_Q
 from .estimate import kernel_specs as estimate_specs
 from .jit import KernelSpec
-from .plans import CODE_TILE_ROWS, KEY_BLOCK, TILE_ROWS, Plan, ceil_div
+from .plans import CODE_TILE_ROWS, KEY_BLOCK, TILE_ROWS, Plan, ceil_div, padded_dim
 from .quantize import kernel_specs as quantize_specs
 from .reference import LOW_BIT_Q_SAMPLE, rows_that_vote
 from .skipped_mass import POOL_KEYS
@@ -229,7 +229,8 @@ def _quantize(sizes: _Sizes) -> Iterator[Work]:
         q_means = sizes.q_channels
         yield Work("quantize", q_spec, "q", 256, sizes.q + q_means, sizes.q_codes + sizes.q_scale)
         read = sizes.k + sizes.k_channels + q_means
-        yield Work("quantize", k_spec, "k", 2 * plan.head_dim, read, sizes.k_codes + sizes.k_scale + sizes.correction)
+        threads, written = 2 * padded_dim(plan.head_dim), sizes.k_codes + sizes.k_scale + sizes.correction
+        yield Work("quantize", k_spec, "k", threads, read, written)
         return
     pruned = plan.estimator == "int8-sp24"
     rms = sizes.k_channels if pruned else 0
@@ -284,7 +285,7 @@ def _attend(sizes: _Sizes, stage: str, pairs: int, words: int) -> Iterator[Work]
     specs = attend_specs(plan)
     lse = sizes.lse if plan.skipped == "pool" else 0  # which the pools join
     if plan.attend == "exact":
-        threads = plan.block_q if specs[0].source == "attend_sm80" else 384
+        threads = sm80_grid(plan, plan.block_q)[1] if specs[0].source == "attend_sm80" else 384
         read = sizes.q + 2 * sizes.k + words
         segment = next((spec for spec in specs if is_segment(spec)), None)
         spec = segment if segment and words else specs[0]

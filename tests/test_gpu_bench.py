@@ -86,7 +86,7 @@ def test_given_masks_are_attended_through(no_gpu, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--tau", "nan"], ["--heads", "3", "--kv-heads", "2"], ["--masks", "missing.npz"], ["--head-dim", "96"]],
+    [["--tau", "nan"], ["--heads", "3", "--kv-heads", "2"], ["--masks", "missing.npz"], ["--head-dim", "80"]],
 )
 def test_usage_errors(no_gpu, arguments):
     assert CliRunner().invoke(bench_module.bench, ["--seqlen", "512", *arguments]).exit_code == 2

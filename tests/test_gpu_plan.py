@@ -288,7 +288,7 @@ def test_workspace_grows_and_is_freed():
         for index, arrays in enumerate((small, large)):
             assert bits(plans[index].run(*arrays, thresholds=TAU, out=outs[index])) == want[index]
     kept = pool.used_bytes() - before
-    assert plans[1].workspace_bytes - 1024 <= kept <= plans[1].workspace_bytes  # one piece for both
+    assert plans[1].workspace_bytes - 1536 <= kept <= plans[1].workspace_bytes  # one piece for both
     salekit.clear_workspaces()
     assert pool.used_bytes() == before
     assert bits(plans[0].run(*small, thresholds=TAU, out=outs[0])) == want[0]
@@ -562,4 +562,4 @@ def test_a_plan_takes_what_it_was_made_for():
     ):
         with pytest.raises(ArgumentError, match=match):
             prepared.run(*arrays)
-    assert salekit.plan(q, k, v).workspace_bytes <= 512  # dense by its length: at most a counter
+    assert salekit.plan(q, k, v).workspace_bytes <= 1024  # dense by its length: at most a counter and sink logits

@@ -54,7 +54,8 @@ def test_names_and_signatures():
         "(q: Any, k: Any, v: Any, *, thresholds: Any = 0.008, causal: bool = True, softmax_scale: float | None = None, "
         "layout: str = bshd, estimator: str = auto, attend: str = exact, block: tuple[int, int] = (128, 32), "
         "query_stride: int = 1, full_rows: int = 1024, sink: int = 32, local: int = 128, dense_below: int = 8192, "
-        "skipped: str = drop, k_statistics: Any = None, return_lse: bool = False, return_mask: bool = False, "
+        "skipped: str = drop, softcap: float = 0.0, window_size: int | tuple[int, int] | None = None, "
+        "sink_logits: Any = None, k_statistics: Any = None, return_lse: bool = False, return_mask: bool = False, "
         "out: Any = None, stream: Any = None)"
     )
 

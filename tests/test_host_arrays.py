@@ -54,7 +54,7 @@ class HostDlpack:
     (Q, K, V[:, :, :1], ArgumentError, ["v", "num_kv_heads 1", "2"]),
     (Q[:, :, :3], K, V, ArgumentError, ["k", "2 heads", "3"]),
     (Q, K[:, :, :0], V[:, :, :0], ArgumentError, ["k", "0 heads"]),
-    (Q[..., :32], K[..., :32], V[..., :32], ArgumentError, ["q", "head_dim 32", "64, 128"]),
+    (Q[..., :32], K[..., :32], V[..., :32], ArgumentError, ["q", "head_dim 32", "64, 96, 128, 192, 256"]),
     (Q, np.concatenate([K, K], 3), V, ArgumentError, ["k", "head_dim 128", "64"]),
     (np.concatenate([Q, Q], 3)[..., ::2], K, V, ArgumentError, ["q", "2 elements", "1"]),
     (Q, K, V.swapaxes(2, 3).copy().swapaxes(2, 3), ArgumentError, ["v", "last axis"]),

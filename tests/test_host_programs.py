@@ -492,6 +492,26 @@ def test_what_calls_with_other_thresholds_launch(fake):
     limits = next(call[-1] for call in fake.take() if call[0].startswith("row_limits"))
     assert pointer(limits[4]) == TAUS and not program.parameters
 
+    for thresholds, addresses in (("host", ()), ("device", (TAUS,)), ("dense", ())):
+        program = prepared._program((None, thresholds, False, False, "host"))
+        program.link(WORKSPACE, Q, K, V, OUT, *addresses)
+        program.write_values(taus)
+        for sinks in (taus - 7, taus + 1):
+            program.write_values(sinks, 1)
+            program.submit(fake, STREAM)
+            calls = fake.take()
+            stores = [call[-1] for call in calls if call[0].startswith("store_floats")]
+            stored = {pointer(target): np.frombuffer(values, np.float32) for target, values, _ in stores}
+            users = [call for call in calls if call[0].startswith(("anchor_statistics<", "attend_sm"))]
+            at = {pointer(call[-1][-1 if call[0].startswith("attend") else -2]) for call in users}
+            assert len(users) == (1 if thresholds == "dense" else 2) and len(at) == 1
+            assert (np.concatenate([stored[min(at) + 1024 * i] for i in range(3)])[:600] == sinks).all()
+        program = prepared._program((None, thresholds, False, False, "device"))
+        program.link(WORKSPACE, Q, K, V, OUT, *addresses, TAUS + 4096)
+        program.submit(fake, STREAM)
+        attends = [call[-1] for call in fake.take() if call[0].startswith("attend_sm")]
+        assert [pointer(args[-1]) for args in attends] == [TAUS + 4096]
+
     program = prepared._program((None, "dense", False, True))
     assert program.workspace_bytes == 512  # the counter of attend_sm90
     program.link(WORKSPACE, Q, K, V, OUT, WORDS)

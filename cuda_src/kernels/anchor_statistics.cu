@@ -4,31 +4,41 @@
 // and of the 64-row tile's local range. q [batch, seqlen_q, num_heads, HEAD_DIM], k [batch, seqlen_k, num_kv_heads,
 // HEAD_DIM]; k_mean float32 [batch, num_kv_heads, HEAD_DIM]; m, l float32 [batch, num_heads, seqlen_q]; a row that sees
 // no key has m = -inf, l = 0; rows that `map` does not hold are not written.
+// FEATURES (tile/score_features.cuh): SOFTCAP: s = softcap * tanh(softmax_scale * q . k / softcap), and softmax_scale *
+// q . mean(k) goes to shift, float32 like m. WINDOW: keys outside of it do not count. SINKS: a head's logit, float32
+// [num_heads], is one more s.
 // A CTA of 128 threads takes a tile's rows, 16 a warp, in num_heads_each heads of one KV head, AT_ONCE a warp: they
-// share the keys, which stay in shared memory when they are no more than ANCHOR_BLOCKS blocks, as the defaults' are.
+// share the keys, which stay in shared memory when they are no more than ANCHOR_BLOCKS blocks, as the
+// defaults' are up to 128 dims.
 // Grid: (ceil(seqlen_q / 64), num_heads / num_heads_each, batch).
 #include "ptx/cp_async.cuh"
 #include "ptx/ex2.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/mma.cuh"
 #include "tile/row_map.cuh"
+#include "tile/score_features.cuh"
 #include "tile/shape.cuh"
 #include "tile/tensor_view.cuh"
 
 constexpr int ANCHOR_THREADS = 128;
-constexpr int ANCHOR_BLOCKS = 7;  // of 32 keys, at a time
 constexpr int WARP_ROWS = 16;
+
+template <int HEAD_DIM>
+constexpr int PITCH = padded_dim(HEAD_DIM);  // elements from row to row in shared memory
+
+template <int HEAD_DIM>
+constexpr int ANCHOR_BLOCKS = HEAD_DIM > 128 ? 3 : 7;  // of 32 keys, at a time: what fits shared memory
 
 template <int HEAD_DIM, int AT_ONCE>
 struct AnchorStorage {
-  alignas(128) uint16_t Q_smem[ANCHOR_THREADS / 32][AT_ONCE][WARP_ROWS * HEAD_DIM];
-  alignas(128) uint16_t K_smem[ANCHOR_BLOCKS][KEY_BLOCK * HEAD_DIM];
+  alignas(128) uint16_t Q_smem[ANCHOR_THREADS / 32][AT_ONCE][WARP_ROWS * PITCH<HEAD_DIM>];
+  alignas(128) uint16_t K_smem[ANCHOR_BLOCKS<HEAD_DIM>][KEY_BLOCK * PITCH<HEAD_DIM>];
   alignas(16) float mean[HEAD_DIM];
 };
 
 template <int HEAD_DIM>
 __device__ __forceinline__ uint32_t anchor_offset(int row, int chunk) {
-  return row * (2 * HEAD_DIM) + ((chunk ^ (row & 7)) << 4);
+  return row * (2 * PITCH<HEAD_DIM>) + ((chunk ^ (row & 7)) << 4);
 }
 
 // Starts copying NUM_ROWS rows by THREADS threads; rows from `present` on are zero.
@@ -67,10 +77,13 @@ struct RowStatistics {
   }
 };
 
-template <int HEAD_DIM, typename Element, int AT_ONCE>
+template <int HEAD_DIM, typename Element, int AT_ONCE, int FEATURES = 0>
 __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
     anchor_statistics(TensorView q, TensorView k, const float* k_mean_gmem, float* m_gmem, float* l_gmem, Shape shape,
-                      RowMap map, int num_heads_each, float softmax_scale) {
+                      RowMap map, int num_heads_each, float softmax_scale, float softcap,
+                      float cap_factor, const float* sink_logits_gmem, float* shift_gmem) {
+  constexpr bool CAPPED = FEATURES & SOFTCAP, WINDOWED = FEATURES & WINDOW, WITH_SINKS = FEATURES & SINKS;
+  constexpr int BLOCKS = ANCHOR_BLOCKS<HEAD_DIM>;
   constexpr int STEPS = HEAD_DIM / 16;
   using Storage = AnchorStorage<HEAD_DIM, AT_ONCE>;
   extern __shared__ __align__(128) uint8_t dynamic_smem[];
@@ -89,15 +102,17 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
 
   // 32-key blocks: those of the sink, then those of the local range that are not the sink's; as far as the tile sees.
   const Range local = sequence.local_range(tile);
-  const int num_seen = ceil_div(sequence.visible_keys(first_row + TILE_ROWS - 1), KEY_BLOCK);
-  const int num_sink = min(ceil_div(sequence.sink_end, KEY_BLOCK), num_seen);
-  const int first_local = max(local.begin / KEY_BLOCK, num_sink);
+  const int num_seen = ceil_div(sequence.visible_end<WINDOWED>(first_row + TILE_ROWS - 1), KEY_BLOCK);
+  const int first_seen = sequence.visible_begin<WINDOWED>(first_row) / KEY_BLOCK;
+  const bool sees_sink = !WINDOWED || first_seen * KEY_BLOCK < sequence.sink_end;
+  const int num_sink = sees_sink ? min(ceil_div(sequence.sink_end, KEY_BLOCK), num_seen) : 0;
+  const int first_local = max(max(local.begin / KEY_BLOCK, first_seen), num_sink);
   const int num_blocks = num_sink + max(0, min(ceil_div(local.end, KEY_BLOCK), num_seen) - first_local);
-  const bool resident = num_blocks <= ANCHOR_BLOCKS;
+  const bool resident = num_blocks <= BLOCKS;
   auto first_key = [&](int i) { return (i < num_sink ? i : i - num_sink + first_local) * KEY_BLOCK; };
   const uint16_t* k_gmem = k.row<const uint16_t>(batch, 0, kv_head);
   auto load_blocks = [&](int begin) {
-    for (int i = begin; i < min(num_blocks, begin + ANCHOR_BLOCKS); ++i) {
+    for (int i = begin; i < min(num_blocks, begin + BLOCKS); ++i) {
       const int key = first_key(i);
       load_anchor_rows<HEAD_DIM, KEY_BLOCK, ANCHOR_THREADS>(shared_address(smem.K_smem[i - begin]),
                                                             k_gmem + key * k.stride_row, k.stride_row,
@@ -118,16 +133,23 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
   if (head < heads_end) load_q(head);
   if (resident) load_blocks(0);
   cp_async_commit();
-  if (threadIdx.x < HEAD_DIM)
-    smem.mean[threadIdx.x] = k_mean_gmem[(int64_t(batch) * shape.num_kv_heads + kv_head) * HEAD_DIM + threadIdx.x];
+#pragma unroll
+  for (int first = 0; first < HEAD_DIM; first += ANCHOR_THREADS)
+    if (first + threadIdx.x < HEAD_DIM)
+      smem.mean[first + threadIdx.x] =
+          k_mean_gmem[(int64_t(batch) * shape.num_kv_heads + kv_head) * HEAD_DIM + first + threadIdx.x];
   cp_async_wait<0>();
   __syncthreads();
 
   const uint32_t lane_offset = anchor_offset<HEAD_DIM>(lane % 16, lane / 16);
   const int row = warp_row + lane / 4 * stride;
-  const int visible[2] = {sequence.visible_keys(row), sequence.visible_keys(row + 8 * stride)};
-  const int visible_to_all = sequence.visible_keys(warp_row);
-  const float scale_log2 = softmax_scale * 1.4426950408889634f;
+  const int visible[2] = {sequence.visible_end<WINDOWED>(row), sequence.visible_end<WINDOWED>(row + 8 * stride)};
+  const int hidden[2] = {sequence.visible_begin<WINDOWED>(row), sequence.visible_begin<WINDOWED>(row + 8 * stride)};
+  const int visible_to_all = sequence.visible_end<WINDOWED>(warp_row);
+  const int visible_to_all_from = sequence.visible_begin<WINDOWED>(warp_row + (WARP_ROWS - 1) * stride);
+  const float value_scale = CAPPED ? softcap : softmax_scale;  // of a score that is held
+  const float scale_log2 = value_scale * 1.4426950408889634f;
+  const SoftCap cap = {cap_factor};
 
   for (int first = first_head; first < heads_end; first += heads_at_once, head += heads_at_once) {
     const bool has_next = head + heads_at_once < heads_end;
@@ -144,7 +166,7 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
     cp_async_commit();
 
     RowStatistics statistics[AT_ONCE];
-    for (int begin = 0; begin < num_blocks; begin += ANCHOR_BLOCKS) {
+    for (int begin = 0; begin < num_blocks; begin += BLOCKS) {
       if (!resident) {
         __syncthreads();
         load_blocks(begin);
@@ -153,14 +175,15 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
         __syncthreads();
       }
 #pragma unroll 1
-      for (int i = begin; i < min(num_blocks, begin + ANCHOR_BLOCKS) && head < heads_end; ++i) {
+      for (int i = begin; i < min(num_blocks, begin + BLOCKS) && head < heads_end; ++i) {
         float s[AT_ONCE][4][4] = {};
 #pragma unroll
         for (int step = 0; step < STEPS; ++step)
 #pragma unroll
           for (int n = 0; n < 4; n += 2) {
             uint32_t b[4];
-            ldmatrix_x4(b, shared_address(smem.K_smem[i - begin]) + n * 8 * 2 * HEAD_DIM + (lane_offset ^ step * 32));
+            ldmatrix_x4(b, shared_address(smem.K_smem[i - begin]) + n * 8 * 2 * PITCH<HEAD_DIM> +
+                               (lane_offset ^ step * 32));
 #pragma unroll
             for (int h = 0; h < AT_ONCE; ++h) {
               mma_m16n8k16<Element>(s[h][n], a[h][step], b[0], b[2]);
@@ -168,6 +191,23 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
             }
           }
         const int key = first_key(i);
+        if constexpr (CAPPED) {
+#pragma unroll
+          for (int h = 0; h < AT_ONCE; ++h)
+#pragma unroll
+            for (int n = 0; n < 4; ++n)
+#pragma unroll
+              for (int c = 0; c < 4; ++c) s[h][n][c] = cap(s[h][n][c]);
+        }
+        if (WINDOWED && key < visible_to_all_from) {
+#pragma unroll
+          for (int n = 0; n < 4; ++n)
+#pragma unroll
+            for (int c = 0; c < 4; ++c)
+              if (key + lane % 4 * 2 + n * 8 + c % 2 < hidden[c / 2])
+#pragma unroll
+                for (int h = 0; h < AT_ONCE; ++h) s[h][n][c] = -INFINITY;
+        }
         if (key + KEY_BLOCK > visible_to_all) {
 #pragma unroll
           for (int n = 0; n < 4; ++n)
@@ -213,8 +253,12 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
         const int out_row = row + 8 * r * stride;
         if (lane % 4 == 0 && out_row < sequence.seqlen_q && head < heads_end) {
           const int64_t index = (int64_t(batch) * shape.num_heads + head + h) * shape.seqlen_q + out_row;
-          m_gmem[index] = visible[r] > 0 ? softmax_scale * best - softmax_scale * shift[r] : -INFINITY;
-          l_gmem[index] = visible[r] > 0 ? total : 0.f;
+          const bool sees_a_key = visible[r] > hidden[r];
+          float top = value_scale * best;
+          if constexpr (WITH_SINKS) add_sink(top, total, sink_logits_gmem[head + h]);
+          if constexpr (CAPPED) shift_gmem[index] = softmax_scale * shift[r];
+          m_gmem[index] = !sees_a_key ? -INFINITY : CAPPED ? top : top - softmax_scale * shift[r];
+          l_gmem[index] = sees_a_key ? total : 0.f;
         }
       }
     }

@@ -1,36 +1,52 @@
-// Block-sparse attention for sm_80 and later: a CTA attends BLOCK_Q query rows of one head to the selected key blocks.
+// Block-sparse attention for sm_80 and later: a CTA attends 64 or 128 query rows of a head to the selected key blocks.
 //
 // out[b, i, h, :] = softmax(softmax_scale * q_i . k_j) v_j over the selected, visible keys j; lse is natural log.
+// FEATURES (tile/score_features.cuh): scores capped, a window, a sink logit for each head: float32 [num_heads].
 // A tile of 64 keys is gathered from any two selected 32-key blocks. A warp owns 32 query rows, so that each ldmatrix
-// of K or V feeds four products; scores, p and the output stay in registers (FlashAttention-2, arXiv 2307.08691).
+// of K or V feeds four products, or 16 where the output of 32 would not fit the registers; scores, p and the output
+// stay in registers (FlashAttention-2, arXiv 2307.08691).
 // STAGES 1: V arrives under q.k, the next K under softmax and p.v. STAGES 2: both arrive under the tile before.
 // q [batch, seqlen_q, num_heads, HEAD_DIM], k, v [batch, seqlen_k, num_kv_heads, HEAD_DIM], rows on 16-byte boundaries;
-// mask uint32 [batch, num_heads, num_q_blocks, num_words], null: dense; lse float32 [batch, num_heads, seqlen_q], null:
-// not wanted.
-// Grid: batch * num_heads * num_q_blocks CTAs of BLOCK_Q threads; all of a KV head before the next, longest rows first,
-// its query heads innermost, so that K and V stay in the L2.
+// mask uint32 [batch, num_heads, ceil(seqlen_q / BLOCK_Q), num_words], null: dense; lse float32 [batch, num_heads,
+// seqlen_q], null: not wanted.
+// Grid: a CTA for each CTA_ROWS rows of each head; all of a KV head before the next, longest rows first, its query
+// heads innermost, so that K and V stay in the L2.
 #include "ptx/cp_async.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/mma.cuh"
 #include "tile/block_walker.cuh"
 #include "tile/online_softmax.cuh"
+#include "tile/score_features.cuh"
 #include "tile/shape.cuh"
 #include "tile/tensor_view.cuh"
 
 constexpr int ATTEND_TILE_K = 2 * KEY_BLOCK;
-constexpr int WARP_ROWS = 32;
-constexpr int ROW_TILES = WARP_ROWS / 16;     // m16 tiles of a warp
 constexpr int KEY_TILES = ATTEND_TILE_K / 8;  // n8 tiles of the scores
 
-template <int HEAD_DIM, int BLOCK_Q, int STAGES>
+// How the rows of a mask block of BLOCK_Q rows are shared out. Mirrors salekit/attend.py (sm80_grid).
+template <int HEAD_DIM, int BLOCK_Q, int FEATURES>
+struct AttendRows {
+  // Caps and windows take registers, wide rows registers and shared memory.
+  static constexpr bool FEWER = HEAD_DIM > 128 || (HEAD_DIM > 64 && (FEATURES & (SOFTCAP | WINDOW)) != 0);
+  static constexpr int CTA_ROWS = FEWER ? 64 : BLOCK_Q;
+  static constexpr int ROW_TILES = FEWER ? 1 : 2;  // m16 tiles of a warp
+  static constexpr int WARP_ROWS = 16 * ROW_TILES;
+  static constexpr int THREADS = CTA_ROWS / WARP_ROWS * 32;
+};
+
+template <int HEAD_DIM>
+constexpr int PITCH = padded_dim(HEAD_DIM);  // elements from row to row of a tile in shared memory
+
+template <int HEAD_DIM, int CTA_ROWS, int STAGES>
 struct AttendSm80Storage {
-  alignas(128) uint16_t Q_smem[BLOCK_Q * HEAD_DIM];  // the output too, at the end
-  alignas(128) uint16_t K_smem[STAGES][ATTEND_TILE_K * HEAD_DIM];
-  alignas(128) uint16_t V_smem[STAGES][ATTEND_TILE_K * HEAD_DIM];
+  alignas(128) uint16_t Q_smem[CTA_ROWS * PITCH<HEAD_DIM>];  // the output too, at the end
+  alignas(128) uint16_t K_smem[STAGES][ATTEND_TILE_K * PITCH<HEAD_DIM>];
+  alignas(128) uint16_t V_smem[STAGES][ATTEND_TILE_K * PITCH<HEAD_DIM>];
   alignas(16) BlockList selected;
   // Needed once a tile at most; in registers they would cause spills.
   int first_row;
-  int visible_to_all;  // keys that every row of the CTA sees: blocks inside need no mask
+  int visible_to_all;       // keys before this one, and
+  int visible_to_all_from;  // with a window from this one on, are seen by every row of the CTA: no mask is needed
   const uint16_t* k_gmem;
   const uint16_t* v_gmem;
 #ifdef SEQUENCE_LENGTHS
@@ -48,34 +64,35 @@ struct AttendWork {
 };
 
 // Worked out anew by every call, though the answer is the same: across the main loop it would cost registers.
-template <int BLOCK_Q>
+template <int CTA_ROWS>
 __device__ __forceinline__ AttendWork locate_work(const Shape& shape) {
   int block = blockIdx.x;
   asm volatile("" : "+r"(block));
-  const int num_q_blocks = ceil_div(shape.seqlen_q, BLOCK_Q), group = shape.group_size();
+  const int num_q_blocks = ceil_div(shape.seqlen_q, CTA_ROWS), group = shape.group_size();
   const int kv_index = block / (group * num_q_blocks);
   const int within = block % (group * num_q_blocks);
   return {kv_index / shape.num_kv_heads, kv_index % shape.num_kv_heads * group + within % group,
-          (num_q_blocks - 1 - within / group) * BLOCK_Q};
+          (num_q_blocks - 1 - within / group) * CTA_ROWS};
 }
 
 // Where 16-byte chunk `chunk` of row `row` lies in a tile: bits 4 to 6 of the address are XORed with the row, so that
 // eight rows at one chunk, or eight chunks of one row, touch all banks once.
 template <int HEAD_DIM>
 __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
-  return row * (2 * HEAD_DIM) + ((chunk ^ (row & 7)) << 4);
+  return row * (2 * PITCH<HEAD_DIM>) + ((chunk ^ (row & 7)) << 4);
 }
 
 // Copies NUM_ROWS rows to shared memory, rows from `present` on as zeros.
 template <int HEAD_DIM, int NUM_THREADS, int NUM_ROWS>
 __device__ __forceinline__ void load_rows(uint32_t smem_address, const uint16_t* gmem, int64_t stride_row,
                                           int present) {
-  constexpr int CHUNKS = HEAD_DIM / 8;
+  constexpr int CHUNKS = PITCH<HEAD_DIM> / 8;
   constexpr int STEP = NUM_THREADS / CHUNKS;
   static_assert(NUM_ROWS % STEP == 0, "the threads copy the same number of chunks each");
   int thread = threadIdx.x;
   asm volatile("" : "+r"(thread), "+l"(stride_row));  // so that no address is kept, in registers, across the main loop
   const int row = thread / CHUNKS, chunk = thread % CHUNKS;
+  if (HEAD_DIM != PITCH<HEAD_DIM> && chunk >= HEAD_DIM / 8) return;  // no one reads those
   const uint16_t* source = gmem + row * stride_row + chunk * 8;
 #pragma unroll
   for (int i = 0; i < NUM_ROWS; i += STEP) {
@@ -89,7 +106,7 @@ __device__ __forceinline__ void load_rows(uint32_t smem_address, const uint16_t*
 template <int HEAD_DIM, int NUM_THREADS>
 __device__ __forceinline__ void load_tile(uint32_t smem_address, const uint16_t* gmem, int64_t stride_row, int2 blocks,
                                           int seqlen_k) {
-  constexpr int SLOT_BYTES = KEY_BLOCK * HEAD_DIM * 2;
+  constexpr int SLOT_BYTES = KEY_BLOCK * PITCH<HEAD_DIM> * 2;
   load_rows<HEAD_DIM, NUM_THREADS, KEY_BLOCK>(smem_address, gmem + blocks.x * KEY_BLOCK * stride_row, stride_row,
                                               seqlen_k - blocks.x * KEY_BLOCK);
   const int second = max(blocks.y, 0) * KEY_BLOCK;
@@ -97,14 +114,15 @@ __device__ __forceinline__ void load_tile(uint32_t smem_address, const uint16_t*
                                               blocks.y < 0 ? 0 : seqlen_k - second);
 }
 
-// Scores of an absent block and of keys beyond a row's limit become -inf. `row` is this lane's first row.
+// Scores of an absent block and of keys beyond a row's limits become -inf. `row` is this lane's first row.
+template <bool WINDOWED, int ROW_TILES>
 __device__ __forceinline__ void mask_scores(float (&scores)[ROW_TILES][KEY_TILES][4], int2 blocks, int row,
                                             const Shape& shape) {
 #pragma unroll
   for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int visible = shape.visible_keys(row + 16 * m + 8 * r) - threadIdx.x % 4 * 2;
+      const int visible = shape.visible_end<WINDOWED>(row + 16 * m + 8 * r) - threadIdx.x % 4 * 2;
 #pragma unroll
       for (int j = 0; j < KEY_TILES; ++j) {
         const int block = j < KEY_TILES / 2 ? blocks.x : blocks.y;
@@ -115,13 +133,38 @@ __device__ __forceinline__ void mask_scores(float (&scores)[ROW_TILES][KEY_TILES
     }
 }
 
-template <int HEAD_DIM, int BLOCK_Q, typename Element, int STAGES>
-__global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
+// Scores of keys before a row's first become -inf; apart from the above for want of registers.
+template <int ROW_TILES>
+__device__ __forceinline__ void mask_scores_before(float (&scores)[ROW_TILES][KEY_TILES][4], int2 blocks, int row,
+                                                   const Shape& shape) {
+#pragma unroll
+  for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      int hidden = shape.visible_begin<true>(row + 16 * m + 8 * r) - threadIdx.x % 4 * 2;
+      asm volatile("" : "+r"(hidden));  // one row after the other
+#pragma unroll
+      for (int j = 0; j < KEY_TILES; ++j) {
+        const int before = hidden - ((j < KEY_TILES / 2 ? blocks.x : blocks.y) * KEY_BLOCK + j % (KEY_TILES / 2) * 8);
+        if (before > 0) scores[m][j][2 * r] = -INFINITY;
+        if (before > 1) scores[m][j][2 * r + 1] = -INFINITY;
+      }
+    }
+}
+
+template <int HEAD_DIM, int BLOCK_Q, typename Element, int STAGES, int FEATURES = 0>
+__global__ void __launch_bounds__(AttendRows<HEAD_DIM, BLOCK_Q, FEATURES>::THREADS,
+                                  256 / AttendRows<HEAD_DIM, BLOCK_Q, FEATURES>::THREADS)
     attend_sm80(TensorView q, TensorView k, TensorView v, TensorView out, float* lse_gmem, const uint32_t* mask_gmem,
-                int expand_log2, Shape shape, float softmax_scale) {
-  using Storage = AttendSm80Storage<HEAD_DIM, BLOCK_Q, STAGES>;
+                int expand_log2, Shape shape, float softmax_scale, float softcap, float cap_factor,
+                const float* sink_logits_gmem) {
+  using Part = AttendRows<HEAD_DIM, BLOCK_Q, FEATURES>;
+  using Storage = AttendSm80Storage<HEAD_DIM, Part::CTA_ROWS, STAGES>;
   static_assert(STAGES == 1 || STAGES == 2, "K and V have one or two stages");
-  constexpr int ROW_BYTES = HEAD_DIM * 2;
+  constexpr int CTA_ROWS = Part::CTA_ROWS, ROW_TILES = Part::ROW_TILES, WARP_ROWS = Part::WARP_ROWS;
+  constexpr int THREADS = Part::THREADS;
+  constexpr bool WINDOWED = FEATURES & WINDOW;
+  constexpr int ROW_BYTES = PITCH<HEAD_DIM> * 2;
   constexpr int TILE_BYTES = ATTEND_TILE_K * ROW_BYTES;
   constexpr int DIM_STEPS = HEAD_DIM / 16;
   constexpr bool Q_IN_REGISTERS = HEAD_DIM <= 64;  // 128 would need 64 registers more than there are
@@ -129,7 +172,7 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
   Storage& smem = *reinterpret_cast<Storage*>(dynamic_smem);
 
   const int num_q_blocks = ceil_div(shape.seqlen_q, BLOCK_Q);
-  const AttendWork work = locate_work<BLOCK_Q>(shape);
+  const AttendWork work = locate_work<CTA_ROWS>(shape);
   const Shape sequence = shape.of_sequence(work.batch);
   if (Shape::HAS_LENGTHS && work.first_row >= sequence.seqlen_q) return;
   const uint32_t* mask_row = nullptr;
@@ -143,10 +186,12 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
     smem.first_row = work.first_row;
     smem.k_gmem = k.row<const uint16_t>(work.batch, 0, work.head / shape.group_size());
     smem.v_gmem = v.row<const uint16_t>(work.batch, 0, work.head / shape.group_size());
-    smem.visible_to_all = sequence.visible_keys(work.first_row);
+    smem.visible_to_all = sequence.visible_end<WINDOWED>(work.first_row);
+    if (WINDOWED) smem.visible_to_all_from = sequence.visible_begin<WINDOWED>(work.first_row + CTA_ROWS - 1);
   }
-  BlockWalker walker(smem.selected, mask_row, expand_log2,
-                     ceil_div(sequence.visible_keys(work.first_row + BLOCK_Q - 1), KEY_BLOCK));
+  BlockWalker<WINDOWED> walker(smem.selected, mask_row, expand_log2,
+                               sequence.visible_begin<WINDOWED>(work.first_row) / KEY_BLOCK,
+                               ceil_div(sequence.visible_end<WINDOWED>(work.first_row + CTA_ROWS - 1), KEY_BLOCK));
 
   // Where this lane points ldmatrix in a tile: 16 rows at two chunks of 8 dims, for Q, for K and, transposed, for V.
   // A later step's chunk is an XOR away.
@@ -155,7 +200,8 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
   const uint32_t k_smem = shared_address(smem.K_smem), v_smem = shared_address(smem.V_smem);
   uint32_t lane_offset = chunk_offset<HEAD_DIM>(lane % 16, lane / 16);
   const uint32_t q_warp = q_smem + warp_row * ROW_BYTES;
-  const float scale_log2 = softmax_scale * 1.4426950408889634f;
+  const float value_scale = FEATURES & SOFTCAP ? softcap : softmax_scale;  // of a score that is held
+  const float scale_log2 = value_scale * 1.4426950408889634f;
 
   float o[ROW_TILES][HEAD_DIM / 8][4];
 #pragma unroll
@@ -166,12 +212,12 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
       for (int i = 0; i < 4; ++i) o[m][n][i] = 0;
   OnlineSoftmax<ROW_TILES> softmax;
 
-  load_rows<HEAD_DIM, BLOCK_Q, BLOCK_Q>(q_smem, q.row<const uint16_t>(work.batch, work.first_row, work.head),
-                                        q.stride_row, shape.seqlen_q - work.first_row);
+  load_rows<HEAD_DIM, THREADS, CTA_ROWS>(q_smem, q.row<const uint16_t>(work.batch, work.first_row, work.head),
+                                         q.stride_row, shape.seqlen_q - work.first_row);
   int2 blocks = walker.next();
   if (blocks.x >= 0) {
-    load_tile<HEAD_DIM, BLOCK_Q>(k_smem, smem.k_gmem, k.stride_row, blocks, shape.seqlen_k);
-    if (STAGES == 2) load_tile<HEAD_DIM, BLOCK_Q>(v_smem, smem.v_gmem, v.stride_row, blocks, shape.seqlen_k);
+    load_tile<HEAD_DIM, THREADS>(k_smem, smem.k_gmem, k.stride_row, blocks, shape.seqlen_k);
+    if (STAGES == 2) load_tile<HEAD_DIM, THREADS>(v_smem, smem.v_gmem, v.stride_row, blocks, shape.seqlen_k);
   }
   cp_async_commit();
 
@@ -192,14 +238,14 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
     cp_async_wait<0>();
     __syncthreads();
     if (STAGES == 1) {
-      load_tile<HEAD_DIM, BLOCK_Q>(v_smem, smem.v_gmem, v.stride_row, blocks, shape.seqlen_k);
+      load_tile<HEAD_DIM, THREADS>(v_smem, smem.v_gmem, v.stride_row, blocks, shape.seqlen_k);
       cp_async_commit();
     }
     const int2 next_blocks = walker.next();
     if (STAGES == 2 && next_blocks.x >= 0) {
       const uint32_t next_stage = stage_bytes ^ TILE_BYTES;
-      load_tile<HEAD_DIM, BLOCK_Q>(k_smem + next_stage, smem.k_gmem, k.stride_row, next_blocks, shape.seqlen_k);
-      load_tile<HEAD_DIM, BLOCK_Q>(v_smem + next_stage, smem.v_gmem, v.stride_row, next_blocks, shape.seqlen_k);
+      load_tile<HEAD_DIM, THREADS>(k_smem + next_stage, smem.k_gmem, k.stride_row, next_blocks, shape.seqlen_k);
+      load_tile<HEAD_DIM, THREADS>(v_smem + next_stage, smem.v_gmem, v.stride_row, next_blocks, shape.seqlen_k);
       cp_async_commit();
     }
 
@@ -240,13 +286,25 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
       cp_async_wait<0>();
       __syncthreads();
       if (next_blocks.x >= 0)
-        load_tile<HEAD_DIM, BLOCK_Q>(k_smem, smem.k_gmem, k.stride_row, next_blocks, shape.seqlen_k);
+        load_tile<HEAD_DIM, THREADS>(k_smem, smem.k_gmem, k.stride_row, next_blocks, shape.seqlen_k);
       cp_async_commit();
     }
 
+    if constexpr ((FEATURES & SOFTCAP) != 0) {
+      const SoftCap cap = {cap_factor};
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+        for (int j = 0; j < KEY_TILES; ++j)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[m][j][i] = cap(s[m][j][i]);
+    }
+
     // Softmax. Blocks go down: x is the one that reaches farthest.
+    if (WINDOWED && blocks.y * KEY_BLOCK < smem.visible_to_all_from)  // true of an absent one
+      mask_scores_before(s, blocks, smem.first_row + warp_row + lane / 4, smem.shape_in_loop(shape));
     if (blocks.y < 0 || (blocks.x + 1) * KEY_BLOCK > smem.visible_to_all)
-      mask_scores(s, blocks, smem.first_row + warp_row + lane / 4, smem.shape_in_loop(shape));
+      mask_scores<WINDOWED>(s, blocks, smem.first_row + warp_row + lane / 4, smem.shape_in_loop(shape));
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
       float rescale[2];
@@ -287,14 +345,18 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
   // Normalise, through this warp's own rows of Q_smem. With no tile at all, Q may still be on its way there.
   cp_async_wait<0>();
   __syncthreads();
-  const AttendWork done = locate_work<BLOCK_Q>(shape);
+  const AttendWork done = locate_work<CTA_ROWS>(shape);
   const int num_rows = shape.of_sequence(done.batch).seqlen_q;
 #pragma unroll
   for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float sum = softmax.total(m, r);
-      const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+      float sum = softmax.total(m, r), top = softmax.max[m][r], factor = 1;
+      if constexpr ((FEATURES & SINKS) != 0) {
+        top *= value_scale;
+        factor = add_sink(top, sum, sink_logits_gmem[done.head]);
+      }
+      const float inverse = sum == 0.f ? 0.f : factor / sum;
       const int row = warp_row + 16 * m + 8 * r + lane / 4;
 #pragma unroll
       for (int n = 0; n < HEAD_DIM / 8; ++n)
@@ -302,14 +364,15 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
             Element::pack(o[m][n][2 * r] * inverse, o[m][n][2 * r + 1] * inverse);
       if (lse_gmem != nullptr && lane % 4 == 0 && done.first_row + row < num_rows)
         lse_gmem[done.head_index(shape) * shape.seqlen_q + done.first_row + row] =
-            sum == 0.f ? -INFINITY : fmaf(softmax.max[m][r], softmax_scale, logf(sum));
+            sum == 0.f ? -INFINITY : fmaf(top, FEATURES & SINKS ? 1.f : value_scale, logf(sum));
     }
   __syncwarp();
-  constexpr int CHUNKS = HEAD_DIM / 8;
+  constexpr int CHUNKS = PITCH<HEAD_DIM> / 8;
   uint16_t* out_gmem = out.row<uint16_t>(done.batch, done.first_row, done.head);
 #pragma unroll
   for (int i = 0; i < WARP_ROWS; i += 32 / CHUNKS) {
     const int row = warp_row + i + lane / CHUNKS, chunk = lane % CHUNKS;
+    if (HEAD_DIM != PITCH<HEAD_DIM> && chunk >= HEAD_DIM / 8) continue;
     const uint4 data = *reinterpret_cast<const uint4*>(dynamic_smem + chunk_offset<HEAD_DIM>(row, chunk));
     if (done.first_row + row < num_rows)
       *reinterpret_cast<uint4*>(out_gmem + row * out.stride_row + chunk * 8) = data;

@@ -10,6 +10,7 @@
 // Grid: a CTA of 384 threads for each multiprocessor, or fewer; each takes one work item (128 rows of a head) after the
 // other from a counter and fetches the next one's tiles while it finishes this one. Items are KV-head-major, longest
 // rows first; a run of neighbouring query blocks of one head comes before the next head: they share K and V in the L2.
+// FEATURES (tile/score_features.cuh): scores capped, a window, a sink logit for each head: float32 [num_heads].
 // Where a KV head's keys and values do not fit the L2, a call is launches over segments of its keys (IN_SEGMENTS): what a
 // row has summed so far waits in memory from one segment to the next.
 #include "ptx/bar_sync.cuh"
@@ -21,6 +22,7 @@
 #include "ptx/wgmma_f16.cuh"
 #include "tile/aligned_storage.cuh"
 #include "tile/attend_ring.cuh"
+#include "tile/score_features.cuh"
 
 constexpr int ATTEND_STAGES = 3;
 constexpr int EARLY_EXPONENTIALS = 16;  // of a lane's 64, taken before p.v of the tile before is waited for
@@ -181,16 +183,18 @@ struct CarriedState {
   }
 };
 
-template <int HEAD_DIM, typename Element, int MASK_ROWS, bool IN_SEGMENTS>
+template <int HEAD_DIM, typename Element, int MASK_ROWS, bool IN_SEGMENTS, int FEATURES = 0>
 __global__ void __launch_bounds__(384, 1)
     attend_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                 const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap k_wide_map,
                 const __grid_constant__ TensorMap v_wide_map, TensorView out, float* lse_gmem,
                 const uint32_t* mask_gmem, int expand_log2, uint32_t* next_item, Shape shape, float softmax_scale,
-                Segment part, float4* carried_gmem) {
+                Segment part, float4* carried_gmem, float softcap, float cap_factor, const float* sink_logits_gmem) {
   using Storage = AttendSm90Storage<HEAD_DIM>;
   constexpr int HALVES = Storage::HALVES;
   constexpr uint32_t TILE_BYTES = HALVES * ATTEND_TILE_K * HALF_BYTES;
+  constexpr bool WINDOWED = FEATURES & WINDOW;
+  static_assert(!(WINDOWED && IN_SEGMENTS), "a call with a window is one segment");
   extern __shared__ uint8_t dynamic_smem[];
   Storage& smem = aligned_storage<Storage>(dynamic_smem);
 
@@ -206,7 +210,7 @@ __global__ void __launch_bounds__(384, 1)
       auto load_k = [&](const Rows& rows, const SlotKeys& keys, int stage) {
         load_tile<HEAD_DIM>(smem.K_smem[stage], k_map, k_wide_map, keys, rows, &ring.k_full[stage]);
       };
-      hand_out_items<MASK_ROWS>(ring, shape, segment, mask_gmem, expand_log2, next_item, load_k);
+      hand_out_items<MASK_ROWS, WINDOWED>(ring, shape, segment, mask_gmem, expand_log2, next_item, load_k);
     } else if (warp == 1) {
       auto load_q = [&](const Rows& rows) {
         mbarrier_arrive_expect_tx(&ring.q_full, HALVES * ATTEND_BLOCK_Q * HALF_BYTES);
@@ -217,13 +221,15 @@ __global__ void __launch_bounds__(384, 1)
       auto load_v = [&](const Rows& rows, const SlotKeys& keys, int stage) {
         load_tile<HEAD_DIM>(smem.V_smem[stage], v_map, v_wide_map, keys, rows, &ring.v_full[stage]);
       };
-      fetch_queries_and_values<MASK_ROWS>(ring, shape, segment, mask_gmem, expand_log2, load_q, load_v);
+      fetch_queries_and_values<MASK_ROWS, WINDOWED>(ring, shape, segment, mask_gmem, expand_log2, load_q, load_v);
     }
   } else {
     setmaxnreg_inc<232>();
     const int warpgroup = warp / 4 - 1;
     const bool leader = threadIdx.x % 128 == 0;
-    const float scale_log2 = softmax_scale * 1.4426950408889634f, slack = 8.f / scale_log2;
+    const float value_scale = FEATURES & SOFTCAP ? softcap : softmax_scale;  // of a score that is held
+    const float scale_log2 = value_scale * 1.4426950408889634f, slack = 8.f / scale_log2;
+    const SoftCap cap = {cap_factor};
     const uint64_t q_desc = descriptor(shared_address(smem.Q_smem[0]) + warpgroup * 64 * HALF_BYTES, 16);
     const uint64_t k_desc = descriptor(shared_address(smem.K_smem[0][0]), 16);
     const uint64_t v_desc = descriptor(shared_address(smem.V_smem[0][0]), ATTEND_TILE_K * HALF_BYTES);
@@ -237,11 +243,19 @@ __global__ void __launch_bounds__(384, 1)
       const int first_row = rows.q_block * ATTEND_BLOCK_Q;
       const int row = first_row + warpgroup * 64 + warp % 4 * 16 + threadIdx.x % 32 / 4;
       const Shape sequence = shape.of_sequence(rows.batch);
-      const int visible_upper = sequence.visible_keys(row), visible_lower = sequence.visible_keys(row + 8);
+      const int visible_upper = sequence.visible_end<WINDOWED>(row);
+      const int visible_lower = sequence.visible_end<WINDOWED>(row + 8);
       // Keys that every row of this CTA sees: slots inside need no mask.
-      const int visible_to_all = sequence.visible_keys(first_row);
+      const int visible_to_all = sequence.visible_end<WINDOWED>(first_row);
       auto mask_tile = [&](float(&s)[64], const SlotTile& tile) {
         const uint32_t selected = tile.selected_by(warpgroup);
+        if constexpr ((FEATURES & SOFTCAP) != 0) {
+#pragma unroll
+          for (int i = 0; i < 64; ++i) s[i] = cap(s[i]);
+        }
+        if (WINDOWED && tile.first_key.x < sequence.visible_begin<WINDOWED>(first_row + ATTEND_BLOCK_Q - 1))
+          mask_scores_before(s, tile.first_key, sequence.visible_begin<WINDOWED>(row),
+                             sequence.visible_begin<WINDOWED>(row + 8));
         if ((selected != 15) | (tile.first_key.w + KEY_BLOCK > visible_to_all))
           mask_scores(s, tile.first_key, selected, visible_upper, visible_lower);
       };
@@ -343,14 +357,19 @@ __global__ void __launch_bounds__(384, 1)
         float sum = state.sum[r];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
-        const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+        float top = state.top[r], factor = 1;
+        if constexpr ((FEATURES & SINKS) != 0) {
+          top *= value_scale;
+          factor = add_sink(top, sum, sink_logits_gmem[rows.head]);
+        }
+        const float inverse = sum == 0.f ? 0.f : factor / sum;
         const int out_row = row + 8 * r;
         const bool present = out_row < shape.of_sequence(rows.batch).seqlen_q;
         store_row<HEAD_DIM, Element>(out.row<uint16_t>(rows.batch, present ? out_row : 0, rows.head), present, o, r,
                                      inverse);
         if (present && lse_gmem != nullptr && threadIdx.x % 4 == 0)
           lse_gmem[int64_t(rows.batch * shape.num_heads + rows.head) * shape.seqlen_q + out_row] =
-              sum == 0.f ? -INFINITY : fmaf(state.top[r], softmax_scale, logf(sum));
+              sum == 0.f ? -INFINITY : fmaf(top, FEATURES & SINKS ? 1.f : value_scale, logf(sum));
       }
     }
     if (warpgroup == 0) bar_sync(TURN_BARRIER, 256);  // the turn that warpgroup 1 passed on last

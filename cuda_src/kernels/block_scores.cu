@@ -33,7 +33,7 @@ struct WordOfScores {
 };
 
 template <int HEAD_DIM, typename Format, int BLOCK_Q>
-__global__ void __launch_bounds__(PRODUCT_THREADS, 3)
+__global__ void __launch_bounds__(PRODUCT_THREADS, CodeProducts<HEAD_DIM, Format, WordOfScores>::CTAS)
     block_scores(const uint8_t* q_codes_gmem, const uint8_t* k_codes_gmem, const float* bases_gmem,
                  const float* q_scale_gmem, const float* k_scale_gmem, const float* correction_gmem,
                  float* scores_gmem, Shape shape, float softmax_scale, int block_k) {

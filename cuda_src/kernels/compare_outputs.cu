@@ -19,7 +19,9 @@ __global__ void __launch_bounds__(COMPARE_THREADS)
   const int batch = blockIdx.z, head = blockIdx.y;
   const int first = blockIdx.x * COMPARE_ROWS, end = min(first + COMPARE_ROWS, seqlen_q);
   double sums[4] = {};
-  for (int row = first + threadIdx.x / CHUNKS; row < end; row += COMPARE_THREADS / CHUNKS) {
+  constexpr int GROUPS = COMPARE_THREADS / CHUNKS;  // rows at a time
+  const int group = threadIdx.x / CHUNKS;
+  for (int row = group < GROUPS ? first + group : end; row < end; row += GROUPS) {
     const int channel = threadIdx.x % CHUNKS * 8;
     float ours[8], theirs[8], squares = 0, distance = 0, norm = 0;
     load_eight<Element>(ours, out.row<const uint16_t>(batch, row, head) + channel);

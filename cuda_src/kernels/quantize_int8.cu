@@ -2,8 +2,8 @@
 //
 // SIDE 0: k; 1: q; 2: q pruned 2:4, of every four dims the two with the largest |q_d| * rms_d (ties keep the lower d);
 // 3: k by statistics of other keys, which may not reach as far: codes are clamped, a key that is not finite has 0.
-// x [batch, seqlen, heads, HEAD_DIM]; codes uint8 [batch, heads, num_tiles, 128 * HEAD_DIM], zero where there is no
-// row.
+// x [batch, seqlen, heads, HEAD_DIM]; codes uint8 [batch, heads, num_tiles, 128 * padded_dim(HEAD_DIM)], zero where
+// there is no row or dim.
 // q: scale float32 [batch, heads, positions] is written, 1 where there is no row; statistics is rms [batch, kv heads,
 // HEAD_DIM]. k: statistics is the mean, scale the heads' amax [batch, heads], read. lengths: the keys of each batch,
 // where they have their own (tile/shape.cuh); rows of q past an end are zeros, whose codes are 0.
@@ -25,9 +25,11 @@ __global__ void __launch_bounds__(QUANTIZE_THREADS)
                   int group_size, const int* lengths_gmem) {
   constexpr bool PRUNED = SIDE == SIDE_Q_PRUNED, IS_K = SIDE == SIDE_K || SIDE == SIDE_K_GIVEN;
   if constexpr (IS_K && Shape::HAS_LENGTHS) map.num_rows = lengths_gmem[blockIdx.z];
-  constexpr int CHUNKS = HEAD_DIM / 8;
+  constexpr int CODE_DIM = padded_dim(HEAD_DIM);
+  constexpr int CHUNKS = CODE_DIM / 8;
   constexpr int STEP_ROWS = QUANTIZE_THREADS / CHUNKS;
   const int chunk = threadIdx.x % CHUNKS;
+  const bool has_dims = CODE_DIM == HEAD_DIM || chunk < HEAD_DIM / 8;
   const int first_position = blockIdx.x * (STEP_ROWS * QUANTIZE_STEPS) + threadIdx.x / CHUNKS;
   const int64_t head = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
   const int64_t statistics_head = int64_t(blockIdx.z) * (gridDim.y / group_size) + blockIdx.y / group_size;
@@ -39,14 +41,15 @@ __global__ void __launch_bounds__(QUANTIZE_THREADS)
   for (int step = 0; step < QUANTIZE_STEPS; ++step) {
     const int row = map.row(first_position + step * STEP_ROWS);
     present[step] = row >= 0;
-    loaded[step] = ld_global_16(x.row<const uint16_t>(blockIdx.z, row, blockIdx.y) + chunk * 8, present[step]);
+    loaded[step] =
+        ld_global_16(x.row<const uint16_t>(blockIdx.z, row, blockIdx.y) + chunk * 8, present[step] && has_dims);
   }
   __syncwarp();  // ptxas would move loads down, past the first use
   float statistics[8];
   if constexpr (SIDE != SIDE_Q) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float of_dim = statistics_gmem[statistics_head * HEAD_DIM + chunk * 8 + i];
+      const float of_dim = has_dims ? statistics_gmem[statistics_head * HEAD_DIM + chunk * 8 + i] : 0.f;
       statistics[i] = !PRUNED ? of_dim : isnan(of_dim) ? 0.f : fminf(of_dim, FLOAT_MAX);  // as NumPy's nan_to_num
     }
   }
@@ -92,7 +95,7 @@ __global__ void __launch_bounds__(QUANTIZE_THREADS)
         value[step][i] = magnitude_bits(value[step][i]) < INFINITE_BITS
                              ? fmaxf(-largest, fminf(largest, value[step][i])) : 0.f;
     }
-    store_eight<HEAD_DIM>(codes_gmem + head * padded * HEAD_DIM, first_position + step * STEP_ROWS, chunk,
+    store_eight<CODE_DIM>(codes_gmem + head * padded * CODE_DIM, first_position + step * STEP_ROWS, chunk,
                           encode_eight(value[step], factor));
   }
 }

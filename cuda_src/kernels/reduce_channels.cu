@@ -4,7 +4,7 @@
 // sum of (x - chunk mean)^2. finish_channels combines them. Float32 throughout, in a fixed order, without atomics.
 // lengths: rows of each batch, where they have their own (tile/shape.cuh); the partials of a chunk without a row are
 // not written.
-// Grid: (num_chunks, heads, batch) CTAs of 256 threads; a thread has 8 neighbouring channels of every 16th or 32nd row.
+// Grid: (num_chunks, heads, batch) CTAs of 256 threads; a thread has 8 neighbouring channels of every GROUPS-th row.
 #include "tile/codes.cuh"
 #include "tile/tensor_view.cuh"
 
@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(REDUCE_THREADS) reduce_channels(TensorView x, 
   __shared__ float parts_smem[4][GROUPS][HEAD_DIM];
   const int chunk = threadIdx.x % CHUNKS, group = threadIdx.x / CHUNKS;
   if constexpr (Shape::HAS_LENGTHS) seqlen = lengths_gmem[blockIdx.z];
+  const bool is_idle = REDUCE_THREADS % CHUNKS != 0 && group >= GROUPS;
   const int first_row = blockIdx.x * REDUCE_ROWS, num_rows = min(REDUCE_ROWS, seqlen - first_row);
   if (Shape::HAS_LENGTHS && num_rows <= 0) return;
   const uint16_t* gmem = x.row<const uint16_t>(blockIdx.z, first_row, blockIdx.y) + chunk * 8;
@@ -29,7 +30,7 @@ __global__ void __launch_bounds__(REDUCE_THREADS) reduce_channels(TensorView x, 
 #pragma unroll
   for (int i = 0; i < 8; ++i) low[i] = INFINITY, high[i] = -INFINITY;
 #pragma unroll 4
-  for (int row = group; row < num_rows; row += GROUPS) {
+  for (int row = is_idle ? num_rows : group; row < num_rows; row += GROUPS) {
     float value[8];
     load_eight<Element>(value, gmem + row * x.stride_row);
 #pragma unroll
@@ -41,12 +42,14 @@ __global__ void __launch_bounds__(REDUCE_THREADS) reduce_channels(TensorView x, 
       high[i] = fmaxf(high[i], value[i]);
     }
   }
+  if (!is_idle) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    parts_smem[0][group][chunk * 8 + i] = sum[i];
-    parts_smem[1][group][chunk * 8 + i] = low[i];
-    parts_smem[2][group][chunk * 8 + i] = high[i];
-    parts_smem[3][group][chunk * 8 + i] = square[i];
+    for (int i = 0; i < 8; ++i) {
+      parts_smem[0][group][chunk * 8 + i] = sum[i];
+      parts_smem[1][group][chunk * 8 + i] = low[i];
+      parts_smem[2][group][chunk * 8 + i] = high[i];
+      parts_smem[3][group][chunk * 8 + i] = square[i];
+    }
   }
   __syncthreads();
 

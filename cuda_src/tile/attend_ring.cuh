@@ -50,17 +50,19 @@ struct Rows {
     head = kv_head * group + in_run / run_width;
   }
 
-  // Blocks that some row sees.
+  // Blocks up to the last that some row sees.
+  template <bool WINDOWED = false>
   __device__ int num_visible(const Shape& shape) const {
     const Shape sequence = shape.of_sequence(batch);
     if (Shape::HAS_LENGTHS && q_block * ATTEND_BLOCK_Q >= sequence.seqlen_q) return 0;
-    return ceil_div(sequence.visible_keys((q_block + 1) * ATTEND_BLOCK_Q - 1), KEY_BLOCK);
+    return ceil_div(sequence.visible_end<WINDOWED>((q_block + 1) * ATTEND_BLOCK_Q - 1), KEY_BLOCK);
   }
 
-  template <int MASK_ROWS>
-  __device__ SlotWalker<MASK_ROWS> walker(const Shape& shape, const Segment& segment, const uint32_t* mask_gmem,
-                                          int expand_log2) const {
-    constexpr int NUM_ROWS = SlotWalker<MASK_ROWS>::NUM_ROWS;
+  template <int MASK_ROWS, bool WINDOWED>
+  __device__ SlotWalker<MASK_ROWS, WINDOWED> walker(const Shape& shape, const Segment& segment,
+                                                    const uint32_t* mask_gmem, int expand_log2) const {
+    using Walker = SlotWalker<MASK_ROWS, WINDOWED>;
+    constexpr int NUM_ROWS = Walker::NUM_ROWS;
     const uint32_t* mask_rows[NUM_ROWS] = {};
     if (mask_gmem != nullptr) {
       const int num_mask_rows = ceil_div(shape.seqlen_q, MASK_ROWS);
@@ -72,8 +74,12 @@ struct Rows {
           mask_rows[r] = mask_gmem + (int64_t(batch * shape.num_heads + head) * num_mask_rows + row) * num_words;
       }
     }
-    const int end_block = min(num_visible(shape), segment.end_block);
-    return SlotWalker<MASK_ROWS>(mask_rows, expand_log2, segment.first_block, end_block);
+    const int end_block = min(num_visible<WINDOWED>(shape), segment.end_block);
+    if constexpr (WINDOWED) {  // a call with a window is one segment
+      const int begin = shape.visible_begin<true>(q_block * ATTEND_BLOCK_Q) / KEY_BLOCK;
+      return Walker(mask_rows, expand_log2, begin / 1024 * 1024, end_block, begin);
+    }
+    return Walker(mask_rows, expand_log2, segment.first_block, end_block);
   }
 };
 
@@ -139,7 +145,7 @@ struct SlotKeys {
 // For warp 0: hands out the segment's work items from the counter `next_item` (zero before the launch; null when there
 // is a CTA for each item) and fetches their K. load_k(rows, keys, stage), called by one lane, starts the copies of a tile.
 // Waits are for whole warps, here and below: a diverged warp would spin instead of sleeping.
-template <int MASK_ROWS, int STAGES, typename LoadK>
+template <int MASK_ROWS, bool WINDOWED = false, int STAGES, typename LoadK>
 __device__ __forceinline__ void hand_out_items(AttendRing<STAGES>& ring, const Shape& shape, const Segment& segment,
                                                const uint32_t* mask_gmem, int expand_log2, uint32_t* next_item,
                                                LoadK load_k) {
@@ -160,7 +166,7 @@ __device__ __forceinline__ void hand_out_items(AttendRing<STAGES>& ring, const S
     int following = 0;  // on its way while this item's tiles are fetched
     if (elected) following = next_item == nullptr ? segment.num_items : gridDim.x + atomicAdd(next_item, 1);
     const Rows rows(shape, segment.first_item + item);
-    auto walker = rows.walker<MASK_ROWS>(shape, segment, mask_gmem, expand_log2);
+    auto walker = rows.walker<MASK_ROWS, WINDOWED>(shape, segment, mask_gmem, expand_log2);
     const int num_tiles = ceil_div(walker.count(), ATTEND_SLOTS);
     if (elected) {
       ring.items[cursor.slot] = {segment.first_item + item, num_tiles};
@@ -182,7 +188,7 @@ __device__ __forceinline__ void hand_out_items(AttendRing<STAGES>& ring, const S
 }
 
 // For warp 1: fetches Q by load_q(rows) and V by load_v(rows, keys, stage), called by one lane.
-template <int MASK_ROWS, int STAGES, typename LoadQ, typename LoadV>
+template <int MASK_ROWS, bool WINDOWED = false, int STAGES, typename LoadQ, typename LoadV>
 __device__ __forceinline__ void fetch_queries_and_values(AttendRing<STAGES>& ring, const Shape& shape,
                                                          const Segment& segment, const uint32_t* mask_gmem,
                                                          int expand_log2, LoadQ load_q, LoadV load_v) {
@@ -195,13 +201,27 @@ __device__ __forceinline__ void fetch_queries_and_values(AttendRing<STAGES>& rin
     mbarrier_wait(&ring.q_empty, q_phase);
     q_phase ^= 1;
     if (elected) load_q(rows);
-    auto walker = rows.walker<MASK_ROWS>(shape, segment, mask_gmem, expand_log2);
+    auto walker = rows.walker<MASK_ROWS, WINDOWED>(shape, segment, mask_gmem, expand_log2);
     for (int t = 0; t < item.num_tiles; ++t) {
       const SlotTile tile = walker.next();
       mbarrier_wait(&ring.v_empty[stage], phase);
       if (elected) load_v(rows, SlotKeys(tile.first_key), stage);
       __syncwarp();
       if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+  }
+}
+
+// Scores of keys before a row's first become -inf.
+__device__ __forceinline__ void mask_scores_before(float (&s)[64], int4 slots, int begin_upper, int begin_lower) {
+  const int starts[ATTEND_SLOTS] = {slots.x, slots.y, slots.z, slots.w};
+#pragma unroll
+  for (int j = 0; j < 16; ++j) {
+    const int key = starts[j / 4] + (j % 4) * 8 + (threadIdx.x % 4) * 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (key + i < begin_upper) s[4 * j + i] = -INFINITY;
+      if (key + i < begin_lower) s[4 * j + 2 + i] = -INFINITY;
     }
   }
 }

@@ -12,8 +12,9 @@ struct BlockList {
   static constexpr int SIZE = WALKER_WORDS * 32 + 2;  // room for a block that the filling before left over
   int blocks[SIZE];  // the last `count` are in use
   int count;
-  int word;         // the first word, of 32 blocks, that is not listed yet; they go down
+  int word;         // the first word, of 32 blocks, that is not listed yet; they go down; negative: there is none
   int num_visible;  // blocks; those from here on are never listed
+  int first;        // nor are those before this one; a window's alone
   const uint32_t* mask_row;  // null: every visible block is selected
 };
 
@@ -28,18 +29,22 @@ __device__ __forceinline__ uint32_t expand_bits(uint32_t bits, int part, int exp
 }
 
 // What is needed only when the list runs out lives in shared memory: kernels that use this have no registers to spare.
+template <bool WINDOWED = false>
 class BlockWalker {
   BlockList& list_;
   int expand_log2_;
   int left_ = 0;  // blocks listed and not yet taken, at the end of the list
 
+  __device__ __forceinline__ int first_word() const { return WINDOWED ? list_.first / 32 : 0; }
+
   __device__ __forceinline__ uint32_t load(int word) const {
-    if (word < 0) return 0;
+    if (word < first_word()) return 0;
     uint32_t bits = ~0u;
     if (list_.mask_row != nullptr) {
       bits = list_.mask_row[word >> expand_log2_];
       if (expand_log2_ != 0) bits = expand_bits(bits, word & ((1 << expand_log2_) - 1), expand_log2_);
     }
+    if (WINDOWED && word == first_word()) bits &= ~0u << list_.first % 32;
     const int below = list_.num_visible - 32 * word;  // > 0: visible blocks from this word's first on
     return below >= 32 ? bits : bits & ((1u << below) - 1);
   }
@@ -69,7 +74,7 @@ class BlockWalker {
       }
       if (lane == 0) {
         list_.count = count;
-        list_.word = word - WALKER_WORDS;
+        list_.word = word - WALKER_WORDS < first_word() ? -1 : word - WALKER_WORDS;
       }
     }
     __syncthreads();
@@ -77,12 +82,13 @@ class BlockWalker {
   }
 
  public:
-  // The row begins at mask_row; the first num_visible blocks may be listed. All threads together.
-  __device__ BlockWalker(BlockList& list, const uint32_t* mask_row, int expand_log2, int num_visible)
+  // The row begins at mask_row; blocks [first, num_visible) may be listed. All threads together.
+  __device__ BlockWalker(BlockList& list, const uint32_t* mask_row, int expand_log2, int first, int num_visible)
       : list_(list), expand_log2_(expand_log2) {
     if (threadIdx.x == 0) {
       list.word = num_visible > 0 ? (num_visible - 1) / 32 : -1;
       list.num_visible = num_visible;
+      if (WINDOWED) list.first = first;
       list.mask_row = mask_row;
     }
     __syncthreads();

@@ -31,7 +31,8 @@ constexpr int PRODUCT_TILES_PER_WORD = 32 / PRODUCT_BLOCKS;
 // found: of the last finished 32 blocks and of the 32 before.
 template <int ROW_BYTES, bool GROUPED, typename Found>
 struct KeyRing {
-  static constexpr int STAGES = ROW_BYTES == 128 ? 3 : 4;  // three CTAs have to fit in the 100 KB of sm_86 and sm_89
+  // Three CTAs have to fit in the 100 KB of sm_86 and sm_89, two where rows are 256 bytes.
+  static constexpr int STAGES = ROW_BYTES == 256 ? 2 : ROW_BYTES == 128 ? 3 : 4;
   alignas(128) uint8_t K_smem[STAGES][PRODUCT_TILE_K * ROW_BYTES];
   alignas(16) float correction_smem[STAGES][GROUPED ? PRODUCT_TILE_K : 4];
   alignas(16) float k_scale_smem[STAGES][GROUPED ? PRODUCT_TILE_K / 8 : 4];
@@ -44,6 +45,15 @@ struct CodeRows {
   int head, kv_head;  // of all batches
   int warp_row;       // first of the warp's 32
   int num_tiles;      // key tiles that the code tile sees
+
+  template <bool WINDOWED = false>
+  __device__ __forceinline__ static CodeRows of(const Shape& shape) {
+    CodeRows rows(shape);
+    if (WINDOWED) rows.num_tiles = ceil_div(shape.visible_end<true>(rows.last_row()), PRODUCT_TILE_K);
+    return rows;
+  }
+
+  __device__ __forceinline__ int last_row() const { return (code_tile + 1) * CODE_TILE_ROWS - 1; }
 
   __device__ __forceinline__ explicit CodeRows(const Shape& shape) {
     const int num_heads_all = shape.batch * shape.num_heads;
@@ -68,13 +78,14 @@ __device__ __forceinline__ void mma_codes(int (&d)[4], const uint32_t (&a)[4], u
 // Found: what a warp finds in 32 key blocks.
 template <int HEAD_DIM, typename Format, typename Found>
 struct CodeProducts {
-  static constexpr int ROW_BYTES = HEAD_DIM * Format::BITS / 8;
+  static constexpr int ROW_BYTES = padded_dim(HEAD_DIM) * Format::BITS / 8;
   static constexpr int STEPS = ROW_BYTES / 32;  // products along head_dim: 32 bytes each, whatever the code's width
   static constexpr int TILE_BYTES = PRODUCT_TILE_K * ROW_BYTES;
   static constexpr int M_TILES = 2;  // 16-row tiles of a warp
+  static constexpr int CTAS = ROW_BYTES == 256 ? 2 : 3;  // of a multiprocessor, to the compiler
   // Key fragments come by ldmatrix, 64 bytes of 8 keys at a time (32 bytes of 16 keys for 32-byte rows).
   static constexpr int LOADS = KEY_BLOCK * ROW_BYTES / 512;
-  static constexpr int LOADS_PER_ROW = ROW_BYTES == 128 ? 2 : 1;
+  static constexpr int LOADS_PER_ROW = ROW_BYTES >= 128 ? ROW_BYTES / 64 : 1;
   static constexpr int LOAD_ROWS = ROW_BYTES == 32 ? 16 : 8;
   using Ring = KeyRing<ROW_BYTES, Format::GROUPED, Found>;
 
@@ -136,8 +147,15 @@ struct CodeProducts {
 
   // e[m][4n + ..] becomes the 16 x 8 product of row tile m and keys 8n .. of 32-key block `block` of a stage.
   __device__ __forceinline__ void multiply(int (&e)[M_TILES][16], const Ring& ring, int stage, int block) const {
-    uint32_t b[LOADS][4];
     const uint32_t block_address = shared_address(ring.K_smem[stage]) + block * KEY_BLOCK * ROW_BYTES;
+    if constexpr (ROW_BYTES == 256)  // not all of a block's keys fit the registers at once
+      multiply_wide(e, block_address);
+    else
+      multiply_at_once(e, block_address);
+  }
+
+  __device__ __forceinline__ void multiply_at_once(int (&e)[M_TILES][16], uint32_t block_address) const {
+    uint32_t b[LOADS][4];
 #pragma unroll
     for (int i = 0; i < LOADS; ++i)
       ldmatrix_x4(b[i], block_address + lane_byte[i % LOADS_PER_ROW] + i / LOADS_PER_ROW * LOAD_ROWS * ROW_BYTES);
@@ -156,6 +174,28 @@ struct CodeProducts {
           mma_codes<Format::BITS>(reinterpret_cast<int(&)[4]>(e[m][4 * n]), a[m][step], b[at / 4][at % 4],
                                   b[at / 4][at % 4 + 1]);
         }
+  }
+
+  // The same, 64 bytes of the rows at a time.
+  __device__ __forceinline__ void multiply_wide(int (&e)[M_TILES][16], uint32_t block_address) const {
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+      for (int i = 0; i < 16; ++i) e[m][i] = 0;
+#pragma unroll
+    for (int part = 0; part < LOADS_PER_ROW; ++part) {
+      uint32_t b[4][4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) ldmatrix_x4(b[n], block_address + lane_byte[part] + n * 8 * ROW_BYTES);
+#pragma unroll
+      for (int step = 0; step < 2; ++step)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+          for (int m = 0; m < M_TILES; ++m)
+            mma_codes<Format::BITS>(reinterpret_cast<int(&)[4]>(e[m][4 * n]), a[m][part * 2 + step], b[n][2 * step],
+                                    b[n][2 * step + 1]);
+    }
   }
 
   // The corrections of the lane's eight columns of a block, and the scale that they share.

@@ -8,6 +8,11 @@ constexpr int CODE_TILE_ROWS = 128;  // codes are stored in 128-row tiles
 constexpr int SELECT_ALL = -2147483647 - 1;  // integer threshold of a row that selects every visible block
 constexpr int SELECT_NONE = 2147483647;      // integer threshold of a row that never votes
 
+// Dims of a row of codes, or of a row in shared memory: a power of two, so that offsets can be XORed.
+__host__ __device__ constexpr int padded_dim(int head_dim) {
+  return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
+}
+
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 struct Range {
@@ -16,6 +21,7 @@ struct Range {
 
 struct Shape {
   int batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, causal, sink_end, local, query_stride, full_rows;
+  int window_left, window_right;  // keys before and after a row's position that it sees; -1: no limit
 
   // Calls whose sequences have lengths of their own are compiled apart (KernelSpec.lengths in salekit/jit.py). Arrays
   // then have seqlen_q and seqlen_k rows for each sequence, which say where things lie; what is there is said by
@@ -47,6 +53,18 @@ struct Shape {
     if (!causal) return seqlen_k;
     int end = min(row, seqlen_q - 1) + offset() + 1;
     return max(0, min(seqlen_k, end));
+  }
+
+  // With a window a row sees [visible_begin(row), visible_end(row)). WINDOWED false: there is none, and no code for it.
+  template <bool WINDOWED>
+  __device__ int visible_begin(int row) const {
+    if (!WINDOWED || window_left < 0) return 0;
+    return max(0, min(seqlen_k, min(row, seqlen_q - 1) + offset() - window_left));
+  }
+  template <bool WINDOWED>
+  __device__ int visible_end(int row) const {
+    if (!WINDOWED || causal || window_right < 0) return visible_keys(row);
+    return max(0, min(seqlen_k, min(row, seqlen_q - 1) + offset() + 1 + window_right));
   }
 
   // Keys of the local anchors of a 64-row tile; in causal calls `end` is the last row's limit + 1.

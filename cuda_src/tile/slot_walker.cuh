@@ -11,17 +11,31 @@ struct SlotTile {
   __device__ uint32_t selected_by(int warpgroup) const { return selected >> (4 * warpgroup) & 15; }
 };
 
+// The first block that a windowed walk visits.
+template <bool WINDOWED>
+struct WalkBegin {
+  static constexpr int begin_block = 0;
+  __device__ explicit WalkBegin(int) {}
+};
+template <>
+struct WalkBegin<true> {
+  int begin_block;
+  __device__ explicit WalkBegin(int begin) : begin_block(begin) {}
+};
+
 // MASK_ROWS: query rows of a mask block, 128 or 64; 128 query rows then have one or two rows of mask bits, and what is
 // walked is their union. All lanes of a warp act together; each holds one word of the bits.
-template <int MASK_ROWS>
-struct SlotWalker {
+template <int MASK_ROWS, bool WINDOWED = false>
+struct SlotWalker : WalkBegin<WINDOWED> {
   static constexpr int NUM_ROWS = 128 / MASK_ROWS;
 
   // rows: each row's first word; null: every block is selected (one row), or none is (two rows, past the matrix).
   // expand_log2: a mask bit stands for 2 ** expand_log2 blocks. The walk stays in blocks [first_block, end_block);
-  // first_block is a multiple of 1024, the bits that a warp holds.
-  __device__ SlotWalker(const uint32_t* const (&rows)[NUM_ROWS], int expand_log2, int first_block, int end_block)
-      : expand_log2(expand_log2),
+  // first_block is a multiple of 1024, the bits that a warp holds; a windowed walk leaves out those before begin_block.
+  __device__ SlotWalker(const uint32_t* const (&rows)[NUM_ROWS], int expand_log2, int first_block, int end_block,
+                        int begin_block = 0)
+      : WalkBegin<WINDOWED>(begin_block),
+        expand_log2(expand_log2),
         first_word(first_block / 32),
         end_block(end_block),
         lane(threadIdx.x % 32) {
@@ -89,6 +103,10 @@ struct SlotWalker {
         bits = 0;
         for (int i = 0; i < width; ++i) bits |= ((part >> i) & 1) ? ones << (i << expand_log2) : 0;
       }
+    }
+    if constexpr (WINDOWED) {
+      const int before = this->begin_block - 32 * word;
+      if (before > 0) bits = before >= 32 ? 0 : bits & ~0u << before;
     }
     return below >= 32 ? bits : bits & ((1u << below) - 1);
   }

@@ -26,6 +26,17 @@ __device__ __forceinline__ int row_max_present(const int* e, int r, int num_pres
   return top;
 }
 
+// The same over the block's keys [begin, end).
+__device__ __forceinline__ int row_max_within(const int* e, int r, int begin, int end) {
+  int top = SELECT_ALL;
+#pragma unroll
+  for (int column = 0; column < 8; ++column) {
+    const int key = column / 2 * 8 + threadIdx.x % 4 * 2 + column % 2;
+    if (key >= begin && key < end) top = max(top, e[column / 2 * 4 + 2 * r + column % 2]);
+  }
+  return top;
+}
+
 // floor(y / divisor), clamped; y is the score that a row's pairs have to exceed (salekit.reference.integer_thresholds).
 __device__ __forceinline__ int integer_threshold(float y, const Divider& by, bool divisor_in_range) {
   if (y == INFINITY) return SELECT_NONE;
@@ -36,16 +47,18 @@ __device__ __forceinline__ int integer_threshold(float y, const Divider& by, boo
 }
 
 // Largest corrected score of each of the lane's two rows, with the scales of int4's groups: top[r]; SELECT_ALL when the
-// lane has no present key. corrections: c_j of the lane's eight columns. num_present: keys of the block inside the matrix.
+// lane has no present key. corrections: c_j of the lane's eight columns. whole: every key of the block is present for
+// every row; if not, is_present(key, r) says which are for row r.
+template <typename IsPresent>
 __device__ __forceinline__ void corrected_tops(int (&top)[2], const int* e, const float (&corrections)[8],
-                                               float q_scale, float k_scale, int num_present) {
+                                               float q_scale, float k_scale, bool whole, IsPresent is_present) {
   // Adding 1.5 * 2^23 to |x| < 2^22 rounds x to an integer, half to even, in the sum's low bits.
   constexpr float MAGIC = 12582912.f;
   constexpr int MAGIC_BITS = 0x4B400000;
   constexpr float MAGIC_REACH = 4194304.f;
 
   const Divider by_scales(__fmul_rn(q_scale, k_scale));
-  bool fast = num_present >= KEY_BLOCK && Divider::in_range(by_scales.divisor);
+  bool fast = whole && Divider::in_range(by_scales.divisor);
   int rounded[8];
 #pragma unroll
   for (int column = 0; column < 8; ++column) {
@@ -66,14 +79,21 @@ __device__ __forceinline__ void corrected_tops(int (&top)[2], const int* e, cons
     top[0] = top[1] = SELECT_ALL;
 #pragma unroll
     for (int column = 0; column < 8; ++column) {
-      bool present = column / 2 * 8 + threadIdx.x % 4 * 2 + column % 2 < num_present;
+      const int key = column / 2 * 8 + threadIdx.x % 4 * 2 + column % 2;
       float x = rintf(__fdiv_rn(corrections[column], by_scales.divisor));
       int correction = __float2int_rn(fmaxf(-VOTE_CLAMP, fminf(VOTE_CLAMP, x)));  // NaN: + 2^30
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        if (present) top[r] = max(top[r], e[column / 2 * 4 + 2 * r + column % 2] + correction);
+        if (is_present(key, r)) top[r] = max(top[r], e[column / 2 * 4 + 2 * r + column % 2] + correction);
     }
   }
+}
+
+// num_present: keys of the block inside the matrix.
+__device__ __forceinline__ void corrected_tops(int (&top)[2], const int* e, const float (&corrections)[8],
+                                               float q_scale, float k_scale, int num_present) {
+  corrected_tops(top, e, corrections, q_scale, k_scale, num_present >= KEY_BLOCK,
+                 [&](int key, int) { return key < num_present; });
 }
 
 // Votes of int4 codes with a scale per group of rows and keys: a lane's 16 scores share one pair of scales.
@@ -85,6 +105,19 @@ struct GroupVote {
                                              int num_present) const {
     int top[2];
     corrected_tops(top, e, corrections, q_scale, k_scale, num_present);
+    return passes(top, k_scale);
+  }
+
+  // Of the keys [begin[r], end[r]) of the block for row r.
+  __device__ __forceinline__ bool within(const int* e, const float (&corrections)[8], float k_scale,
+                                         const int (&begin)[2], const int (&end)[2]) const {
+    int top[2];
+    corrected_tops(top, e, corrections, q_scale, k_scale, false,
+                   [&](int key, int r) { return key >= begin[r] && key < end[r]; });
+    return passes(top, k_scale);
+  }
+
+  __device__ __forceinline__ bool passes(const int (&top)[2], float k_scale) const {
     const Divider by_unit(__fmul_rn(scaled_q, k_scale));
     const bool in_range = Divider::in_range(by_unit.divisor);
     const int limits[2] = {integer_threshold(y[0], by_unit, in_range), integer_threshold(y[1], by_unit, in_range)};
