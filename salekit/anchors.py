@@ -105,7 +105,7 @@ def _launch_limits(
     shape = (plan.batch, plan.num_heads, plan.num_positions)
     limits = arrays.empty(shape, np.int32 if as_integers else np.float32)
     on_device = not isinstance(thresholds, float)
-    jit.get_kernel(_limits_spec(as_integers, plan.has_lengths))(
+    jit.get_kernel(_limits_spec(as_integers, plan))(
         (plan.num_positions // CODE_TILE_ROWS, plan.num_heads, plan.batch),
         (_THREADS,),
         (
@@ -130,7 +130,7 @@ def kernel_specs(plan: Plan, has_sinks: bool = False) -> list[jit.KernelSpec]:
     """The kernels that this module launches for this plan."""
     features = plan.score_features(has_sinks)
     hopper = [_sm90_spec(plan)] if not features and _uses_wgmma(plan) else []
-    limits = _limits_spec(plan.estimator != "int4", plan.has_lengths)
+    limits = _limits_spec(plan.estimator != "int4", plan)
     return [*hopper, _anchor_spec(plan, features), limits]
 
 
@@ -163,7 +163,7 @@ def _anchor_spec(plan: Plan, features: int = 0) -> jit.KernelSpec:
     at_once = str(2 if is_narrow and _heads_each(plan) % (2 * stride) == 0 else 1)
     template = (str(plan.head_dim), plan.element, at_once, *([str(features)] if features else []))
     storage = f"AnchorStorage<{plan.head_dim}, {at_once}>"
-    return jit.KernelSpec("anchor_statistics", template, storage, plan.has_lengths)
+    return jit.KernelSpec("anchor_statistics", template, storage, plan.has_lengths, plan.has_window)
 
 
 def _sm90_spec(plan: Plan) -> jit.KernelSpec:
@@ -173,8 +173,12 @@ def _sm90_spec(plan: Plan) -> jit.KernelSpec:
 
 def bases_spec() -> jit.KernelSpec:
     """The kernel of :func:`row_bases`."""
-    return _limits_spec(False)
+    return _limits_spec(False, None)
 
 
-def _limits_spec(as_integers: bool, has_lengths: bool = False) -> jit.KernelSpec:
-    return jit.KernelSpec("row_limits", ("true" if as_integers else "false",), lengths=has_lengths)
+def _limits_spec(as_integers: bool, plan: Plan | None) -> jit.KernelSpec:
+    template = ("true" if as_integers else "false",)
+    if plan is None:
+        return jit.KernelSpec("row_limits", template)
+    template += ("true",) if plan.softcap else ()
+    return jit.KernelSpec("row_limits", template, None, plan.has_lengths, plan.has_window)

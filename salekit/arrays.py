@@ -26,6 +26,7 @@ from .plans import (
     HEAD_DIMS,
     LOW_BIT_ARCHS,
     LOW_BIT_HEAD_DIMS,
+    POOLED_HEAD_DIMS,
     QUERY_STRIDES,
     SKIPPED,
     Plan,
@@ -485,6 +486,11 @@ def plan_of_views(
         raise ArgumentError(f"attend: 'int8-fp8' takes head_dim {wanted}, q has {head_dim}; wants 'exact'")
     if attend == "int8-fp8" and (softcap or window_left >= 0 or window_right >= 0):
         raise ArgumentError("attend: 'int8-fp8' has no softcap and no window_size; wants 'exact'")
+    if skipped == "pool" and head_dim not in POOLED_HEAD_DIMS:
+        wanted = " and ".join(map(str, POOLED_HEAD_DIMS))
+        raise ArgumentError(f"skipped: 'pool' takes head_dim {wanted}, q has {head_dim}; wants 'drop'")
+    if skipped == "pool" and (softcap or window_left >= 0 or window_right >= 0):
+        raise ArgumentError("skipped: 'pool' has no softcap and no window_size; wants 'drop'")
     return Plan(
         batch=batch,
         seqlen_q=seqlen_q,

@@ -172,6 +172,7 @@ def _sm80_spec(plan: Plan, block_q: int, stages: int, features: int = 0) -> jit.
         (str(plan.head_dim), str(block_q), plan.element, str(stages), *_optional(features)),
         f"AttendSm80Storage<{plan.head_dim}, {sm80_grid(plan, block_q)[0]}, {stages}>",
         plan.has_lengths,
+        plan.has_window,
     )
 
 
@@ -183,4 +184,4 @@ def is_segment(spec: jit.KernelSpec) -> bool:
 def _sm90_spec(plan: Plan, mask_rows: int, in_segments: bool = False, features: int = 0) -> jit.KernelSpec:
     segmented = "true" if in_segments else "false"
     template = (str(plan.head_dim), plan.element, str(mask_rows), segmented, *_optional(features))
-    return jit.KernelSpec("attend_sm90", template, f"AttendSm90Storage<{plan.head_dim}>", plan.has_lengths)
+    return jit.KernelSpec("attend_sm90", template, f"AttendSm90Storage<{plan.head_dim}>", plan.has_lengths, plan.has_window)

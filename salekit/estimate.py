@@ -125,7 +125,7 @@ def _mma_spec(plan: Plan, code_bits: int) -> jit.KernelSpec:
     codes = "Int8" if plan.estimator != "int4" else {4: "Int4", 8: "Int4InBytes"}[code_bits]
     windowed = ("true",) if plan.has_window else ()
     template = (str(plan.head_dim), codes, str(plan.block_q), *windowed)
-    return jit.KernelSpec("estimate_sm80", template, lengths=plan.has_lengths)
+    return jit.KernelSpec("estimate_sm80", template, lengths=plan.has_lengths, window=plan.has_window)
 
 
 def _coarsen_spec(plan: Plan) -> jit.KernelSpec:

@@ -30,12 +30,13 @@ INSTALL_HINT = 'install CuPy and NVRTC with: pip install "salekit[cuda12]" (or "
 class KernelSpec:
     """One instance of a kernel template: the file and function ``source``, its C++ template arguments as text, and the
     C++ type whose sizeof is its dynamic shared memory (None: none). lengths: for sequences with lengths of their own
-    (SEQUENCE_LENGTHS of tile/shape.cuh)."""
+    (SEQUENCE_LENGTHS of tile/shape.cuh); window: for calls with a window (KEY_WINDOW there)."""
 
     source: str
     template: tuple[str, ...] = ()
     storage: str | None = None
     lengths: bool = False
+    window: bool = False
 
     @property
     def expression(self) -> str:
@@ -44,7 +45,7 @@ class KernelSpec:
     @property
     def label(self) -> str:
         """What to call it in a list."""
-        return f"{self.expression} with lengths" if self.lengths else self.expression
+        return self.expression + " with lengths" * self.lengths + " with a window" * self.window
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def nvrtc_version() -> tuple[int, int]:
 
 
 def _unit(spec: KernelSpec) -> str:
-    defines = "#define SEQUENCE_LENGTHS\n" if spec.lengths else ""
+    defines = ("#define SEQUENCE_LENGTHS\n" if spec.lengths else "") + ("#define KEY_WINDOW\n" if spec.window else "")
     return f'{defines}#include "kernels/{spec.source}.cu"\n#include "tile/shared_bytes.cuh"\n'
 
 

@@ -64,7 +64,7 @@ def all_visible(q: Any, plan: Plan) -> BlockMask:
     if arrays.is_cuda(q):
         words = arrays.empty(shape, np.uint32)
         if words.size:
-            get_kernel(_VISIBLE_SPEC)(
+            get_kernel(_visible_spec(plan))(
                 (ceil_div(words.size, _VISIBLE_THREADS),),
                 (_VISIBLE_THREADS,),
                 (
@@ -106,10 +106,13 @@ def store_values(shape: tuple[int, ...], dtype: Any, group: int = 0) -> Any:
 
 def kernel_specs(plan: Plan) -> list[KernelSpec]:
     """The kernels that this module launches itself."""
-    return [_VISIBLE_SPEC, _STORE_SPEC]
+    return [_visible_spec(plan), _STORE_SPEC]
 
 
-_VISIBLE_SPEC = KernelSpec("fill_visible")
+def _visible_spec(plan: Plan) -> KernelSpec:
+    return KernelSpec("fill_visible", window=plan.has_window)
+
+
 _STORE_SPEC = KernelSpec("store_floats", (str(STORE_COUNT),))
 
 

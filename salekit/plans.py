@@ -17,6 +17,7 @@ ESTIMATORS = ("int4", "int8", "int8-sp24")
 HEAD_DIMS = (64, 96, 128, 192, 256)
 WGMMA_HEAD_DIMS = (64, 128)  # of Hopper's kernels; the others run on mma.sync
 LOW_BIT_HEAD_DIMS = (64, 128)  # of attend="int8-fp8"
+POOLED_HEAD_DIMS = (64, 128)  # of skipped="pool"
 DTYPES = ("float16", "bfloat16")
 QUERY_STRIDES = (1, 2, 4)
 SKIPPED = ("drop", "pool")  # what becomes of skipped blocks
@@ -45,14 +46,15 @@ SHAPE_RECORD = np.dtype(
             "local",
             "query_stride",
             "full_rows",
-            "window_left",
-            "window_right",
         )
     ]
 )
 
-# The same of a call whose sequences have lengths of their own (SEQUENCE_LENGTHS of cuda_src/tile/shape.cuh).
-LENGTHS_RECORD = np.dtype([*SHAPE_RECORD.descr, ("lengths", "<u8")])
+# The same of a call with a window (KEY_WINDOW of cuda_src/tile/shape.cuh), and what follows in a call whose sequences
+# have lengths of their own (SEQUENCE_LENGTHS there).
+WINDOW_RECORD = np.dtype([*SHAPE_RECORD.descr, ("window_left", "<i4"), ("window_right", "<i4")])
+_LENGTHS = ("lengths", "<u8")
+LENGTHS_RECORD = np.dtype([*SHAPE_RECORD.descr, _LENGTHS])
 
 
 # The RowMap struct of cuda_src/tile/row_map.cuh.
@@ -305,12 +307,13 @@ class Plan:
             min(self.local, 2**30),
             self.query_stride,
             self.full_rows,
-            self.window_left,
-            self.window_right,
         )
+        record = SHAPE_RECORD
+        if self.has_window:
+            values, record = (*values, self.window_left, self.window_right), WINDOW_RECORD
         if self.has_lengths:
-            return np.array([(*values, self.lengths.data.ptr)], LENGTHS_RECORD)
-        return np.array([values], SHAPE_RECORD)
+            values, record = (*values, self.lengths.data.ptr), np.dtype([*record.descr, _LENGTHS])
+        return np.array([values], record)
 
     def lengths_of(self, side: str) -> Any:
         """Rows of "q", of "k", or "sampled" rows of q of each sequence, as a kernel's argument; a null pointer

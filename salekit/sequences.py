@@ -267,7 +267,7 @@ def run_twin(
             target[...] = 0
             continue
         statistics = None if k_statistics is None else k_statistics.of_sequence(i)
-        of_rows, _ = pipeline.run_stages(q, k, v, target, thresholds, one, True, False, statistics)
+        of_rows, _ = pipeline.run_stages(q, k, v, target, thresholds, one, True, False, k_statistics=statistics)
         lse[:, rows] = of_rows[0]
     return out, lse if return_lse else None
 
@@ -398,7 +398,9 @@ def _record(
         if has_statistics:
             statistics = recorded_statistics(recorder, plan)
             ports += statistics.arrays
-        padded_lse, _ = pipeline.run_stages(*padded, padded_out, thresholds, plan, return_lse, False, statistics)
+        padded_lse, _ = pipeline.run_stages(
+            *padded, padded_out, thresholds, plan, return_lse, False, k_statistics=statistics
+        )
         lse = recorder.array((plan.num_heads, q.shape[1]), np.float32) if return_lse else None
         with programs.stage("scatter"):
             _scatter(padded_out, padded_lse, located, out, lse, plan)

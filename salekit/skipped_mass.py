@@ -32,7 +32,6 @@ POOL_TILE = 32  # pools that attend_pools takes at a time
 # Of the pools that are held at once; more are made and attended to in turns. At least a strip's: 528 MB at a million
 # tokens and head_dim 128.
 POOL_BYTES = 512 * 2**20
-HEAD_DIMS = (64, 128)  # that the kernels pool
 
 _POOL_THREADS = 128
 _SM90_THREADS = 512

@@ -4,7 +4,7 @@
 // num_kv_heads]; tau: thresholds[head] when not null, else `threshold`. limits [batch, num_heads, positions]: float y,
 // or int32 T = floor(y / (softmax_scale * q_scale * k_scale)) clamped to +-2^30; -inf or SELECT_ALL selects every
 // visible block, +inf or SELECT_NONE never votes.
-// softcap not 0: scores are capped, m and l are those of capped scores, and y is the uncapped score that belongs to the
+// CAPPED: scores are capped, m and l are those of capped scores, and y is the uncapped score that belongs to the
 // limit, less the row's shift, float32 [batch, num_heads, seqlen_q].
 // Grid: (positions / 128, num_heads, batch) CTAs of 128 threads, one a row.
 #include "tile/row_map.cuh"
@@ -24,7 +24,7 @@ __device__ __forceinline__ bool is_tested(const Shape& shape, int row, int block
   return in_block % shape.query_stride == 0 || block_end > shape.seqlen_q - shape.full_rows;
 }
 
-template <bool INTEGER>
+template <bool INTEGER, bool CAPPED = false>
 __global__ void __launch_bounds__(128)
     row_limits(const float* m_gmem, const float* l_gmem, const float* q_scale_gmem, const float* k_scale_gmem,
                const float* thresholds_gmem, float threshold, void* limits_gmem, Shape shape, RowMap map,
@@ -35,16 +35,18 @@ __global__ void __launch_bounds__(128)
   const Shape sequence = shape.of_sequence(batch);
   float y = INFINITY;
   const bool present = row >= 0 && (!Shape::HAS_LENGTHS || row < sequence.seqlen_q);
-  const bool sees_a_key = sequence.visible_begin<true>(row) < sequence.visible_end<true>(row);
-  if (present && sees_a_key && is_tested(sequence, row, block_q)) {
+  const int hidden = sequence.visible_begin<true>(row);
+  if (present && sequence.visible_end<true>(row) > hidden && is_tested(sequence, row, block_q)) {
     const float tau = thresholds_gmem != nullptr ? thresholds_gmem[head] : threshold;
     const float m = m_gmem[head_index * shape.seqlen_q + row], l = l_gmem[head_index * shape.seqlen_q + row];
-    const float shift = softcap != 0.f ? shift_gmem[head_index * shape.seqlen_q + row] : 0.f;
-    if (!(isfinite(m) && isfinite(l) && isfinite(shift) && tau > 0.f))
+    float shift = 0;
+    if constexpr (CAPPED) shift = shift_gmem[head_index * shape.seqlen_q + row];
+    if (!(isfinite(m) && isfinite(l) && tau > 0.f) || (CAPPED && !isfinite(shift)))
       y = -INFINITY;
     else if (tau < INFINITY)
       y = __fadd_rn(m, logf(__fmul_rn(tau, l)));
-    if (softcap != 0.f && isfinite(y)) y = uncap(y, softcap) - shift;
+    if constexpr (CAPPED)
+      if (isfinite(y)) y = uncap(y, softcap) - shift;
   }
   if constexpr (!INTEGER) {
     static_cast<float*>(limits_gmem)[padded_index] = y;

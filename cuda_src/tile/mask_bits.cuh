@@ -13,6 +13,7 @@ __device__ __forceinline__ uint32_t key_bits(int begin, int end, int word) {
 // Blocks that some row of [first_row, first_row + num_rows) sees.
 template <bool WINDOWED = false>
 __device__ __forceinline__ uint32_t visible_bits(const Shape& shape, int first_row, int num_rows, int word) {
+  if constexpr (!WINDOWED) return key_bits(0, shape.visible_keys(first_row + num_rows - 1), word);
   const int begin = shape.visible_begin<WINDOWED>(first_row) / KEY_BLOCK * KEY_BLOCK;
   return key_bits(begin, shape.visible_end<WINDOWED>(first_row + num_rows - 1), word);
 }

@@ -21,7 +21,13 @@ struct Range {
 
 struct Shape {
   int batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, causal, sink_end, local, query_stride, full_rows;
+
+  // Calls with a window are compiled apart (KernelSpec.window in salekit/jit.py).
+#ifdef KEY_WINDOW
   int window_left, window_right;  // keys before and after a row's position that it sees; -1: no limit
+#else
+  static constexpr int window_left = -1, window_right = -1;
+#endif
 
   // Calls whose sequences have lengths of their own are compiled apart (KernelSpec.lengths in salekit/jit.py). Arrays
   // then have seqlen_q and seqlen_k rows for each sequence, which say where things lie; what is there is said by
