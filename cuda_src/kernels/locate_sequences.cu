@@ -21,6 +21,7 @@ struct Located {
 __global__ void __launch_bounds__(LOCATE_THREADS)
     locate_sequences(const int* cu_seqlens_q, const int* cu_seqlens_k, const int* seqlens_k, int* sequences_gmem,
                      int batch, int total_q, int total_k, int max_seqlen_q, int max_seqlen_k, int q_sample) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < batch; i += LOCATE_THREADS) {
     const Located q(cu_seqlens_q, i, total_q, max_seqlen_q);
     sequences_gmem[i] = q.length;
