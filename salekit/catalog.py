@@ -14,7 +14,17 @@ from .key_statistics import kernel_specs as statistics_specs
 from .merge import kernel_specs as merge_specs
 from .output_difference import kernel_specs as difference_specs
 from .pipeline import kernel_specs as pipeline_specs
-from .plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, LOW_BIT_ARCHS, LOW_BIT_HEAD_DIMS, WGMMA_HEAD_DIMS, Plan
+from .plans import (
+    BLOCKS,
+    DTYPES,
+    ESTIMATORS,
+    HEAD_DIMS,
+    LOW_BIT_ARCHS,
+    LOW_BIT_HEAD_DIMS,
+    POOLED_HEAD_DIMS,
+    WGMMA_HEAD_DIMS,
+    Plan,
+)
 from .quantize import kernel_specs as quantize_specs
 from .sequences import kernel_specs as sequences_specs
 from .skipped_mass import kernel_specs as pool_specs
@@ -40,11 +50,13 @@ TOOLS = {  # outside of a call
 }
 
 
-def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
+def all_specs(arch: str, with_variants: bool = True) -> list[tuple[str, KernelSpec]]:
     """(stage, spec) of every kernel for this architecture, each once.
 
-    Of kernels with softcap, windows and sink logits: each of the three and all of them in bfloat16, all of them in
-    float16; of head_dim 96, 192 and 256 all of them in bfloat16. Other combinations compile as well.
+    with_variants: those with lengths, softcap, windows and sink logits, too.
+
+    Of kernels with softcap, windows and sink logits: in bfloat16 each of the three and all of them, with head_dim 96, 192
+    and 256 all of them; of those with lengths, bfloat16 and head_dim 64 and 128. Other combinations compile as well.
     """
     found: dict[KernelSpec, str] = {}
     for dtype, head_dim, (block_q, block_k), estimator, kv_heads in product(
@@ -69,7 +81,8 @@ def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
                 found.setdefault(spec, stage)
         for spec in attend_specs(plan.replace(seqlen_q=_LONG, seqlen_k=_LONG)):
             found.setdefault(spec, "attend")
-        for changes, has_sinks in _features_of(dtype, head_dim, estimator):
+        features = _features_of(dtype, head_dim, estimator) if with_variants else ()
+        for changes, has_sinks in features:
             changed = plan.replace(**changes)
             for spec in anchor_specs(changed, has_sinks):
                 found.setdefault(spec, "anchors")
@@ -79,14 +92,19 @@ def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
             if changed.has_window:
                 for spec in estimate_specs(changed):
                     found.setdefault(spec, "estimate")
+                for spec in pipeline_specs(changed):
+                    found.setdefault(spec, "pipeline")
         if arch in LOW_BIT_ARCHS and head_dim in LOW_BIT_HEAD_DIMS:
             for spec in attend_specs(plan.replace(attend="int8-fp8")):
                 found.setdefault(spec, "attend")
-        for spec in pool_specs(plan):
-            found.setdefault(spec, "pool")
+        if head_dim in POOLED_HEAD_DIMS:
+            for spec in pool_specs(plan):
+                found.setdefault(spec, "pool")
         for stage, specs in (SERVING | TOOLS).items():
             for spec in specs(plan):
                 found.setdefault(spec, stage)
+        if not with_variants or dtype != "bfloat16" or head_dim not in WGMMA_HEAD_DIMS:
+            continue
         packed = plan.replace(has_lengths=True)
         for stage, specs in STAGES.items():
             for spec in specs(packed):
@@ -100,9 +118,9 @@ def all_specs(arch: str) -> list[tuple[str, KernelSpec]]:
 
 
 def _features_of(dtype: str, head_dim: int, estimator: str) -> tuple:
-    if estimator == "int8-sp24" or (dtype == "float16" and head_dim not in WGMMA_HEAD_DIMS):
+    if estimator == "int8-sp24" or dtype != "bfloat16":
         return ()
-    return _FEATURES if dtype == "bfloat16" and head_dim in WGMMA_HEAD_DIMS else (_ALL_FEATURES,)
+    return _FEATURES if head_dim in WGMMA_HEAD_DIMS else (_ALL_FEATURES,)
 
 
 def call_specs(plan: Plan) -> list[KernelSpec]:

@@ -30,6 +30,7 @@ from .plans import (
     ESTIMATORS,
     HEAD_DIMS,
     LOW_BIT_ARCHS,
+    LOW_BIT_HEAD_DIMS,
     QUERY_STRIDES,
     ROW_MAP,
     SHAPE_RECORD,
@@ -95,7 +96,8 @@ class Target:
                 estimator=estimator, block_q=block_q, block_k=block_k, query_stride=stride, local=local,
                 arch=self.arch,
             )
-            for attend in ("exact", "int8-fp8") if self.arch in LOW_BIT_ARCHS else ("exact",):
+            has_low_bits = self.arch in LOW_BIT_ARCHS and self.head_dim in LOW_BIT_HEAD_DIMS
+            for attend in ("exact", "int8-fp8") if has_low_bits else ("exact",):
                 found.update(dict.fromkeys(call_specs(plan.replace(attend=attend))))
         return [spec for spec in found if is_called(spec)]
 

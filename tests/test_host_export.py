@@ -34,13 +34,13 @@ from salekit.cli.main import cli  # noqa: E402
 
 from salekit import arrays, attention, export, jit, pipeline, programs  # noqa: E402
 from salekit.errors import ArgumentError, FileFormatError  # noqa: E402
-from salekit.plans import BLOCKS, ESTIMATORS, LOW_BIT_ARCHS, QUERY_STRIDES  # noqa: E402
+from salekit.plans import BLOCKS, ESTIMATORS, LOW_BIT_ARCHS, LOW_BIT_HEAD_DIMS, QUERY_STRIDES  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = ROOT / "tests" / "fake_cuda"
 ARCHS = {"sm_90a": (9, 0), "sm_80": (8, 0), "sm_89": (8, 9), "sm_120a": (12, 0)}
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-TARGETS = [export.Target(*each) for each in itertools.product(ARCHS, (64, 128), DTYPES)]
+TARGETS = [export.Target(*each) for each in itertools.product(ARCHS, (64, 96, 128, 256), DTYPES)]
 ONLY_INT8 = export.Target("sm_90a", 128, "float16", ("int8",), ((128, 32),))
 Q, K, V, OUT, LSE, MASK, TAUS, WORKSPACE = (0x1000_0000_0000 + (i << 44) for i in range(8))
 STREAM = 0x5000
@@ -506,6 +506,10 @@ CASES = [
     Case(2**20, 2**20, heads=1, kv_heads=1, kind="device"),
 ]
 
+def has_low_bits(target: export.Target) -> bool:
+    return target.arch in LOW_BIT_ARCHS and target.head_dim in LOW_BIT_HEAD_DIMS
+
+
 LOW_BIT_CASES = [
     Case(2000, 2000, attend="int8-fp8"),
     Case(2000, 2000, attend="int8-fp8", block=(64, 128), return_lse=True, return_mask=True),
@@ -518,7 +522,7 @@ LOW_BIT_CASES = [
 
 def test_every_launch_is_the_stages(host, target, monkeypatch):
     launched = set()
-    for case in CASES + LOW_BIT_CASES * (target.arch in LOW_BIT_ARCHS):
+    for case in CASES + LOW_BIT_CASES * has_low_bits(target):
         launched.update(compare(case, host, target, monkeypatch))
     exported = {x.spec.expression for x in fake_kernels(target)}
     assert launched - {None} == exported, "kernels that are exported and never launched here, or the other way round"
@@ -550,7 +554,7 @@ def test_random_calls(host, target, monkeypatch, seed):
             bool(rng.integers(2)),
             pick(None, 0.25),
             pick("auto", *ESTIMATORS),
-            "exact" if target.arch not in LOW_BIT_ARCHS else pick("exact", "exact", "int8-fp8"),
+            "exact" if not has_low_bits(target) else pick("exact", "exact", "int8-fp8"),
             BLOCKS[rng.integers(len(BLOCKS))],
             pick(*QUERY_STRIDES),
             int(rng.integers(0, 3000)),
@@ -654,7 +658,7 @@ def test_low_bits_want_hopper(library, folder):
     host = Host(library, "sm_80_d128_bf16", folder, "sm_80")
     call = call_of(Case(attend="int8-fp8"), 128)
     status, text, launched = host.run(call)
-    assert status == ARGUMENT and "is built for sm_90a alone, these kernels are for sm_80" in text and not launched
+    assert status == ARGUMENT and "these kernels are for sm_80, 128" in text and not launched
     host.close()
 
 
@@ -807,7 +811,7 @@ def test_only_a_new_folder_is_written_to(uncompiled, tmp_path):
     (
         (),
         ("--arch", "sm_70"),
-        ("--arch", "sm_80", "--head-dim", "96"),
+        ("--arch", "sm_80", "--head-dim", "100"),
         ("--arch", "sm_80", "--dtype", "float32"),
         ("--arch", "sm_80", "--block", "32x32"),
         ("--arch", "sm_80", "--estimator", "auto"),

@@ -331,7 +331,7 @@ def test_every_option_is_there():
         there, here = getattr(salekit, name), getattr(salekit_jax, name)
         want = {x.name for x in inspect.signature(there).parameters.values() if x.kind is x.KEYWORD_ONLY}
         got = {x.name for x in inspect.signature(here).parameters.values() if x.kind is x.KEYWORD_ONLY}
-        assert got | salekit_jax._option_names(there) == want - {"out", "stream", "k_statistics"}
+        assert got | salekit_jax._option_names(there) == want - {"out", "stream", "sink_logits", "k_statistics"}
     with pytest.raises(TypeError, match=r"dense_attention\(\) got an unexpected keyword argument 'block'"):
         salekit_jax.dense_attention(Q, K, V, block=(64, 32))
 

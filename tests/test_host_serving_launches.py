@@ -247,7 +247,7 @@ def test_planned_calls_take_statistics(gpu):
     parts = [gpu_array(STATISTICS + (i << 20), shape, np.float32) for i, shape in enumerate(shapes)]
     statistics = salekit.KeyStatistics(*parts, None, None)
     out = gpu_array(OUT, q.shape)
-    plan._run(q, k, v, 0.25, False, False, out, None, statistics)
+    plan._run(q, k, v, 0.25, False, False, out, None, k_statistics=statistics)
     names = [name.split("<")[0] for name, *_ in gpu.take()]
     assert not any(name.startswith(("reduce", "finish")) for name in names) and names[-1] == "attend_sm90"
     plan._run(q, k, v, 0.25, False, False, out, None)

@@ -137,9 +137,10 @@ static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 typedef struct plan {
   const salekit_export *exported;
   salekit_problem problem; /* estimator resolved, counts clamped */
-  int is_empty, is_hopper, is_low_bit, is_int4, is_pruned, holds_tested_rows;
+  int is_empty, is_hopper; /* is_hopper: Hopper's kernels run, for this head_dim */
+  int is_low_bit, is_int4, is_pruned, holds_tested_rows;
   int64_t batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, group_size, offset;
-  int64_t padded_q, padded_k, num_q_blocks, num_words, code_row_bytes;
+  int64_t padded_q, padded_k, padded_dim, num_q_blocks, num_words, code_row_bytes;
   salekit_shape shape;
   salekit_row_map q_rows;
   float softmax_scale;
@@ -226,11 +227,12 @@ static salekit_status make_plan(plan *p, const salekit_export *exported, const s
   x->sink = (int)min_of(x->sink, MAX_SEQLEN);
   x->local = (int)min_of(x->local, MAX_SEQLEN);
   p->is_empty = x->batch == 0 || x->seqlen_q == 0 || x->seqlen_k == 0;
-  p->is_hopper = strcmp(exported->arch, "sm_90a") == 0;
+  p->is_hopper = strcmp(exported->arch, "sm_90a") == 0 && (exported->head_dim == 64 || exported->head_dim == 128);
   p->is_low_bit = x->attend == SALEKIT_INT8_FP8;
   if (p->is_low_bit && !p->is_hopper)
-    return fail(error, SALEKIT_ARGUMENT, "attend: SALEKIT_INT8_FP8 is built for sm_90a alone, these kernels are for %s",
-                exported->arch);
+    return fail(error, SALEKIT_ARGUMENT,
+                "attend: SALEKIT_INT8_FP8 is built for sm_90a with head_dim 64 and 128, these kernels are for %s, %d",
+                exported->arch, exported->head_dim);
   p->is_int4 = x->estimator == SALEKIT_INT4;
   p->is_pruned = x->estimator == SALEKIT_INT8_SP24;
   p->holds_tested_rows = p->is_hopper && !p->is_int4 && x->query_stride > 1;
@@ -246,7 +248,8 @@ static salekit_status make_plan(plan *p, const salekit_export *exported, const s
   p->padded_k = round_up(p->seqlen_k, CODE_TILE_ROWS);
   p->num_q_blocks = ceil_div(p->seqlen_q, x->block_q);
   p->num_words = ceil_div(ceil_div(p->seqlen_k, x->block_k), 32);
-  p->code_row_bytes = p->head_dim * (p->is_int4 ? exported->int4_code_bits : 8) / 8;
+  p->padded_dim = p->head_dim <= 64 ? 64 : p->head_dim <= 128 ? 128 : 256;
+  p->code_row_bytes = p->padded_dim * (p->is_int4 ? exported->int4_code_bits : 8) / 8;
   p->softmax_scale = (float)(x->softmax_scale != 0 ? x->softmax_scale : exported->softmax_scale);
   p->shape.batch = x->batch;
   p->shape.seqlen_q = x->seqlen_q;
@@ -449,6 +452,10 @@ typedef struct argument {
     launch(r, slot, x, y, z, threads, list, (int)(sizeof list / sizeof *list));          \
   } while (0)
 
+/* What calls here never have: a cap of scores, sink logits, and with a cap the shift of each row's scores. */
+static const float NO_SOFTCAP = 0;
+static const CUdeviceptr NO_SINKS = 0, NO_SHIFT = 0;
+
 /* Calls here are of sequences of one length: kernels get no lengths of each. */
 static const CUdeviceptr NO_LENGTHS = 0;
 
@@ -556,7 +563,7 @@ static void quantize_int4(run *r) {
   LAUNCH(r, QUANTIZE_INT4_Q, p->padded_q / CODE_TILE_ROWS, p->num_heads, p->batch, 256, ARG(r->call->q),
          ARG(b->q_codes), ARG(b->q_scale), ARG(b->q_mean), INT_ARG(p->seqlen_q), INT_ARG(p->padded_q),
          ARG(NO_LENGTHS));
-  LAUNCH(r, QUANTIZE_INT4_K, p->padded_k / CODE_TILE_ROWS, p->num_kv_heads, p->batch, 2 * p->head_dim,
+  LAUNCH(r, QUANTIZE_INT4_K, p->padded_k / CODE_TILE_ROWS, p->num_kv_heads, p->batch, 2 * p->padded_dim,
          ARG(r->call->k), ARG(b->k_codes), ARG(b->k_scale), ARG(b->correction), ARG(b->k_mean), ARG(b->q_mean),
          INT_ARG(p->seqlen_k), INT_ARG(p->padded_k), INT_ARG(p->group_size), ARG(NO_LENGTHS));
 }
@@ -564,7 +571,7 @@ static void quantize_int4(run *r) {
 static void quantize_int8(run *r) {
   const plan *p = r->p;
   const buffers *b = r->b;
-  const int64_t rows = 256 / (p->head_dim / 8) * 4; /* of a CTA */
+  const int64_t rows = 256 / (p->padded_dim / 8) * 4; /* of a CTA */
   const salekit_row_map k_rows = {1, 0, 0, (int32_t)p->seqlen_k, (int32_t)p->padded_k};
   channel_statistics(r, r->call->k, p->seqlen_k, p->num_kv_heads, b->k_partials, b->k_mean, b->rms, b->k_amax,
                      b->k_scale);
@@ -607,10 +614,10 @@ static void anchor_statistics(run *r) {
   int heads_each = 4; /* of one KV head, that a CTA takes */
   while (p->group_size % heads_each != 0) --heads_each;
   const int stride = p->holds_tested_rows ? p->problem.query_stride : 1;
-  const int slot = heads_each % (2 * stride) == 0 ? ANCHORS + 1 : ANCHORS;
+  const int slot = p->head_dim <= 128 && heads_each % (2 * stride) == 0 ? ANCHORS + 1 : ANCHORS;
   LAUNCH(r, slot, num_tiles, p->num_heads / heads_each, p->batch, 128, ARG(r->call->q), ARG(r->call->k),
          ARG(b->k_mean), ARG(b->m), ARG(b->l), ARG(p->shape), ARG(p->q_rows), INT_ARG(heads_each),
-         ARG(p->softmax_scale));
+         ARG(p->softmax_scale), ARG(NO_SOFTCAP), ARG(NO_SINKS), ARG(NO_SHIFT));
 }
 
 static void row_limits(run *r) {
@@ -619,7 +626,8 @@ static void row_limits(run *r) {
   const float threshold = r->call->thresholds != 0 ? 0.0f : r->call->threshold;
   LAUNCH(r, p->is_int4 ? LIMITS_FLOAT : LIMITS_INT, p->q_rows.num_positions / CODE_TILE_ROWS, p->num_heads, p->batch,
          128, ARG(b->m), ARG(b->l), ARG(b->q_scale), ARG(b->k_scale), ARG(r->call->thresholds), ARG(threshold),
-         ARG(b->limits), ARG(p->shape), ARG(p->q_rows), INT_ARG(p->problem.block_q), ARG(p->softmax_scale));
+         ARG(b->limits), ARG(p->shape), ARG(p->q_rows), INT_ARG(p->problem.block_q), ARG(p->softmax_scale),
+         ARG(NO_SOFTCAP), ARG(NO_SHIFT));
 }
 
 /* --- estimate.py -------------------------------------------------------------------------------------------------- */
@@ -744,7 +752,7 @@ static void attend_sm90(run *r, CUdeviceptr words) {
     const CUdeviceptr carried = 0;
     LAUNCH(r, slot, grid.num_ctas, 1, 1, 384, ARG(q), ARG(k), ARG(v), ARG(k_wide), ARG(v_wide), ARG(call->out),
            ARG(call->lse), ARG(words), ARG(expand_log2), ARG(grid.next_item), ARG(p->shape), ARG(p->softmax_scale),
-           ARG(whole), ARG(carried));
+           ARG(whole), ARG(carried), ARG(NO_SOFTCAP), ARG(NO_SINKS));
     return;
   }
   const int64_t num_kv_heads = p->batch * p->num_kv_heads;
@@ -758,7 +766,8 @@ static void attend_sm90(run *r, CUdeviceptr words) {
                                        (int32_t)(walk.start / KEY_BLOCK), (int32_t)ceil_div(walk.end, KEY_BLOCK)};
       LAUNCH(r, slot + 2, min_of(num_items, r->context->multiprocessors), 1, 1, 384, ARG(q), ARG(k), ARG(v),
              ARG(k_wide), ARG(v_wide), ARG(call->out), ARG(call->lse), ARG(words), ARG(expand_log2), ARG(next_item),
-             ARG(p->shape), ARG(p->softmax_scale), ARG(segment), ARG(b->carried));
+             ARG(p->shape), ARG(p->softmax_scale), ARG(segment), ARG(b->carried),
+             ARG(NO_SOFTCAP), ARG(NO_SINKS));
       next_item += 4;
     } while (next_segment(p, &walk));
   }
@@ -777,9 +786,11 @@ static void attend_sm80(run *r, CUdeviceptr words) {
   const salekit_tensor k = of_rows(call->k, p->seqlen_k), v = of_rows(call->v, p->seqlen_k);
   const int expand_log2 = expand_log2_of(p, words);
   const int64_t block_q = words == 0 ? DENSE_BLOCK_Q : p->problem.block_q;
+  const int64_t cta_rows = p->head_dim > 128 ? 64 : block_q, threads = p->head_dim > 128 ? 128 : block_q;
   LAUNCH(r, block_q == 128 ? ATTEND_SM80 + 1 : ATTEND_SM80,
-         p->batch * p->num_heads * ceil_div(p->seqlen_q, block_q), 1, 1, block_q, ARG(q), ARG(k), ARG(v), ARG(out),
-         ARG(call->lse), ARG(words), ARG(expand_log2), ARG(p->shape), ARG(p->softmax_scale));
+         p->batch * p->num_heads * ceil_div(p->seqlen_q, cta_rows), 1, 1, threads, ARG(q), ARG(k), ARG(v), ARG(out),
+         ARG(call->lse), ARG(words), ARG(expand_log2), ARG(p->shape), ARG(p->softmax_scale), ARG(NO_SOFTCAP),
+         ARG(NO_SINKS));
 }
 
 static void attend(run *r, CUdeviceptr words) {

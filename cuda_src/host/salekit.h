@@ -77,7 +77,7 @@ typedef struct salekit_export {
   const char *arch; /* "sm_90a", ... */
   int capability_major, capability_minor;
   int is_exact;    /* runs on this capability alone; otherwise on newer minors, too */
-  int head_dim;    /* 64 or 128 */
+  int head_dim;    /* 64, 96, 128, 192 or 256 */
   int is_bfloat16; /* otherwise float16 */
   int int4_code_bits;
   int auto_estimator;
@@ -91,7 +91,7 @@ typedef struct salekit_export {
 /* SALEKIT_AUTO: the arch's: int4 where tensor cores multiply it, otherwise int8. */
 enum { SALEKIT_AUTO = 0, SALEKIT_INT4 = 1, SALEKIT_INT8 = 2, SALEKIT_INT8_SP24 = 3 };
 
-/* SALEKIT_INT8_FP8: int8 products of q and k, e4m3 products of p and v; on sm_90a alone. */
+/* SALEKIT_INT8_FP8: int8 products of q and k, e4m3 products of p and v; on sm_90a with head_dim 64 and 128 alone. */
 enum { SALEKIT_EXACT = 0, SALEKIT_INT8_FP8 = 1 };
 
 /* Sizes and options of a call; the options are those of salekit.sparse_attention in Python. */
