@@ -14,7 +14,7 @@ enum {
   DENSE_BLOCK_Q = 128,
   MAX_SEQLEN = 1 << 30,
   MAX_GRID_YZ = 65535,
-  MAX_ARGUMENTS = 16,
+  MAX_ARGUMENTS = 24,
   ELEMENT_BYTES = 2,
   WORKSPACE_ALIGNMENT = 256,
   BUFFER_ALIGNMENT = 512
@@ -449,11 +449,12 @@ typedef struct argument {
 #define LAUNCH(r, slot, x, y, z, threads, ...)                                           \
   do {                                                                                   \
     const argument list[] = {__VA_ARGS__};                                               \
+    _Static_assert(sizeof list / sizeof *list <= MAX_ARGUMENTS, "a launch's arguments"); \
     launch(r, slot, x, y, z, threads, list, (int)(sizeof list / sizeof *list));          \
   } while (0)
 
 /* What calls here never have: a cap of scores, sink logits, and with a cap the shift of each row's scores. */
-static const float NO_SOFTCAP = 0;
+static const float NO_SOFTCAP = 0, NO_CAP_FACTOR = 0;
 static const CUdeviceptr NO_SINKS = 0, NO_SHIFT = 0;
 
 /* Calls here are of sequences of one length: kernels get no lengths of each. */
@@ -617,7 +618,8 @@ static void anchor_statistics(run *r) {
   const int slot = p->head_dim <= 128 && heads_each % (2 * stride) == 0 ? ANCHORS + 1 : ANCHORS;
   LAUNCH(r, slot, num_tiles, p->num_heads / heads_each, p->batch, 128, ARG(r->call->q), ARG(r->call->k),
          ARG(b->k_mean), ARG(b->m), ARG(b->l), ARG(p->shape), ARG(p->q_rows), INT_ARG(heads_each),
-         ARG(p->softmax_scale), ARG(NO_SOFTCAP), ARG(NO_SINKS), ARG(NO_SHIFT));
+         ARG(p->softmax_scale), ARG(NO_SOFTCAP), ARG(NO_CAP_FACTOR), ARG(NO_SINKS),
+         ARG(NO_SHIFT));
 }
 
 static void row_limits(run *r) {
@@ -752,7 +754,7 @@ static void attend_sm90(run *r, CUdeviceptr words) {
     const CUdeviceptr carried = 0;
     LAUNCH(r, slot, grid.num_ctas, 1, 1, 384, ARG(q), ARG(k), ARG(v), ARG(k_wide), ARG(v_wide), ARG(call->out),
            ARG(call->lse), ARG(words), ARG(expand_log2), ARG(grid.next_item), ARG(p->shape), ARG(p->softmax_scale),
-           ARG(whole), ARG(carried), ARG(NO_SOFTCAP), ARG(NO_SINKS));
+           ARG(whole), ARG(carried), ARG(NO_SOFTCAP), ARG(NO_CAP_FACTOR), ARG(NO_SINKS));
     return;
   }
   const int64_t num_kv_heads = p->batch * p->num_kv_heads;
@@ -767,7 +769,7 @@ static void attend_sm90(run *r, CUdeviceptr words) {
       LAUNCH(r, slot + 2, min_of(num_items, r->context->multiprocessors), 1, 1, 384, ARG(q), ARG(k), ARG(v),
              ARG(k_wide), ARG(v_wide), ARG(call->out), ARG(call->lse), ARG(words), ARG(expand_log2), ARG(next_item),
              ARG(p->shape), ARG(p->softmax_scale), ARG(segment), ARG(b->carried),
-             ARG(NO_SOFTCAP), ARG(NO_SINKS));
+             ARG(NO_SOFTCAP), ARG(NO_CAP_FACTOR), ARG(NO_SINKS));
       next_item += 4;
     } while (next_segment(p, &walk));
   }
@@ -790,7 +792,7 @@ static void attend_sm80(run *r, CUdeviceptr words) {
   LAUNCH(r, block_q == 128 ? ATTEND_SM80 + 1 : ATTEND_SM80,
          p->batch * p->num_heads * ceil_div(p->seqlen_q, cta_rows), 1, 1, threads, ARG(q), ARG(k), ARG(v), ARG(out),
          ARG(call->lse), ARG(words), ARG(expand_log2), ARG(p->shape), ARG(p->softmax_scale), ARG(NO_SOFTCAP),
-         ARG(NO_SINKS));
+         ARG(NO_CAP_FACTOR), ARG(NO_SINKS));
 }
 
 static void attend(run *r, CUdeviceptr words) {
