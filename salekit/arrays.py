@@ -1,7 +1,7 @@
 """Arrays and options in: the only place that rejects. Everything downstream gets checked views and a Plan.
 
-Accepted: NumPy arrays (and host DLPack) for the twin; CuPy arrays, CUDA DLPack and ``__cuda_array_interface__`` for the
-GPU. Inside salekit every tensor is a view in the order [batch, seqlen, heads, head_dim]; strides say the rest.
+Accepted: NumPy arrays and host DLPack for the twin; CuPy arrays, CUDA DLPack and ``__cuda_array_interface__`` for the
+GPU (docs/embedding.md). Nothing is copied. Inside salekit every tensor is a view in the order [batch, seqlen, heads, head_dim]; strides say the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from . import programs
-from .errors import ArgumentError, DtypeError, GpuError
+from .dlpack import import_dlpack
+from .errors import ArgumentError, DtypeError, GpuError, SalekitError
 from .plans import (
     BLOCKS,
     DENSE_BELOW,
@@ -44,6 +45,7 @@ WORKSPACE_ALIGNMENT = 256  # what every allocator of GPU memory gives at least
 TENSOR_VIEW = np.dtype([("pointer", "<u8"), ("stride_batch", "<i8"), ("stride_row", "<i8"), ("stride_head", "<i8")])
 
 _DLPACK_HOST, _DLPACK_CUDA = (1, 3), (2, 13)  # DLDeviceType: CPU and pinned; CUDA and managed
+_WRITTEN = ("out", "workspace")  # arguments that a call writes to
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,24 @@ def row_view(array: Any) -> np.ndarray:
 def _place(name: str, x: Any) -> int | None:
     """CUDA device of ``x``, or None when it is in host memory. DtypeError when it is no array at all."""
     if isinstance(x, np.ndarray):
+        if isinstance(x, np.ma.MaskedArray):
+            raise DtypeError(f"{name}: is a masked array; wants a plain one, such as array.filled(0) makes")
         return None
     if programs.is_gpu_array(x):
         return x.data.device_id
-    if _is_tracer(x):
-        raise DtypeError(f"{name}: is traced by JAX and has no data; wants an array. Under jit, use salekit.jax")
-    if hasattr(x, "__dlpack_device__"):
+    if problem := _why_without_data(x):
+        raise DtypeError(f"{name}: {problem}")
+    try:
+        place = _exported_place(name, x)
+    except SalekitError:
+        raise
+    except Exception as error:  # whatever the producer raises, the caller needs the argument's name
+        raise DtypeError(f"{name}: cannot import {type(x).__name__} without a copy: {error}") from error
+    return place
+
+
+def _exported_place(name: str, x: Any) -> int | None:
+    if hasattr(x, "__dlpack_device__") and hasattr(x, "__dlpack__"):
         kind, device = (int(part) for part in x.__dlpack_device__())
         if kind in _DLPACK_HOST:
             return None
@@ -132,9 +146,26 @@ def _place(name: str, x: Any) -> int | None:
     )
 
 
+def _why_without_data(x: Any) -> str | None:
+    """What is wrong with an array that stands for one, or None."""
+    if _is_tracer(x):
+        return "is traced by JAX and has no data; wants an array. Under jit, use salekit.jax"
+    if type(x).__name__ == "FakeTensor":
+        return "is a FakeTensor, as in torch.compile and torch.export, and has no data; wants a tensor that has"
+    if getattr(x, "is_meta", None) is True:
+        return "is a tensor on the device 'meta' and has no data; wants one that has"
+    return None
+
+
 def _is_tracer(x: Any) -> bool:
     jax = sys.modules.get("jax")
     return hasattr(jax, "core") and isinstance(x, jax.core.Tracer)
+
+
+def _check_mutable(name: str, x: Any) -> None:
+    jax = sys.modules.get("jax")
+    if hasattr(jax, "Array") and isinstance(x, jax.Array):
+        raise ArgumentError(f"{name}: is a JAX array, which is immutable; wants memory that can be written")
 
 
 def place_name(device: int | None) -> str:
@@ -153,24 +184,39 @@ def _import_array(name: str, x: Any, device: int | None) -> Any:
     """``x`` as a NumPy or CuPy array that shares its memory."""
     if isinstance(x, np.ndarray) or programs.is_gpu_array(x):
         return x
+    if name in _WRITTEN:
+        _check_mutable(name, x)
     try:
         if device is None:
-            return np.from_dlpack(x)
-        cupy = import_cupy()
-        if hasattr(x, "__dlpack__"):
-            return cupy.from_dlpack(x)
-        interface = x.__cuda_array_interface__
-        producer = interface.get("stream")
-        if producer is not None and producer != cupy.cuda.get_current_stream().ptr:
-            event = cupy.cuda.Event(disable_timing=True)
-            event.record(external_stream(producer))
-            cupy.cuda.get_current_stream().wait_event(event)
-        return cupy.asarray(_Interface(x, interface))
-    except GpuError:
+            array, is_read_only = import_dlpack(x, np.from_dlpack)
+        elif hasattr(x, "__dlpack__"):
+            array, is_read_only = import_dlpack(x, import_cupy().from_dlpack)
+        else:
+            array, is_read_only = _import_interface(name, x)
+    except SalekitError:
         raise
-    except Exception as error:  # whatever the producer raises, the caller needs the argument's name
-        hint = "; NumPy's DLPack has no bfloat16: pass an array of ml_dtypes.bfloat16" if device is None else ""
+    except Exception as error:
+        hint = "; NumPy's DLPack has no bfloat16: pass salekit.as_dlpack(array)" if device is None else ""
         raise DtypeError(f"{name}: cannot import {type(x).__name__} without a copy: {error}{hint}") from error
+    if is_read_only and name in _WRITTEN:
+        raise ArgumentError(f"{name}: is read-only; wants memory that can be written")
+    return array
+
+
+def _import_interface(name: str, x: Any) -> tuple[Any, bool]:
+    """What has a CUDA array interface, as a CuPy array, and whether it is read-only."""
+    cupy, interface = import_cupy(), x.__cuda_array_interface__
+    if interface.get("mask") is not None:
+        raise DtypeError(f"{name}: has a mask; wants an array without one")
+    producer, current = interface.get("stream"), cupy.cuda.get_current_stream()
+    if producer is not None and producer != current.ptr:
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record(external_stream(producer))
+        current.wait_event(event)
+    array = cupy.asarray(_Interface(x, interface))
+    if interface["typestr"] == BFLOAT16.str:
+        array = array.view(BFLOAT16)
+    return array, bool(interface["data"][1])
 
 
 def import_array(name: str, x: Any, device: int | None) -> Any:
