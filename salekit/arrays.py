@@ -1,13 +1,15 @@
 """Arrays and options in: the only place that rejects. Everything downstream gets checked views and a Plan.
 
 Accepted: NumPy arrays and host DLPack for the twin; CuPy arrays, CUDA DLPack and ``__cuda_array_interface__`` for the
-GPU (docs/embedding.md). Nothing is copied. Inside salekit every tensor is a view in the order [batch, seqlen, heads, head_dim]; strides say the rest.
+GPU (docs/embedding.md). Nothing is copied. Inside salekit every tensor is a view in the order [batch, seqlen, heads,
+head_dim]; strides say the rest.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+import reprlib
 import sys
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -147,9 +149,14 @@ def _exported_place(name: str, x: Any) -> int | None:
 
 
 def _why_without_data(x: Any) -> str | None:
-    """What is wrong with an array that stands for one, or None."""
+    """What is wrong with an object that stands for an array, or None."""
     if _is_tracer(x):
         return "is traced by JAX and has no data; wants an array. Under jit, use salekit.jax"
+    if _is_jax_array(x):
+        if x.is_deleted():
+            return "is a JAX array that was deleted or donated; wants one that has data"
+        if len(x.devices()) > 1:
+            return "is a JAX array on several devices; wants one on one device. Use salekit.jax in a shard_map"
     if type(x).__name__ == "FakeTensor":
         return "is a FakeTensor, as in torch.compile and torch.export, and has no data; wants a tensor that has"
     if getattr(x, "is_meta", None) is True:
@@ -162,9 +169,13 @@ def _is_tracer(x: Any) -> bool:
     return hasattr(jax, "core") and isinstance(x, jax.core.Tracer)
 
 
-def _check_mutable(name: str, x: Any) -> None:
+def _is_jax_array(x: Any) -> bool:
     jax = sys.modules.get("jax")
-    if hasattr(jax, "Array") and isinstance(x, jax.Array):
+    return hasattr(jax, "Array") and isinstance(x, jax.Array)
+
+
+def _check_mutable(name: str, x: Any) -> None:
+    if _is_jax_array(x):
         raise ArgumentError(f"{name}: is a JAX array, which is immutable; wants memory that can be written")
 
 
@@ -267,12 +278,12 @@ def _as_stream(stream: Any, device: int) -> Any:
     raise ArgumentError(f"stream: got {stream!r}; wants a cudaStream_t as int, a CuPy stream, or None (current)")
 
 
-def on_stream(q: Any, stream: Any) -> AbstractContextManager[int | None]:
+def on_stream(q: Any, stream: Any, name: str = "q") -> AbstractContextManager[int | None]:
     """Makes q's device and ``stream`` current and gives the device; None for host memory, which takes no stream."""
-    device = _place("q", q)
+    device = _place(name, q)
     if device is None:
         if stream is not None:
-            raise ArgumentError("stream: q is in host memory, where there is no stream; wants None")
+            raise ArgumentError(f"stream: {name} is in host memory, where there is no stream; wants None")
         return nullcontext(None)
     if stream is None and import_cupy().cuda.runtime.getDevice() == device:
         return nullcontext(device)
@@ -366,6 +377,60 @@ def as_arrays(q: Any, k: Any, v: Any, layout: str = "bshd") -> tuple[Any, Any, A
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_strides(name, x)
     return q, k, v
+
+
+# --- shapes --------------------------------------------------------------------------------------------------------
+def stand_in(shape: tuple[int, ...], dtype: np.dtype, device: int | None) -> Any:
+    """A contiguous array for the checks, which read none: NumPy's with memory for one element, CuPy's with none."""
+    if device is not None:
+        memory = import_cupy().cuda.UnownedMemory(WORKSPACE_ALIGNMENT, math.prod(shape) * dtype.itemsize, None, device)
+        return import_cupy().ndarray(shape, dtype, import_cupy().cuda.MemoryPointer(memory, 0))
+    strides = np.cumprod((dtype.itemsize, *shape[:0:-1]), dtype=np.int64)[::-1] if shape else ()
+    return np.lib.stride_tricks.as_strided(np.zeros(1, dtype), shape, strides, writeable=False)
+
+
+def examples(q: Any, k: Any, v: Any, dtype: Any, device: int | None) -> tuple[Any, Any, Any]:
+    """q, k and v as they are when they are arrays, stand-ins of ``dtype`` on ``device`` when they are shapes."""
+    named = tuple(zip("qkv", (q, k, v)))
+    if not any(isinstance(x, (tuple, list)) for _, x in named):
+        for name, value in (("dtype", dtype), ("device", device)):
+            if value is not None:
+                raise ArgumentError(f"{name}: got {value!r}; wants None, as q, k and v are arrays, which have one")
+        return q, k, v
+    for name, x in named:
+        if not isinstance(x, (tuple, list)):
+            raise ArgumentError(f"{name}: got {type(x).__name__}; wants a shape, as others of q, k and v are shapes")
+        if not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 0 for n in x):
+            raise ArgumentError(f"{name}: got {reprlib.repr(x)[:60]}; wants an array or a shape, integers >= 0")
+        if math.prod(map(int, x)) >= 2**60:
+            raise ArgumentError(f"{name}: got shape {reprlib.repr(x)}; wants one of fewer than 2**60 elements")
+    dtype, device = _check_dtype(dtype), None if device is None else _check_device(device)
+    return tuple(stand_in(tuple(map(int, x)), dtype, device) for _, x in named)
+
+
+def _check_dtype(dtype: Any) -> np.dtype:
+    by_name = {name: known for known, name in DTYPE_NAMES.items()}
+    try:
+        found = by_name.get(dtype) if isinstance(dtype, str) else np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in DTYPE_NAMES:
+        wanted = " or ".join(map(repr, by_name))
+        raise DtypeError(f"dtype: got {dtype!r}; wants {wanted}, as q, k and v are shapes")
+    return found
+
+
+def _check_device(device: Any) -> int:
+    if not isinstance(device, (int, np.integer)) or isinstance(device, bool):
+        raise ArgumentError(f"device: got {device!r}; wants the number of a CUDA device, or None for host memory")
+    runtime = import_cupy().cuda.runtime
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        raise GpuError(f"device: got {device}, but no GPU can be used: {error}") from error
+    if not 0 <= device < count:
+        raise ArgumentError(f"device: got {device}; wants 0 to {count - 1}, the CUDA devices that there are, or None")
+    return int(device)
 
 
 # --- options -------------------------------------------------------------------------------------------------------
