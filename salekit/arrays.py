@@ -198,7 +198,9 @@ def _import_array(name: str, x: Any, device: int | None) -> Any:
     if name in _WRITTEN:
         _check_mutable(name, x)
     try:
-        if device is None:
+        if type(x).__name__ == "StridedMemoryView" and x.dtype == BFLOAT16:
+            array, is_read_only = _import_strided_view(x, device), x.readonly
+        elif device is None:
             array, is_read_only = import_dlpack(x, np.from_dlpack)
         elif hasattr(x, "__dlpack__"):
             array, is_read_only = import_dlpack(x, import_cupy().from_dlpack)
@@ -214,9 +216,20 @@ def _import_array(name: str, x: Any, device: int | None) -> Any:
     return array
 
 
+def _import_strided_view(view: Any, device: int | None) -> Any:
+    """A bfloat16 StridedMemoryView of ``cuda.core``, whose DLPack has no bfloat16."""
+    strides = None if view.strides is None else tuple(BFLOAT16.itemsize * stride for stride in view.strides)
+    data = (view.ptr, view.readonly)
+    holder = _Interface(view, {"version": 3, "shape": view.shape, "typestr": "<u2", "strides": strides, "data": data})
+    if device is not None:
+        return import_cupy().asarray(holder).view(BFLOAT16)
+    holder.__array_interface__ = holder.__cuda_array_interface__
+    return np.asarray(holder).view(BFLOAT16)
+
+
 def _import_interface(name: str, x: Any) -> tuple[Any, bool]:
     """What has a CUDA array interface, as a CuPy array, and whether it is read-only."""
-    cupy, interface = import_cupy(), x.__cuda_array_interface__
+    cupy, interface = import_cupy(), dict(x.__cuda_array_interface__)
     if interface.get("mask") is not None:
         raise DtypeError(f"{name}: has a mask; wants an array without one")
     producer, current = interface.get("stream"), cupy.cuda.get_current_stream()
@@ -224,8 +237,11 @@ def _import_interface(name: str, x: Any) -> tuple[Any, bool]:
         event = cupy.cuda.Event(disable_timing=True)
         event.record(external_stream(producer))
         current.wait_event(event)
+    is_bfloat16 = interface["typestr"] == BFLOAT16.str
+    if is_bfloat16:
+        interface.update(typestr="<u2", descr=[("", "<u2")])
     array = cupy.asarray(_Interface(x, interface))
-    if interface["typestr"] == BFLOAT16.str:
+    if is_bfloat16:
         array = array.view(BFLOAT16)
     return array, bool(interface["data"][1])
 

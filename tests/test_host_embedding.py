@@ -19,6 +19,7 @@ from salekit.errors import ArgumentError, DtypeError, GpuError
 
 BF16, FP16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 SPARSE = {"thresholds": 0.2, "dense_below": 0}
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or other tests find no memory on a GPU
 
 
 def make(seqlen_q=300, seqlen_k=None, heads=4, kv_heads=2, head_dim=64, batch=1, dtype=BF16, seed=0):
@@ -206,14 +207,25 @@ def test_ort_value(dtype):
     assert back.data_ptr() == want.ctypes.data and back.data_type() == out.data_type()
 
 
-def test_strided_memory_view():
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_strided_memory_view(dtype):
     utils = pytest.importorskip("cuda.core.utils")
     if not hasattr(utils.StridedMemoryView, "__dlpack__"):
         pytest.skip("this cuda.core's StridedMemoryView has no DLPack")
-    given = make(dtype=FP16)
-    views = [utils.StridedMemoryView.from_any_interface(x, stream_ptr=-1) for x in given]
-    assert np.shares_memory(arrays.import_array("q", views[0], None), given[0])
-    assert salekit.sparse_attention(*views).tobytes() == salekit.sparse_attention(*given).tobytes()
+    given = make(dtype=dtype)
+    given[0] = given[0][:, 1::2]
+    want = salekit.sparse_attention(*given)
+    views = [utils.StridedMemoryView.from_any_interface(salekit.as_dlpack(x), stream_ptr=-1) for x in given]
+    array = arrays.import_array("q", views[0], None)
+    assert np.shares_memory(array, given[0]) and array.strides == given[0].strides and array.dtype == dtype
+    assert salekit.sparse_attention(*views).tobytes() == want.tobytes()
+    memory = np.zeros_like(want)
+    out = utils.StridedMemoryView.from_any_interface(salekit.as_dlpack(memory), stream_ptr=-1)
+    assert salekit.sparse_attention(*views, out=out) is out and memory.tobytes() == want.tobytes()
+    memory.flags.writeable = False
+    frozen = utils.StridedMemoryView.from_any_interface(salekit.as_dlpack(memory), stream_ptr=-1)
+    with pytest.raises(ArgumentError, match="out: is read-only"):
+        salekit.sparse_attention(*views, out=frozen)
 
 
 # --- what stands for an array ------------------------------------------------------------------------------------
@@ -383,7 +395,7 @@ def test_bad_shapes(args, options, error, match):
 # --- threads -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("is_shared", [True, False])
 def test_threads_run_plans(is_shared):
-    """One plan in all threads, or several, of arrays of one kind and another, each thread with thresholds of its own."""
+    """One plan in all threads, or several; each thread with arrays and thresholds of its own."""
     num_threads, turns = 8, 6
     given = [make(150 + 40 * (0 if is_shared else seed % 3), seed=seed) for seed in range(num_threads)]
     made = {x[0].shape: salekit.plan(*(y.shape for y in x), dtype="bfloat16", dense_below=0) for x in given}
