@@ -35,7 +35,7 @@ _new.restype, _new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_
 
 
 class Producer:
-    """Memory at ``address``. strides: in elements, None for contiguous; flags: None before DLPack 1.0.
+    """Memory at ``address``. strides: in elements, None for contiguous; flags: None for one before DLPack 1.0.
 
     released: how many capsules' deleters were called. streams: what ``__dlpack__`` was given.
     """
@@ -56,7 +56,9 @@ class Producer:
 
     def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
         self.streams.append(stream)
-        versioned = self.flags is not None
+        versioned = self.flags is not None and max_version is not None
+        if self.flags == READ_ONLY and not versioned:
+            raise BufferError("read-only memory wants DLPack 1.0")
         managed = (_Versioned if versioned else _Managed)()
         if versioned:
             managed.major, managed.flags = 1, self.flags
