@@ -132,7 +132,7 @@ def _place(name: str, x: Any) -> int | None:
 
 def _exported_place(name: str, x: Any) -> int | None:
     if hasattr(x, "__dlpack_device__") and hasattr(x, "__dlpack__"):
-        kind, device = (int(part) for part in x.__dlpack_device__())
+        kind, device = map(int, x.__dlpack_device__())
         if kind in _DLPACK_HOST:
             return None
         if kind in _DLPACK_CUDA:
@@ -201,7 +201,7 @@ def _import_array(name: str, x: Any, device: int | None) -> Any:
         if type(x).__name__ == "StridedMemoryView" and x.dtype == BFLOAT16:
             array, is_read_only = _import_strided_view(x, device), x.readonly
         elif device is None:
-            array, is_read_only = import_dlpack(x, np.from_dlpack)
+            array, is_read_only = import_dlpack(x, np.from_dlpack, name in _WRITTEN)
         elif hasattr(x, "__dlpack__"):
             array, is_read_only = import_dlpack(x, import_cupy().from_dlpack)
         else:
