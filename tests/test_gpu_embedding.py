@@ -282,7 +282,7 @@ def run_threads(work, num_threads):
 
 @pytest.mark.parametrize("with_workspace", [True, False])
 def test_threads_share_a_plan(with_workspace):
-    """Each thread with a stream and arrays of its own; nothing is compiled before they start."""
+    """Each thread with a stream and arrays of its own; they record the plan's programs."""
     num_threads, scale = 6, 0.0917 + with_workspace / 1000  # a scale of this test alone
     given = [on_gpu(make(seed=seed)) for seed in range(num_threads)]
     options = {"dense_below": 0, "softmax_scale": scale}
