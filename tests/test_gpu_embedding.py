@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -80,7 +81,8 @@ def test_dlpack_is_asked_for_the_stream_of_the_call():
     given = on_gpu(make())
     stream = cp.cuda.Stream(non_blocking=True)
     cp.cuda.Device().synchronize()
-    for argument, want in ((stream, stream.ptr), (stream.ptr, stream.ptr), (None, 1), (2, 2)):
+    as_torch = SimpleNamespace(cuda_stream=stream.ptr)
+    for argument, want in ((stream, stream.ptr), (stream.ptr, stream.ptr), (as_torch, stream.ptr), (None, 1), (2, 2)):
         producers = [producer(x) for x in given]
         salekit.sparse_attention(*producers, stream=argument, **SPARSE)
         assert [x.streams for x in producers] == [[want]] * 3
