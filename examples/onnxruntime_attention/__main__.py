@@ -1,4 +1,4 @@
-"""salekit in the place of the attention of an ONNX graph, by IO binding: ``python -m examples.onnxruntime_attention``."""
+"""salekit in the place of an ONNX graph's attention, by IO binding: ``python -m examples.onnxruntime_attention``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.onnxruntime_attention", description=__doc__)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where it is")
     parser.add_argument("--graph", choices=tuple(model.OPSETS), default="ops", help="attention in the graph: plain "
-                        "operators (opset 17), or the operator Attention (opset 23); default %(default)s")
+                        "operators, the operator Attention of opset 23, or ONNX Runtime's GroupQueryAttention; default "
+                        "%(default)s")
     parser.add_argument("--layers", type=int, default=1, help="default %(default)s")
     parser.add_argument("--seqlen", type=int, help="tokens; default 4096 on a GPU, 1024 on the twin")
     parser.add_argument("--heads", type=int, default=8, help="query heads (default %(default)s)")
@@ -53,10 +54,12 @@ def run(options: argparse.Namespace) -> int:
     if seqlen < 1 or options.runs < 1:
         raise ArgumentError(f"--seqlen, --runs: got {seqlen} and {options.runs}; wants at least 1 of each")
     sizes = {"batch": 1, "seqlen": seqlen}
-    where = "CUDA, salekit on the same stream" if on_gpu else "the CPU, salekit on the NumPy twin: times say nothing of a GPU"
+    where = "the CPU, salekit on the NumPy twin: times say nothing of a GPU"
+    if on_gpu:
+        where = "CUDA, salekit on the same stream"
     print(f"onnxruntime {sessions.onnxruntime.__version__} on {where}")
-    print(f"{options.layers} layers, {seqlen} tokens, {options.heads} query and {options.kv_heads} KV heads of "
-          f"{options.head_dim}, {options.dtype}; attention in the graph: {options.graph}, opset {model.OPSETS[options.graph]}\n")
+    print(f"layers: {options.layers}; {seqlen} tokens, {options.heads} query and {options.kv_heads} KV heads of "
+          f"{options.head_dim}, {options.dtype}; attention in the graph: {options.graph}\n")
     graph = model.build(
         options.layers, options.heads, options.kv_heads, options.head_dim, options.dtype, options.graph
     )
@@ -66,15 +69,20 @@ def run(options: argparse.Namespace) -> int:
     for buffers in (whole.buffers, cut.buffers):
         device.write(buffers["ids"], ids)
     describe(cut)
+    if on_gpu:
+        parts = [(f"part {index}", part) for index, part in enumerate(cut.parts) if part is not None]
+        for name, bound in (("the whole graph", whole.bound), *parts):
+            found = sessions.operators_on_cpu(bound.session)
+            print(f"operators of {name} on the CPU: {'not known' if found is None else ', '.join(found) or 'none'}")
 
-    whole_ms = timed(whole.run, device, options.runs)
+    whole_ms, _ = timed(whole.run, device, options.runs)
     want = device.read(whole.buffers["hidden"])
     print(f"\n{'':38}{'ms, median':>12}{'error':>10}{'density':>10}")
     print(f"{'the whole graph, ONNX Runtime alone':38}{whole_ms:12.2f}{0:10.5f}{1:10.3f}")
     verdicts: list[bool] = []
     for tau in (0.0, options.tau):
         settings = {"thresholds": tau, "dense_below": 0}
-        milliseconds = timed(lambda: cut.run(**settings), device, options.runs)
+        milliseconds, host = timed(lambda: cut.run(**settings), device, options.runs)
         got = device.read(cut.buffers["hidden"])
         density = np.mean([mask.density().mean() for mask in cut.run(return_masks=True, **settings)])
         error = check.relative_error(got, want)
@@ -82,7 +90,9 @@ def run(options: argparse.Namespace) -> int:
         if tau == 0:
             verdicts = verify(cut, graph, got, want)
     print("error: of the whole output against the whole graph's, relative, in the Euclidean norm\n")
-    alone = [timed(lambda: cut.attend(i, thresholds=options.tau, dense_below=0), device, options.runs)
+    if on_gpu:
+        print(f"the host is done with a run at tau {options.tau:g} after {host:.2f} ms")
+    alone = [timed(lambda: cut.attend(i, thresholds=options.tau, dense_below=0), device, options.runs)[0]
              for i in range(options.layers)]
     print(f"attention alone at tau {options.tau:g}: " + ", ".join(f"{each:.2f} ms" for each in alone))
     print("\n".join(text for _, text in verdicts))
@@ -132,16 +142,18 @@ def has_cuda() -> bool:
         return False
 
 
-def timed(call: Callable, device: sessions.Device, runs: int) -> float:
-    """Median milliseconds until the result is there, after a first call."""
+def timed(call: Callable, device: sessions.Device, runs: int) -> tuple[float, float]:
+    """Median milliseconds until the result is there, and until the call returns, after a first call."""
     samples = []
     for index in range(runs + 1):
         device.synchronize()
         started = time.perf_counter()
         call()
+        returned = time.perf_counter()
         device.synchronize()
-        samples.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(samples[1:])
+        samples.append(((time.perf_counter() - started) * 1e3, (returned - started) * 1e3))
+    whole, host = zip(*samples[1:])
+    return statistics.median(whole), statistics.median(host)
 
 
 if __name__ == "__main__":

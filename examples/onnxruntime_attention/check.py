@@ -13,11 +13,11 @@ VALUE_ROUNDINGS = 4  # the softmax on either side, and the result on either side
 def attention_tolerance(q: np.ndarray, k: np.ndarray, v: np.ndarray, same_inputs: bool = True) -> np.ndarray:
     """[batch, heads]: a bound on the Euclidean distance of two results for one row and head.
 
-    q, k, v: [batch, seqlen, heads, head_dim], of one 16-bit dtype. A score is off by at most x = n u S, with n roundings,
-    u half a unit in the last place, S the largest score. ``out = sum_j p_j v_j`` moves along ``sum_j p_j ds_j (v_j -
-    out)``, at most x max|v|, as ``sum_j p_j |v_j - out| <= max|v|``. Roundings of p and of out add u max|v| each; p that is
-    subnormal in float16, and float32 sums, add 2^-23 max|v| a key. same_inputs=False: one side had q, k and v before they
-    were rounded to 16 bits.
+    q, k, v: [batch, seqlen, heads, head_dim], of one 16-bit dtype. A score is off by at most x = n u S, with n
+    roundings, u half a unit in the last place, S a bound on all scores. ``out = sum_j p_j v_j`` moves along
+    ``sum_j p_j ds_j (v_j - out)``, at most x max|v|, for ``sum_j p_j |v_j - out| <= max|v|``. Roundings of p and of out
+    add u max|v| each; p that is subnormal in float16, and float32 sums, add 2^-23 max|v| a key. same_inputs=False: one
+    side had q, k and v before they were rounded to 16 bits. What rounds before q, k and v is taken to be the same.
     """
     unit, (_, num_keys, _, head_dim) = HALF_ULP[q.dtype.name], k.shape
     longest_q, longest_k, longest_v = (np.linalg.norm(x.astype(np.float64), axis=3).max(axis=1) for x in (q, k, v))

@@ -1,7 +1,8 @@
 """A small transformer, written with onnx.helper: ids [batch, seqlen] -> hidden [batch, seqlen, heads * head_dim].
 
-Each layer adds ``attention(LayerNorm(x)) @ Wo`` to x. Attention is plain ONNX operators (``form="ops"``, opset 17), as an
-exporter writes it, or the one operator Attention (``form="operator"``, opset 23).
+Each layer adds ``attention(LayerNorm(x)) @ Wo`` to x. Attention is plain ONNX operators, as an exporter writes it
+(``form="ops"``, opset 17), the operator Attention (``form="operator"``, opset 23), or ONNX Runtime's own
+GroupQueryAttention (``form="gqa"``, domain com.microsoft).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .split import Site
 
 DTYPES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 NUMPY = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-OPSETS = {"ops": 17, "operator": 23}
+OPSETS = {"ops": 17, "operator": 23, "gqa": 17}
 IR_VERSION = 10  # ONNX Runtime 1.19 and newer read it
 TOPICS, WORDS = 32, 16  # a token is one of WORDS of a topic
 SCORE = 8.0  # about what tokens of one topic score; those of two score about 0
@@ -68,16 +69,18 @@ def build(
         value = graph.rng.standard_normal((width, kv_heads * head_dim)) / np.sqrt(width)
         for name, matrix in ((site.q, query), (site.k, key), (site.v, value)):
             graph.add("MatMul", [normed, graph.weight(name + ".weight", matrix.reshape(width, -1))], name)
-        attention = _attention_operator if form == "operator" else _attention_ops
-        attention(graph, site, of, heads, kv_heads, head_dim)
+        ATTENTIONS[form](graph, site, of, heads, kv_heads, head_dim)
         output = graph.weight(of + "o.weight", graph.rng.standard_normal((width, width)) / np.sqrt(width))
         added = graph.add("MatMul", [site.out, output], of + "o")
         x = graph.add("Add", [x, added], "hidden" if layer + 1 == layers else f"x.{layer + 1}")
     ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "seqlen"])
     hidden = helper.make_tensor_value_info("hidden", graph.type, ["batch", "seqlen", width])
+    opsets = [helper.make_opsetid("", OPSETS[form])]
+    if form == "gqa":
+        opsets.append(helper.make_opsetid("com.microsoft", 1))
     made = helper.make_model(
-        helper.make_graph(graph.nodes, "small transformer", [ids], [hidden], graph.weights),
-        opset_imports=[helper.make_opsetid("", OPSETS[form])],
+        helper.make_graph(graph.nodes, "small transformer", [ids], [hidden], graph.weights, value_info=graph.types),
+        opset_imports=opsets,
         ir_version=IR_VERSION,
     )
     checker.check_model(made, full_check=True)
@@ -87,11 +90,15 @@ def build(
 class _Graph:
     def __init__(self, type: int, numpy_type: np.dtype, rng: np.random.Generator):
         self.type, self.numpy_type, self.rng = type, numpy_type, rng
-        self.nodes, self.weights = [], []
+        self.nodes, self.weights, self.types = [], [], []
 
-    def add(self, operator: str, inputs: list[str], output: str, **attributes) -> str:
-        self.nodes.append(helper.make_node(operator, inputs, [output], output, **attributes))
+    def add(self, operator: str, inputs: list[str], output: str, *others: str, **attributes) -> str:
+        self.nodes.append(helper.make_node(operator, inputs, [output, *others], output, **attributes))
         return output
+
+    def integer(self, name: str, value: int, kind: int = TensorProto.INT64) -> str:
+        self.weights.append(helper.make_tensor(name, kind, [], [value]))
+        return name
 
     def weight(self, name: str, values: np.ndarray) -> str:
         raw = np.ascontiguousarray(values, np.float32).astype(self.numpy_type).tobytes()
@@ -109,21 +116,38 @@ def _attention_operator(graph: _Graph, site: Site, of: str, heads: int, kv_heads
     )
 
 
+def _group_query_attention(graph: _Graph, site: Site, of: str, heads: int, kv_heads: int, head_dim: int) -> None:
+    """It wants the numbers of keys, less one each, and the largest; both from the shape of q."""
+    shape = graph.add("Shape", [site.q], of + "shape")
+    counts = {}
+    for axis, name in enumerate(("batch", "length")):
+        counts[name] = graph.add("Gather", [shape, graph.integers(of + name + ".axis", [axis])], of + name, axis=0)
+    total = graph.add("Cast", [counts["length"]], of + "total", to=TensorProto.INT32)
+    last = graph.add("Sub", [total, graph.integer(of + "1", 1, TensorProto.INT32)], of + "last")
+    lengths = graph.add("Expand", [last, counts["batch"]], of + "lengths")
+    inputs = [site.q, site.k, site.v, "", "", lengths, total]
+    graph.add(
+        "GroupQueryAttention", inputs, site.out, of + "present_k", of + "present_v",
+        domain="com.microsoft", num_heads=heads, kv_num_heads=kv_heads,
+    )
+    # ONNX infers no shapes in ONNX Runtime's domain, so exporters write them down.
+    graph.types.append(helper.make_tensor_value_info(site.out, graph.type, ["batch", "seqlen", heads * head_dim]))
+
+
 def _attention_ops(graph: _Graph, site: Site, of: str, heads: int, kv_heads: int, head_dim: int) -> None:
     """Scores of a head are a matrix of their own, its group's beside it: [batch, kv_heads, group, seqlen, seqlen]."""
 
     def split(name: str, group: int, order: list[int]) -> str:
         shape = graph.integers(f"{name}.shape", [0, 0, kv_heads, group, head_dim])
-        return graph.add("Transpose", [graph.add("Reshape", [name, shape], f"{name}.heads"), ], f"{name}.t", perm=order)
+        return graph.add("Transpose", [graph.add("Reshape", [name, shape], f"{name}.heads")], f"{name}.t", perm=order)
 
     q, v = split(site.q, heads // kv_heads, [0, 2, 3, 1, 4]), split(site.v, 1, [0, 2, 3, 1, 4])
     k = split(site.k, 1, [0, 2, 3, 4, 1])
     scale = graph.weight(of + "scale", np.array(head_dim**-0.5))
     scores = graph.add("Mul", [graph.add("MatMul", [q, k], of + "products"), scale], of + "scores")
-    zero, one = (helper.make_tensor(of + name, TensorProto.INT64, [], [value]) for name, value in (("0", 0), ("1", 1)))
-    graph.weights += [zero, one]
-    length = graph.add("Gather", [graph.add("Shape", [site.q], of + "shape"), one.name], of + "length", axis=0)
-    places = graph.add("Range", [zero.name, length, one.name], of + "places")
+    zero, one = graph.integer(of + "0", 0), graph.integer(of + "1", 1)
+    length = graph.add("Gather", [graph.add("Shape", [site.q], of + "shape"), one], of + "length", axis=0)
+    places = graph.add("Range", [zero, length, one], of + "places")
     column = graph.add("Unsqueeze", [places, graph.integers(of + "axis", [1])], of + "column")
     visible = graph.add("LessOrEqual", [places, column], of + "visible")
     hidden = graph.weight(of + "hidden", np.array(-np.inf))
@@ -132,3 +156,6 @@ def _attention_ops(graph: _Graph, site: Site, of: str, heads: int, kv_heads: int
     mixed = graph.add("MatMul", [weights, v], of + "mixed")
     rows = graph.add("Transpose", [mixed], of + "rows", perm=[0, 3, 1, 2, 4])
     graph.add("Reshape", [rows, graph.integers(of + "packed", [0, 0, heads * head_dim])], site.out)
+
+
+ATTENTIONS = {"ops": _attention_ops, "operator": _attention_operator, "gqa": _group_query_attention}

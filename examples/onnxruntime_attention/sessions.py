@@ -1,4 +1,4 @@
-"""A split model on ONNX Runtime: the parts as sessions, salekit between them, all on one set of buffers and one stream."""
+"""A split model on ONNX Runtime: its parts as sessions, salekit between them, on one set of buffers and one stream."""
 
 from __future__ import annotations
 
@@ -66,8 +66,10 @@ class Device:
             self.stream.synchronize()
 
     def session(self, model: ModelProto) -> onnxruntime.InferenceSession:
+        settings = onnxruntime.SessionOptions()
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
-            session = onnxruntime.InferenceSession(model.SerializeToString(), providers=self.providers)
+            session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=self.providers)
         except Exception as error:  # ONNX Runtime's errors have no class in common
             raise ArgumentError(f"model: ONNX Runtime does not take it: {str(error).strip()}") from error
         if self.stream is not None and session.get_providers()[0] != "CUDAExecutionProvider":
@@ -76,6 +78,14 @@ class Device:
                 'pip install "onnxruntime-gpu[cuda,cudnn]"'
             )
         return session
+
+
+def operators_on_cpu(session: onnxruntime.InferenceSession) -> list[str] | None:
+    """The operators that a session runs on the CPU; None where ONNX Runtime is too old to say."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return None
+    pieces = [x for x in session.get_provider_graph_assignment_info() if x.ep_name == "CPUExecutionProvider"]
+    return sorted({node.op_type for piece in pieces for node in piece.get_nodes()})
 
 
 def address(array: Any) -> int:

@@ -48,13 +48,14 @@ def split(model: ModelProto, sites: list[Site], sizes: dict[str, int]) -> Split:
     """
     if not sites:
         raise ArgumentError("sites: got none; wants the tensors of at least one attention")
-    model = shape_inference.infer_shapes(_fixed(model, sizes), data_prop=True)
+    model = _fixed(model, sizes)
     graph = _Graph(model.graph)
     outs = {site.out: index + 1 for index, site in enumerate(sites)}
     if len(outs) < len(sites):
         raise ArgumentError("sites: two attentions have the same out; wants each once")
     for site in sites:
         graph.check(site, outs)
+    model = _with_shapes(model, sites)
     ends = [x.name for x in model.graph.output] + [name for site in sites for name in (site.q, site.k, site.v)]
     nodes, _ = graph.walk(ends, set(outs))
     part_of = graph.parts(nodes, outs)
@@ -62,13 +63,14 @@ def split(model: ModelProto, sites: list[Site], sizes: dict[str, int]) -> Split:
         for name in (site.q, site.k, site.v):
             if part_of[name] is not None and part_of[name] > index:
                 raise ArgumentError(
-                    f"sites: {name!r} of attention {index} depends on attention {part_of[name] - 1}; wants the order in "
-                    "which they run"
+                    f"sites: {name!r} of attention {index} depends on attention {part_of[name] - 1}; wants the order "
+                    "in which they run"
                 )
     # What a part has to hand over: to a later part, to an attention, to the caller.
     crossing = {
         name for node in nodes for name in node.input
-        if part_of.get(name) is not None and name not in outs and part_of[name] != part_of[node.output[0]]
+        if part_of.get(name) is not None and name not in outs and name not in graph.inputs
+        and part_of[name] != part_of[node.output[0]]
     }
     handed = [name for name in dict.fromkeys([*ends, *sorted(crossing)]) if name not in outs]
     extractor = Extractor(model)
@@ -101,6 +103,18 @@ def _fixed(model: ModelProto, sizes: dict[str, int]) -> ModelProto:
             if not dim.HasField("dim_value"):
                 raise ArgumentError(f"sizes: {value.name!r} has an axis {dim.dim_param!r}; wants a number for it")
     return fixed
+
+
+def _with_shapes(model: ModelProto, sites: list[Site]) -> ModelProto:
+    """The model with the shapes of all its tensors. Inference may lose itself in an attention: out has the shape of q."""
+    known = shape_inference.infer_shapes(model, data_prop=True)
+    for site in sites:
+        types = {x.name: x.type for x in (*known.graph.value_info, *known.graph.output)}
+        given = [x.name for x in (*model.graph.value_info, *model.graph.output)]
+        if site.q in types and site.out not in given:
+            model.graph.value_info.append(ValueInfoProto(name=site.out, type=types[site.q]))
+            known = shape_inference.infer_shapes(model, data_prop=True)
+    return known
 
 
 class _Graph:
