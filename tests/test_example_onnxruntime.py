@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # examples/ is part of the checkout, not of the package
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
+import salekit  # noqa: E402
 from examples.onnxruntime_attention import __main__ as program  # noqa: E402
 from examples.onnxruntime_attention import check, model, sessions  # noqa: E402
 from examples.onnxruntime_attention.split import Site, shape_of, split  # noqa: E402
@@ -87,7 +88,7 @@ def check_memory(cut):
             name = getattr(site, role)
             assert written[name].data_ptr() == sessions.address(cut.views[index][role])
             assert written[name].data_ptr() == sessions.address(cut.buffers[name])
-            assert written[name].device_name().lower() == device.type
+            assert (written[name].device_name().lower() == "cpu") == (device.type == "cpu")
         out = cut.buffers[site.out]
         assert sessions.address(cut.views[index]["out"]) == sessions.address(out)
         assert any(held is out for held in after._held) and site.out in after.inputs
@@ -153,6 +154,24 @@ def test_runs_do_not_depend_on_earlier_ones():
     assert np.array_equal(cut.buffers["hidden"], first)
 
 
+def small_qkv():
+    rng = np.random.default_rng(5)
+    return [rng.standard_normal((1, 150, heads, DIM)).astype(np.float16) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+
+
+@pytest.mark.skipif(not hasattr(onnxruntime.OrtValue, "__dlpack__"), reason="this OrtValue has no DLPack")
+def test_ortvalues_are_arrays():
+    """As q, k and v, in place; out is the memory that an OrtValue was made from."""
+    arrays = small_qkv()
+    out = np.full(arrays[0].shape, np.nan, np.float16)
+    *values, target = [onnxruntime.OrtValue.ortvalue_from_numpy(x) for x in (*arrays, out)]
+    salekit.sparse_attention(*values, out=out, **SPARSE)
+    assert target.data_ptr() == out.ctypes.data
+    assert np.array_equal(target.numpy(), salekit.sparse_attention(*arrays, **SPARSE))
+    with pytest.raises(ArgumentError, match="out: is read-only"):
+        salekit.sparse_attention(*values, out=target, **SPARSE)
+
+
 # --- the cut -------------------------------------------------------------------------------------------------------
 SIZES = {"batch": 1, "seqlen": 96}
 
@@ -208,6 +227,43 @@ def test_what_crosses_twice_and_what_is_an_output():
         split(graph, [SITE, SITE], SIZES)
 
 
+def test_heads_before_rows():
+    """Tensors [batch, heads, seqlen, head_dim], as graphs have them that transpose before attention."""
+    nodes = []
+    for name in "qkv":
+        nodes.append(helper.make_node("MatMul", ["x", f"w{name}"], [f"{name}0"]))
+        nodes.append(helper.make_node("Reshape", [f"{name}0", f"shape_{name}"], [f"{name}1"]))
+        nodes.append(helper.make_node("Transpose", [f"{name}1"], [name], perm=[0, 2, 1, 3]))
+    nodes.append(helper.make_node("Attention", ["q", "k", "v"], ["out"], is_causal=1))
+    nodes.append(helper.make_node("Transpose", ["out"], ["rows"], perm=[0, 2, 1, 3]))
+    nodes.append(helper.make_node("Reshape", ["rows", "packed"], ["y"]))
+    rng, width = np.random.default_rng(0), HEADS * DIM
+    weights = [helper.make_tensor("packed", TensorProto.INT64, [3], [0, 0, width])]
+    for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+        matrix = (rng.standard_normal((width, heads * DIM)) / np.sqrt(width)).astype(np.float16)
+        weights.append(numpy_helper.from_array(matrix, f"w{name}"))
+        weights.append(helper.make_tensor(f"shape_{name}", TensorProto.INT64, [4], [0, 0, heads, DIM]))
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT16, [2, "seqlen", width]) for name in "xy")
+    graph = helper.make_graph(nodes, "g", [x], [y], weights)
+    graph = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=model.IR_VERSION)
+    device, sizes = sessions.Device(False), {"seqlen": 150}
+    whole = sessions.Whole(graph, sizes, device)
+    cut = sessions.SplitModel(graph, [Site("q", "k", "v", "out", "bhsd")], DIM, sizes, device)
+    values = rng.standard_normal((2, 150, width)).astype(np.float16)
+    for part in (whole, cut):
+        device.write(part.buffers["x"], values)
+    whole.run()
+    cut.run(**DENSE)
+    assert cut.buffers["q"].shape == (2, HEADS, 150, DIM) and cut.views[0]["q"].shape == (2, 150, HEADS, DIM)
+    assert all(np.shares_memory(cut.views[0][role], cut.buffers[role]) for role in ("q", "k", "v", "out"))
+    # y is attention's result with its axes moved: no more than its rounding and that of its inputs.
+    tolerance = check.attention_tolerance(*(cut.views[0][role] for role in "qkv"), same_inputs=False)
+    got, want = (x.buffers["y"].reshape(2, 150, HEADS, DIM) for x in (cut, whole))
+    assert (check.attention_errors(got, want) <= tolerance).all() and got.std() > 0.01
+    with pytest.raises(ArgumentError, match="site.layout: got 'sbhd'; wants one of 'bshd', 'bhsd'"):
+        sessions.SplitModel(graph, [Site("q", "k", "v", "out", "sbhd")], DIM, sizes, device)
+
+
 def test_a_graph_without_the_attention():
     graph = model.build(1, **SMALL)
     site = model.sites(2)[1]
@@ -234,7 +290,7 @@ def test_unknown_sizes():
     graph = model.build(1, **SMALL)
     with pytest.raises(ArgumentError, match="sizes: 'ids' has an axis 'seqlen'; wants a number"):
         split(graph, model.sites(1), {"batch": 1})
-    with pytest.raises(ArgumentError, match="wants \\[batch, seqlen, heads \\* head_dim\\] with head_dim 96"):
+    with pytest.raises(ArgumentError, match="'layer.0.q' has shape \\(1, 96, 256\\); wants .* with head_dim 96"):
         sessions.SplitModel(graph, model.sites(1), 96, SIZES, sessions.Device(False))
 
 
@@ -336,6 +392,18 @@ def test_nothing_is_copied_on_a_gpu(cuda):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not hasattr(onnxruntime.OrtValue, "__dlpack__"), reason="this OrtValue has no DLPack")
+def test_ortvalues_on_a_gpu(cuda):
+    cupy, arrays = sessions.import_cupy(), small_qkv()
+    sessions.Device(True)  # loads CUDA's libraries
+    *values, out = [onnxruntime.OrtValue.ortvalue_from_numpy(x, "cuda", 0) for x in (*arrays, arrays[0])]
+    assert salekit.sparse_attention(*values, out=out, **SPARSE) is out
+    cupy.cuda.Device().synchronize()
+    want = salekit.sparse_attention(*map(cupy.asarray, arrays), **SPARSE)
+    assert np.array_equal(out.numpy(), want.get())
+
+
+@pytest.mark.gpu
 def test_one_stream_orders_everything(cuda):
     """Runs on other ids each are queued before the first is done; each result is that of a run alone."""
     _, _, cut = both(cuda=True, seqlen=4000, layers=2)
@@ -351,7 +419,7 @@ def test_one_stream_orders_everything(cuda):
         on_gpu = [sessions.import_cupy().asarray(ids) for ids in given]
         got = []
         for ids in on_gpu:
-            cut.buffers["ids"][...] = ids
+            cut.buffers["ids"].data.copy_from_device_async(ids.data, ids.nbytes, device.stream)
             cut.run(**SPARSE)
             got.append(cut.buffers["hidden"].copy())
     device.synchronize()

@@ -105,8 +105,8 @@ def describe(cut: sessions.SplitModel) -> None:
         if part is not None:
             print(f"part {index}: reads {', '.join(part.inputs)}; writes {', '.join(part.outputs)}")
         if index < len(cut.sites):
-            site, view = cut.sites[index], cut.views[index]
-            places = ", ".join(f"{getattr(site, role)} at {sessions.address(view[role]):#x}" for role in view)
+            names, view = sessions.roles(cut.sites[index]), cut.views[index]
+            places = ", ".join(f"{names[role]} at {sessions.address(view[role]):#x}" for role in view)
             print(f"salekit: {places}")
 
 

@@ -11,10 +11,10 @@ import onnxruntime
 from onnx import ModelProto, TensorProto, helper
 
 import salekit
-from salekit.arrays import import_cupy
+from salekit.arrays import LAYOUTS, import_cupy, in_layout
 from salekit.errors import ArgumentError, GpuError
 
-from .split import Site, shape_of, split
+from .split import Site, fix_sizes, shape_of, split
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)  # NumPy has none; ONNX Runtime takes it by its number in ONNX
 
@@ -68,6 +68,8 @@ class Device:
     def session(self, model: ModelProto) -> onnxruntime.InferenceSession:
         settings = onnxruntime.SessionOptions()
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        # Threads that spin after a run would take the cores from what computes next, another session or salekit.
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=self.providers)
         except Exception as error:  # ONNX Runtime's errors have no class in common
@@ -116,8 +118,9 @@ class Whole:
 
     def __init__(self, model: ModelProto, sizes: dict[str, int], device: Device):
         self.buffers: dict[str, Any] = {}
+        model = fix_sizes(model, sizes)
         for value in (*model.graph.input, *model.graph.output):
-            allocate(self.buffers, value, device, sizes)
+            allocate(self.buffers, value, device)
         self.bound = Bound(model, self.buffers, device)
 
     def run(self) -> None:
@@ -141,7 +144,8 @@ class SplitModel:
                 allocate(self.buffers, value, device)
         self.parts = [part and Bound(part, self.buffers, device) for part in pieces.parts]
         self.views = [
-            {role: _heads(self.buffers[name], name, head_dim) for role, name in vars(site).items()} for site in sites
+            {role: _heads(self.buffers[name], name, head_dim, site.layout) for role, name in roles(site).items()}
+            for site in sites
         ]
 
     def run(self, thresholds: Any = 0.008, return_masks: bool = False, **options: Any) -> list[Any]:
@@ -173,19 +177,27 @@ class SplitModel:
         return result
 
 
-def allocate(buffers: dict[str, Any], value: Any, device: Device, sizes: dict[str, int] | None = None) -> None:
+def roles(site: Site) -> dict[str, str]:
+    return {"q": site.q, "k": site.k, "v": site.v, "out": site.out}
+
+
+def allocate(buffers: dict[str, Any], value: Any, device: Device) -> None:
+    """A buffer of the type and shape of ``value``, under its name, where there is none yet."""
     if value.name not in buffers:
-        dims = value.type.tensor_type.shape.dim
-        shape = shape_of(value) if sizes is None else tuple(sizes.get(dim.dim_param, dim.dim_value) for dim in dims)
         kind = value.type.tensor_type.elem_type
         dtype = BFLOAT16 if kind == TensorProto.BFLOAT16 else np.dtype(helper.tensor_dtype_to_np_dtype(kind))
-        buffers[value.name] = device.empty(shape, dtype)
+        buffers[value.name] = device.empty(shape_of(value), dtype)
 
 
-def _heads(array: Any, name: str, head_dim: int) -> Any:
-    """A view [batch, seqlen, heads, head_dim] of packed heads."""
-    if array.ndim != 3 or array.shape[2] % head_dim:
-        raise ArgumentError(
-            f"site: {name!r} has shape {array.shape}; wants [batch, seqlen, heads * head_dim] with head_dim {head_dim}"
-        )
-    return array.reshape(*array.shape[:2], -1, head_dim)
+def _heads(array: Any, name: str, head_dim: int, layout: str) -> Any:
+    """A view [batch, seqlen, heads, head_dim]."""
+    if layout not in LAYOUTS:
+        raise ArgumentError(f"site.layout: got {layout!r}; wants one of {', '.join(map(repr, LAYOUTS))}")
+    if array.ndim == 3 and array.shape[2] % head_dim == 0:
+        return array.reshape(*array.shape[:2], -1, head_dim)
+    if array.ndim == 4 and array.shape[3] == head_dim:
+        return in_layout(array, layout)
+    raise ArgumentError(
+        f"site: {name!r} has shape {array.shape}; wants [batch, seqlen, heads * head_dim] or four axes, "
+        f"layout {layout!r}, with head_dim {head_dim}"
+    )

@@ -14,8 +14,9 @@ READ_SHAPES = ("Shape", "Size")  # operators that do not look at what is in thei
 
 @dataclass(frozen=True)
 class Site:
-    """The names of an attention's tensors, each [batch, seqlen, heads * head_dim].
+    """The names of an attention's tensors, each [batch, seqlen, heads * head_dim] or with four axes in ``layout``.
 
+    layout: "bshd", [batch, seqlen, heads, head_dim], or "bhsd", with the middle axes swapped.
     What lies between q, k and v on one side and out on the other is what salekit takes the place of.
     """
 
@@ -23,6 +24,7 @@ class Site:
     k: str
     v: str
     out: str
+    layout: str = "bshd"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def split(model: ModelProto, sites: list[Site], sizes: dict[str, int]) -> Split:
     """
     if not sites:
         raise ArgumentError("sites: got none; wants the tensors of at least one attention")
-    model = _fixed(model, sizes)
+    model = fix_sizes(model, sizes)
     graph = _Graph(model.graph)
     outs = {site.out: index + 1 for index, site in enumerate(sites)}
     if len(outs) < len(sites):
@@ -91,7 +93,8 @@ def shape_of(value: ValueInfoProto) -> tuple[int, ...]:
     return tuple(dim.dim_value for dim in dims)
 
 
-def _fixed(model: ModelProto, sizes: dict[str, int]) -> ModelProto:
+def fix_sizes(model: ModelProto, sizes: dict[str, int]) -> ModelProto:
+    """A copy whose axes have numbers instead of names. Raises ArgumentError when an axis of an input has none."""
     fixed = ModelProto()
     fixed.CopyFrom(model)
     for value in (*fixed.graph.input, *fixed.graph.output, *fixed.graph.value_info):
@@ -106,7 +109,7 @@ def _fixed(model: ModelProto, sizes: dict[str, int]) -> ModelProto:
 
 
 def _with_shapes(model: ModelProto, sites: list[Site]) -> ModelProto:
-    """The model with the shapes of all its tensors. Inference may lose itself in an attention: out has the shape of q."""
+    """The model with the shapes of all its tensors. Where inference gets lost in an attention, out is shaped as q."""
     known = shape_inference.infer_shapes(model, data_prop=True)
     for site in sites:
         types = {x.name: x.type for x in (*known.graph.value_info, *known.graph.output)}
