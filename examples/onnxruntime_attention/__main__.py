@@ -84,7 +84,9 @@ def run(options: argparse.Namespace) -> int:
         settings = {"thresholds": tau, "dense_below": 0}
         milliseconds, host = timed(lambda: cut.run(**settings), device, options.runs)
         got = device.read(cut.buffers["hidden"])
-        density = np.mean([mask.density().mean() for mask in cut.run(return_masks=True, **settings)])
+        masks = cut.run(return_masks=True, **settings)
+        device.synchronize()  # what follows is on another stream
+        density = np.mean([mask.density().mean() for mask in masks])
         error = check.relative_error(got, want)
         print(f"{f'cut, salekit at tau {tau:g}':38}{milliseconds:12.2f}{error:10.5f}{float(density):10.3f}")
         if tau == 0:

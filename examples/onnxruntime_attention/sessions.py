@@ -59,7 +59,7 @@ class Device:
         return array.copy() if self.stream is None else array.get(stream=self.stream)
 
     def current(self) -> Any:
-        return self.stream or nullcontext()
+        return nullcontext() if self.stream is None else self.stream
 
     def synchronize(self) -> None:
         if self.stream is not None:
@@ -142,7 +142,7 @@ class SplitModel:
         for piece in (*parts, *pieces.attentions):
             for value in (*piece.graph.input, *piece.graph.output):
                 allocate(self.buffers, value, device)
-        self.parts = [part and Bound(part, self.buffers, device) for part in pieces.parts]
+        self.parts = [None if part is None else Bound(part, self.buffers, device) for part in pieces.parts]
         self.views = [
             {role: _heads(self.buffers[name], name, head_dim, site.layout) for role, name in roles(site).items()}
             for site in sites
