@@ -38,6 +38,20 @@ class Counter(cupy.cuda.memory_hook.MemoryHook):
         self.gpu += 1
 
 
+class Exported:
+    """An array of another library: DLPack alone."""
+
+    def __init__(self, array):
+        self.__dlpack__, self.__dlpack_device__ = array.__dlpack__, array.__dlpack_device__
+
+
+class Described:
+    """An array of another library: a CUDA array interface alone."""
+
+    def __init__(self, array):
+        self.array, self.__cuda_array_interface__ = array, array.__cuda_array_interface__
+
+
 def host_microseconds(function, calls: int) -> dict[str, float]:
     for _ in range(20):
         function()
@@ -97,6 +111,9 @@ def main() -> None:
         if hasattr(salekit, "plan"):
             plan = salekit.plan(q, k, v, dense_below=0)
             calls["plan.run, out given"] = lambda: plan.run(q, k, v, out=out)
+            for name, wrap in (("DLPack", Exported), ("CUDA array interface", Described)):
+                foreign = tuple(map(wrap, (q, k, v, out)))
+                calls[f"plan.run, out given, {name}"] = lambda x=foreign: plan.run(*x[:3], out=x[3])
         for name, function in calls.items():
             record = {"seqlen": seqlen, "heads": heads, "call": name, **host_microseconds(function, options.calls)}
             record.update(allocations(function))

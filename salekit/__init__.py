@@ -23,6 +23,7 @@ from .attention_plan import AttentionPlan  # noqa: E402
 from .block_mask import BlockMask  # noqa: E402
 from .block_scores import block_scores, mask_from_scores, scores_plan  # noqa: E402
 from .data_files import load_qkv, load_sample  # noqa: E402
+from .dlpack import as_dlpack  # noqa: E402
 from .errors import (  # noqa: E402
     ArgumentError,
     CompileError,
@@ -41,7 +42,7 @@ from .workspaces import clear_workspaces  # noqa: E402
 
 __all__ = [
     "ArgumentError", "AttentionPlan", "BlockMask", "CompileError", "DtypeError", "FileFormatError", "GpuError",
-    "KeyStatistics", "Plan", "SalekitError", "__version__", "anchor_statistics", "attend", "block_scores",
+    "KeyStatistics", "Plan", "SalekitError", "__version__", "anchor_statistics", "as_dlpack", "attend", "block_scores",
     "clear_workspaces", "dense_attention", "errors", "estimate", "key_statistics", "load_qkv", "load_sample",
     "load_thresholds", "make_plan", "mask_from_scores", "merge_attention_states", "plan", "quantize", "row_limits",
     "save_thresholds", "scores_plan", "sparse_attention", "sparse_attention_varlen",

@@ -1,13 +1,15 @@
 """Arrays and options in: the only place that rejects. Everything downstream gets checked views and a Plan.
 
-Accepted: NumPy arrays (and host DLPack) for the twin; CuPy arrays, CUDA DLPack and ``__cuda_array_interface__`` for the
-GPU. Inside salekit every tensor is a view in the order [batch, seqlen, heads, head_dim]; strides say the rest.
+Accepted: NumPy arrays and host DLPack for the twin; CuPy arrays, CUDA DLPack and ``__cuda_array_interface__`` for the
+GPU (docs/embedding.md). Nothing is copied. Inside salekit every tensor is a view in the order [batch, seqlen, heads,
+head_dim]; strides say the rest.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+import reprlib
 import sys
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ import ml_dtypes
 import numpy as np
 
 from . import programs
-from .errors import ArgumentError, DtypeError, GpuError
+from .dlpack import import_dlpack
+from .errors import ArgumentError, DtypeError, GpuError, SalekitError
 from .plans import (
     BLOCKS,
     DENSE_BELOW,
@@ -44,6 +47,7 @@ WORKSPACE_ALIGNMENT = 256  # what every allocator of GPU memory gives at least
 TENSOR_VIEW = np.dtype([("pointer", "<u8"), ("stride_batch", "<i8"), ("stride_row", "<i8"), ("stride_head", "<i8")])
 
 _DLPACK_HOST, _DLPACK_CUDA = (1, 3), (2, 13)  # DLDeviceType: CPU and pinned; CUDA and managed
+_WRITTEN = ("out", "workspace")  # arguments that a call writes to
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,25 @@ def row_view(array: Any) -> np.ndarray:
 def _place(name: str, x: Any) -> int | None:
     """CUDA device of ``x``, or None when it is in host memory. DtypeError when it is no array at all."""
     if isinstance(x, np.ndarray):
+        if isinstance(x, np.ma.MaskedArray):
+            raise DtypeError(f"{name}: is a masked array; wants a plain one, such as array.filled(0) makes")
         return None
     if programs.is_gpu_array(x):
         return x.data.device_id
-    if _is_tracer(x):
-        raise DtypeError(f"{name}: is traced by JAX and has no data; wants an array. Under jit, use salekit.jax")
-    if hasattr(x, "__dlpack_device__"):
-        kind, device = (int(part) for part in x.__dlpack_device__())
+    if problem := _why_without_data(x):
+        raise DtypeError(f"{name}: {problem}")
+    try:
+        place = _exported_place(name, x)
+    except SalekitError:
+        raise
+    except Exception as error:  # whatever the producer raises, the caller needs the argument's name
+        raise DtypeError(f"{name}: cannot import {type(x).__name__} without a copy: {error}") from error
+    return place
+
+
+def _exported_place(name: str, x: Any) -> int | None:
+    if hasattr(x, "__dlpack_device__") and hasattr(x, "__dlpack__"):
+        kind, device = map(int, x.__dlpack_device__())
         if kind in _DLPACK_HOST:
             return None
         if kind in _DLPACK_CUDA:
@@ -132,9 +148,35 @@ def _place(name: str, x: Any) -> int | None:
     )
 
 
+def _why_without_data(x: Any) -> str | None:
+    """What is wrong with an object that stands for an array, or None."""
+    if _is_tracer(x):
+        return "is traced by JAX and has no data; wants an array. Under jit, use salekit.jax"
+    if _is_jax_array(x):
+        if x.is_deleted():
+            return "is a JAX array that was deleted or donated; wants one that has data"
+        if len(x.devices()) > 1:
+            return "is a JAX array on several devices; wants one on one device. Use salekit.jax in a shard_map"
+    if type(x).__name__ == "FakeTensor":
+        return "is a FakeTensor, as in torch.compile and torch.export, and has no data; wants a tensor that has"
+    if getattr(x, "is_meta", None) is True:
+        return "is a tensor on the device 'meta' and has no data; wants one that has"
+    return None
+
+
 def _is_tracer(x: Any) -> bool:
     jax = sys.modules.get("jax")
     return hasattr(jax, "core") and isinstance(x, jax.core.Tracer)
+
+
+def _is_jax_array(x: Any) -> bool:
+    jax = sys.modules.get("jax")
+    return hasattr(jax, "Array") and isinstance(x, jax.Array)
+
+
+def _check_mutable(name: str, x: Any) -> None:
+    if _is_jax_array(x):
+        raise ArgumentError(f"{name}: is a JAX array, which is immutable; wants memory that can be written")
 
 
 def place_name(device: int | None) -> str:
@@ -153,24 +195,55 @@ def _import_array(name: str, x: Any, device: int | None) -> Any:
     """``x`` as a NumPy or CuPy array that shares its memory."""
     if isinstance(x, np.ndarray) or programs.is_gpu_array(x):
         return x
+    if name in _WRITTEN:
+        _check_mutable(name, x)
     try:
-        if device is None:
-            return np.from_dlpack(x)
-        cupy = import_cupy()
-        if hasattr(x, "__dlpack__"):
-            return cupy.from_dlpack(x)
-        interface = x.__cuda_array_interface__
-        producer = interface.get("stream")
-        if producer is not None and producer != cupy.cuda.get_current_stream().ptr:
-            event = cupy.cuda.Event(disable_timing=True)
-            event.record(external_stream(producer))
-            cupy.cuda.get_current_stream().wait_event(event)
-        return cupy.asarray(_Interface(x, interface))
-    except GpuError:
+        if type(x).__name__ == "StridedMemoryView" and x.dtype == BFLOAT16:
+            array, is_read_only = _import_strided_view(x, device), x.readonly
+        elif device is None:
+            array, is_read_only = import_dlpack(x, np.from_dlpack, name in _WRITTEN)
+        elif hasattr(x, "__dlpack__"):
+            array, is_read_only = import_dlpack(x, import_cupy().from_dlpack)
+        else:
+            array, is_read_only = _import_interface(name, x)
+    except SalekitError:
         raise
-    except Exception as error:  # whatever the producer raises, the caller needs the argument's name
-        hint = "; NumPy's DLPack has no bfloat16: pass an array of ml_dtypes.bfloat16" if device is None else ""
+    except Exception as error:
+        hint = "; NumPy's DLPack has no bfloat16: pass salekit.as_dlpack(array)" if device is None else ""
         raise DtypeError(f"{name}: cannot import {type(x).__name__} without a copy: {error}{hint}") from error
+    if is_read_only and name in _WRITTEN:
+        raise ArgumentError(f"{name}: is read-only; wants memory that can be written")
+    return array
+
+
+def _import_strided_view(view: Any, device: int | None) -> Any:
+    """A bfloat16 StridedMemoryView of ``cuda.core``, whose DLPack has no bfloat16."""
+    strides = None if view.strides is None else tuple(BFLOAT16.itemsize * stride for stride in view.strides)
+    data = (view.ptr, view.readonly)
+    holder = _Interface(view, {"version": 3, "shape": view.shape, "typestr": "<u2", "strides": strides, "data": data})
+    if device is not None:
+        return import_cupy().asarray(holder).view(BFLOAT16)
+    holder.__array_interface__ = holder.__cuda_array_interface__
+    return np.asarray(holder).view(BFLOAT16)
+
+
+def _import_interface(name: str, x: Any) -> tuple[Any, bool]:
+    """What has a CUDA array interface, as a CuPy array, and whether it is read-only."""
+    cupy, interface = import_cupy(), dict(x.__cuda_array_interface__)
+    if interface.get("mask") is not None:
+        raise DtypeError(f"{name}: has a mask; wants an array without one")
+    producer, current = interface.get("stream"), cupy.cuda.get_current_stream()
+    if producer is not None and producer != current.ptr:
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record(external_stream(producer))
+        current.wait_event(event)
+    is_bfloat16 = interface["typestr"] == BFLOAT16.str
+    if is_bfloat16:
+        interface.update(typestr="<u2", descr=[("", "<u2")])
+    array = cupy.asarray(_Interface(x, interface))
+    if is_bfloat16:
+        array = array.view(BFLOAT16)
+    return array, bool(interface["data"][1])
 
 
 def import_array(name: str, x: Any, device: int | None) -> Any:
@@ -221,12 +294,12 @@ def _as_stream(stream: Any, device: int) -> Any:
     raise ArgumentError(f"stream: got {stream!r}; wants a cudaStream_t as int, a CuPy stream, or None (current)")
 
 
-def on_stream(q: Any, stream: Any) -> AbstractContextManager[int | None]:
+def on_stream(q: Any, stream: Any, name: str = "q") -> AbstractContextManager[int | None]:
     """Makes q's device and ``stream`` current and gives the device; None for host memory, which takes no stream."""
-    device = _place("q", q)
+    device = _place(name, q)
     if device is None:
         if stream is not None:
-            raise ArgumentError("stream: q is in host memory, where there is no stream; wants None")
+            raise ArgumentError(f"stream: {name} is in host memory, where there is no stream; wants None")
         return nullcontext(None)
     if stream is None and import_cupy().cuda.runtime.getDevice() == device:
         return nullcontext(device)
@@ -320,6 +393,60 @@ def as_arrays(q: Any, k: Any, v: Any, layout: str = "bshd") -> tuple[Any, Any, A
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_strides(name, x)
     return q, k, v
+
+
+# --- shapes --------------------------------------------------------------------------------------------------------
+def stand_in(shape: tuple[int, ...], dtype: np.dtype, device: int | None) -> Any:
+    """A contiguous array for the checks, which read none: NumPy's with memory for one element, CuPy's with none."""
+    if device is not None:
+        memory = import_cupy().cuda.UnownedMemory(WORKSPACE_ALIGNMENT, math.prod(shape) * dtype.itemsize, None, device)
+        return import_cupy().ndarray(shape, dtype, import_cupy().cuda.MemoryPointer(memory, 0))
+    strides = np.cumprod((dtype.itemsize, *shape[:0:-1]), dtype=np.int64)[::-1] if shape else ()
+    return np.lib.stride_tricks.as_strided(np.zeros(1, dtype), shape, strides, writeable=False)
+
+
+def examples(q: Any, k: Any, v: Any, dtype: Any, device: int | None) -> tuple[Any, Any, Any]:
+    """q, k and v as they are when they are arrays, stand-ins of ``dtype`` on ``device`` when they are shapes."""
+    named = tuple(zip("qkv", (q, k, v)))
+    if not any(isinstance(x, (tuple, list)) for _, x in named):
+        for name, value in (("dtype", dtype), ("device", device)):
+            if value is not None:
+                raise ArgumentError(f"{name}: got {value!r}; wants None, as q, k and v are arrays, which have one")
+        return q, k, v
+    for name, x in named:
+        if not isinstance(x, (tuple, list)):
+            raise ArgumentError(f"{name}: got {type(x).__name__}; wants a shape, as others of q, k and v are shapes")
+        if not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 0 for n in x):
+            raise ArgumentError(f"{name}: got {reprlib.repr(x)[:60]}; wants an array or a shape, integers >= 0")
+        if math.prod(map(int, x)) >= 2**60:
+            raise ArgumentError(f"{name}: got shape {reprlib.repr(x)}; wants one of fewer than 2**60 elements")
+    dtype, device = _check_dtype(dtype), None if device is None else _check_device(device)
+    return tuple(stand_in(tuple(map(int, x)), dtype, device) for _, x in named)
+
+
+def _check_dtype(dtype: Any) -> np.dtype:
+    by_name = {name: known for known, name in DTYPE_NAMES.items()}
+    try:
+        found = by_name.get(dtype) if isinstance(dtype, str) else np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in DTYPE_NAMES:
+        wanted = " or ".join(map(repr, by_name))
+        raise DtypeError(f"dtype: got {dtype!r}; wants {wanted}, as q, k and v are shapes")
+    return found
+
+
+def _check_device(device: Any) -> int:
+    if not isinstance(device, (int, np.integer)) or isinstance(device, bool):
+        raise ArgumentError(f"device: got {device!r}; wants the number of a CUDA device, or None for host memory")
+    runtime = import_cupy().cuda.runtime
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        raise GpuError(f"device: got {device}, but no GPU can be used: {error}") from error
+    if not 0 <= device < count:
+        raise ArgumentError(f"device: got {device}; wants 0 to {count - 1}, the CUDA devices that there are, or None")
+    return int(device)
 
 
 # --- options -------------------------------------------------------------------------------------------------------

@@ -98,13 +98,18 @@ def dense_attention(
     return _call(q, k, v, 0.0, layout, options, return_lse, False, out, stream)
 
 
-def plan(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -> "AttentionPlan":
+def plan(
+    q: Any, k: Any, v: Any, *, dtype: Any = None, device: int | None = None, layout: str = "bshd", **options: Any
+) -> "AttentionPlan":
     """What :func:`sparse_attention` prepares for calls of one kind, to hold and to run.
 
     q, k, v, layout and options (causal, softmax_scale, estimator, attend, block, query_stride, full_rows, sink, local,
     dense_below, skipped) are those of ``sparse_attention``. The arrays are examples: their shapes, strides, dtype and GPU count,
     they are neither read nor kept. Raises what ``sparse_attention`` raises.
+    Or q, k and v are shapes, tuples in ``layout``, of contiguous arrays. Then dtype is theirs, "float16" or "bfloat16",
+    and device the number of their CUDA device, or None for host memory: a plan for the twin.
     """
+    q, k, v = arrays.examples(q, k, v, dtype, device)
     with arrays.on_stream(q, None) as device:
         if device is not None:
             q, k, v = arrays.on_device(device, q, k, v)

@@ -97,7 +97,7 @@ class AttentionPlan:
         if kind[0] != self._device:
             raise ArgumentError(f"q: is on {arrays.place_name(kind[0])}; wants {arrays.place_name(self._device)}")
         for name, got, want in zip("qkv", kind[1:], self._kinds):
-            if got != want:
+            if _without_unused(got) != _without_unused(want):
                 got, want = ("dtype {}, shape {}, strides {} bytes".format(*x) for x in (got, want))
                 raise ArgumentError(f"{name}: got {got}; this plan is for {want}")
 
@@ -277,6 +277,12 @@ def _kind_of(q: Any, k: Any, v: Any) -> tuple:
         (k.dtype, k.shape, k.strides),
         (v.dtype, v.shape, v.strides),
     )
+
+
+def _without_unused(kind: tuple) -> tuple:
+    """The kind of an array without the strides that no element needs, which DLPack and NumPy give any value."""
+    dtype, shape, strides = kind
+    return dtype, shape, [stride for size, stride in zip(shape, strides) if size > 1 and 0 not in shape]
 
 
 def _kind_of_thresholds(thresholds: Any, plan: Plan) -> str:

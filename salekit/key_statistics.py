@@ -63,7 +63,7 @@ class KeyStatistics:
     def update(self, k: Any, *, layout: str = "bshd", stream: Any = None) -> "KeyStatistics":
         """The statistics of these keys and of ``k`` together; k as in :func:`key_statistics`, of the same batch, heads
         and head_dim. Nothing is read again but k. Raises ArgumentError, DtypeError."""
-        with arrays.on_stream(k, stream) as device:
+        with arrays.on_stream(k, stream, "k") as device:
             view = _check_keys(k, device, layout)
             batch, _, heads, head_dim = view.shape
             check(self, batch, heads, head_dim, device, wanted_by="k")
@@ -90,7 +90,7 @@ def key_statistics(k: Any, *, layout: str = "bshd", stream: Any = None) -> KeySt
     k: [batch, seqlen_k, num_kv_heads, head_dim], float16 or bfloat16, as in ``sparse_attention``. On the GPU two
     launches, no synchronisation; the results are allocated. Raises ArgumentError, DtypeError, GpuError, CompileError.
     """
-    with arrays.on_stream(k, stream) as device:
+    with arrays.on_stream(k, stream, "k") as device:
         return _of_keys(_check_keys(k, device, layout), device, None)
 
 

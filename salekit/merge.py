@@ -43,7 +43,7 @@ def merge_attention_states(
     On the GPU one launch, no synchronisation; it can be captured into a CUDA graph once it has run before. lse is
     allocated, out only when it is not given. Raises ArgumentError, DtypeError, GpuError, CompileError.
     """
-    with arrays.on_stream(out_a, stream) as device:
+    with arrays.on_stream(out_a, stream, "out_a") as device:
         names = ("out_a", "out_b") if out is None else ("out_a", "out_b", "out")
         given = [arrays.import_array(name, x, device) for name, x in zip(names, (out_a, out_b, out))]
         lses = [arrays.import_array(name, x, device) for name, x in (("lse_a", lse_a), ("lse_b", lse_b))]
