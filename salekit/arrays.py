@@ -544,6 +544,8 @@ def check_sink_logits(sink_logits: Any, plan: Plan, q: Any) -> Any:
         return None
     if plan.attend != "exact":
         raise ArgumentError(f"sink_logits: attend={plan.attend!r} takes none; wants attend='exact'")
+    if plan.skipped != "drop":
+        raise ArgumentError(f"sink_logits: skipped={plan.skipped!r} takes none; wants skipped='drop'")
     if isinstance(sink_logits, (list, tuple)):
         try:
             sink_logits = np.array(sink_logits)

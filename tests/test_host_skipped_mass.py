@@ -162,3 +162,16 @@ def test_error_of_real_heads_falls():
     before, after = (np.sqrt(np.square(x - dense).sum(axis=(0, 1, 3))) for x in (plain, pooled))
     assert np.all(mask.density() < 0.4)
     assert np.all(after <= 2 / 3 * before)
+
+
+@pytest.mark.parametrize("option", ({"softcap": 30.0}, {"window_size": 100}, {"sink_logits": [0.0] * HEADS}))
+def test_options_that_pools_do_not_have(option):
+    q, k, v = draw(300, 300)
+    with pytest.raises(salekit.ArgumentError, match="pool"):
+        salekit.sparse_attention(q, k, v, skipped="pool", dense_below=0, **option)
+
+
+def test_head_dims_that_are_not_pooled():
+    q, k, v = (np.zeros((1, 300, 2, 96), np.float16) for _ in range(3))
+    with pytest.raises(salekit.ArgumentError, match="pool"):
+        salekit.sparse_attention(q, k, v, skipped="pool", dense_below=0)
