@@ -19,7 +19,7 @@ import salekit
 from salekit import attend_grid, skipped_mass
 from salekit.jit import device_arch
 from salekit.output_difference import output_sums
-from salekit.plans import BLOCKS, ESTIMATORS, LOW_BIT_ARCHS, LOW_BIT_HEAD_DIMS
+from salekit.plans import BLOCKS, ESTIMATORS, LOW_BIT_ARCHS, LOW_BIT_HEAD_DIMS, POOLED_HEAD_DIMS
 from salekit.plans import HEAD_DIMS as ALL_HEAD_DIMS
 
 cupy.cuda.set_allocator(None)
@@ -52,10 +52,11 @@ def main() -> None:
                 low, _ = salekit.sparse_attention(*gpu, return_lse=True, attend="int8-fp8", **options)
                 low, exact = low.get().astype(np.float32), out.get().astype(np.float32)
                 assert np.linalg.norm(low - exact) <= 0.1 * np.linalg.norm(exact)
-            pooled = salekit.sparse_attention(*gpu, thresholds=float("inf"), skipped="pool", **options)
-            assert np.isfinite(pooled.get().astype(np.float32)).all()
             plan = salekit.make_plan(*gpu, **options)
-            check_portable_pools(gpu, mask, plan, out, lse)
+            if head_dim in POOLED_HEAD_DIMS:
+                pooled = salekit.sparse_attention(*gpu, thresholds=float("inf"), skipped="pool", **options)
+                assert np.isfinite(pooled.get().astype(np.float32)).all()
+                check_portable_pools(gpu, mask, plan, out, lse)
             attend._launch_sm80(*gpu, mask, plan, out, lse)
             if estimator != "int4":
                 plan = plan.replace(arch="sm_80")  # all rows' codes in tiles, which is what the mma kernel reads
@@ -119,7 +120,8 @@ def check_serving() -> int:
                 options.update(block_table=cupy.asarray(pages_of), seqlens_k=of_k)
                 salekit.sparse_attention_varlen(q, pages, pages, sums_q, None, 300, 333, **options)
                 calls += 1
-        for attend in ("exact", "int8-fp8") if device_arch() in LOW_BIT_ARCHS else ("exact",):
+        is_low_bit = device_arch() in LOW_BIT_ARCHS and head_dim in LOW_BIT_HEAD_DIMS
+        for attend in ("exact", "int8-fp8") if is_low_bit else ("exact",):
             for dense_below in (0, 8192):
                 salekit.sparse_attention_varlen(q, k, v, *sums, 300, 333, attend=attend, dense_below=dense_below)
                 calls += 1
