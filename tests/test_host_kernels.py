@@ -41,12 +41,13 @@ __global__ void __launch_bounds__(128) planted(int* out, const int* choice, uint
 ERROR = "__global__ void planted(float* x) { x[0] = nothing; }\n"
 
 
-WITH_VARIANTS = ("sm_80", "sm_90a", "sm_100a")  # one of each family; of the others the plain kernels
+WHOLE = ("sm_80", "sm_90a")  # of the others every third of the plain kernels: ``salekit kernels`` compiles them all
 
 
 @pytest.mark.parametrize("arch", SUPPORTED_ARCHS)
 def test_all_kernels_compile_clean(arch):
-    specs = [spec for _, spec in catalog.all_specs(arch, arch in WITH_VARIANTS)]
+    specs = [spec for _, spec in catalog.all_specs(arch, arch in WHOLE)]
+    specs = specs if arch in WHOLE else specs[SUPPORTED_ARCHS.index(arch) % 3 :: 3]
     assert len(specs) == len(set(specs)) > 30
     problems = {}
     for spec, (info, error) in zip(specs, command.compile_all(specs, arch)):

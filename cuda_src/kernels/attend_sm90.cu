@@ -18,15 +18,14 @@
 #include "ptx/cp_async.cuh"
 #include "ptx/ex2.cuh"
 #include "ptx/setmaxnreg.cuh"
-#include "ptx/wgmma.cuh"
-#include "ptx/wgmma_f16.cuh"
 #include "tile/aligned_storage.cuh"
 #include "tile/attend_ring.cuh"
 #include "tile/score_features.cuh"
+#include "tile/wgmma_products.cuh"
 
+static_assert(ATTEND_TILE_K == WGMMA_KEYS, "a tile of keys is what one product takes");
 constexpr int ATTEND_STAGES = 3;
 constexpr int EARLY_EXPONENTIALS = 16;  // of a lane's 64, taken before p.v of the tile before is waited for
-constexpr int HALF_BYTES = 128;         // a swizzled row: 64 elements
 
 template <int HEAD_DIM>
 struct AttendSm90Storage {
@@ -58,28 +57,6 @@ __device__ __forceinline__ void load_tile(uint8_t (*tile)[ATTEND_TILE_K * HALF_B
     for (int half = 0; half < HALVES; ++half)
       bulk_tensor_4d(shared_address(tile[half]) + i * KEY_BLOCK * HALF_BYTES, &map, half * 64, keys.first[i],
                      rows.kv_head, rows.batch, barrier);
-}
-
-// Shared-memory matrix descriptors, 128-byte swizzle: 8-row groups are 1024 bytes apart (PTX ISA, "matrix descriptor").
-__device__ __forceinline__ uint64_t descriptor(uint32_t smem_address, uint32_t leading_bytes) {
-  constexpr uint64_t SWIZZLE_128B = 1ull << 62, GROUP = uint64_t(1024 >> 4) << 32;
-  return uint64_t((smem_address & 0x3FFFF) >> 4) | uint64_t(leading_bytes >> 4) << 16 | GROUP | SWIZZLE_128B;
-}
-
-template <int HEAD_DIM, typename Element>
-__device__ __forceinline__ void multiply_qk(float (&s)[64], uint64_t q_desc, uint64_t k_desc) {
-#pragma unroll
-  for (int step = 0; step < HEAD_DIM / 16; ++step) {
-    uint64_t advance = uint64_t((step / 4) * (ATTEND_TILE_K * HALF_BYTES >> 4) + (step % 4) * (32 >> 4));
-    wgmma_m64n128k16_ss<Element>(s, q_desc + advance, k_desc + advance, step != 0);
-  }
-}
-
-template <int HEAD_DIM, typename Element>
-__device__ __forceinline__ void multiply_pv(float (&o)[HEAD_DIM / 2], const uint32_t (&p)[8][4], uint64_t v_desc) {
-#pragma unroll
-  for (int step = 0; step < ATTEND_TILE_K / 16; ++step)
-    wgmma_m64k16_rs<Element, HEAD_DIM / 2>(o, p[step], v_desc + uint64_t(step * (16 * HALF_BYTES >> 4)));
 }
 
 // Largest of row r's scores and of `before`, over the four lanes that share the row; NaNs do not count.
@@ -149,12 +126,6 @@ struct RowState {
     }
   }
 };
-
-template <typename Element>
-__device__ __forceinline__ void round_p(uint32_t (&p)[8][4], const float (&s)[64]) {
-#pragma unroll
-  for (int i = 0; i < 32; ++i) p[i / 4][i % 4] = Element::pack(s[2 * i], s[2 * i + 1]);
-}
 
 // Where a lane keeps its sums and outputs between segments: float4s, 128 apart, those of the tops and sums last.
 template <int HEAD_DIM>
@@ -279,7 +250,7 @@ __global__ void __launch_bounds__(384, 1)
         mbarrier_wait(&ring.k_full[stage], phase);
         const SlotTile first_tile = ring.tiles[stage];
         wgmma_fence();
-        multiply_qk<HEAD_DIM, Element>(s, q_desc, k_desc + uint64_t(stage * (TILE_BYTES >> 4)));
+        multiply_qk<HEAD_DIM, Element, ATTEND_BLOCK_Q>(s, q_desc, k_desc + uint64_t(stage * (TILE_BYTES >> 4)));
         wgmma_commit();
         wgmma_wait<0>();
         touch(s);
@@ -304,10 +275,10 @@ __global__ void __launch_bounds__(384, 1)
           const SlotTile tile = ring.tiles[next];
           bar_sync(TURN_BARRIER + warpgroup, 256);
           wgmma_fence();
-          multiply_qk<HEAD_DIM, Element>(s, q_desc, k_desc + uint64_t(next * (TILE_BYTES >> 4)));
+          multiply_qk<HEAD_DIM, Element, ATTEND_BLOCK_Q>(s, q_desc, k_desc + uint64_t(next * (TILE_BYTES >> 4)));
           wgmma_commit();
           mbarrier_wait(&ring.v_full[stage], phase);
-          multiply_pv<HEAD_DIM, Element>(o, p, v_desc + uint64_t(stage * (TILE_BYTES >> 4)));
+          multiply_pv<HEAD_DIM, Element, true>(o, p, v_desc + uint64_t(stage * (TILE_BYTES >> 4)));
           wgmma_commit();
           bar_arrive(TURN_BARRIER + 1 - warpgroup, 256);
           wgmma_wait<1>();
@@ -339,7 +310,7 @@ __global__ void __launch_bounds__(384, 1)
       if (item.num_tiles > 0) {
         mbarrier_wait(&ring.v_full[stage], phase);
         wgmma_fence();
-        multiply_pv<HEAD_DIM, Element>(o, p, v_desc + uint64_t(stage * (TILE_BYTES >> 4)));
+        multiply_pv<HEAD_DIM, Element, true>(o, p, v_desc + uint64_t(stage * (TILE_BYTES >> 4)));
         wgmma_commit();
         wgmma_wait<0>();
         touch(o);

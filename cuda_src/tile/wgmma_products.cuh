@@ -23,12 +23,17 @@ __device__ __forceinline__ void multiply_qk(float (&s)[64], uint64_t q_desc, uin
   }
 }
 
-// o = p . values.
-template <int HEAD_DIM, typename Element>
+// o = or += p . values.
+template <int HEAD_DIM, typename Element, bool ACCUMULATE = false>
 __device__ __forceinline__ void multiply_pv(float (&o)[HEAD_DIM / 2], const uint32_t (&p)[8][4], uint64_t v_desc) {
 #pragma unroll
-  for (int step = 0; step < WGMMA_KEYS / 16; ++step)
-    wgmma_m64k16_rs<Element, HEAD_DIM / 2>(o, p[step], v_desc + uint64_t(step * (16 * HALF_BYTES >> 4)), step != 0);
+  for (int step = 0; step < WGMMA_KEYS / 16; ++step) {
+    const uint64_t desc = v_desc + uint64_t(step * (16 * HALF_BYTES >> 4));
+    if constexpr (ACCUMULATE)
+      wgmma_m64k16_rs<Element, HEAD_DIM / 2>(o, p[step], desc);
+    else
+      wgmma_m64k16_rs<Element, HEAD_DIM / 2>(o, p[step], desc, step != 0);
+  }
 }
 
 template <typename Element>
