@@ -395,7 +395,7 @@ def test_where_lse_and_mask_go(monkeypatch):
 
     linked = []
     program = SimpleNamespace(
-        workspace_bytes=0, write_values=lambda values: None, submit=lambda *args: None,
+        workspace_bytes=0, write_values=lambda *values: None, submit=lambda *args: None,
         link=lambda *addresses: linked.append(addresses),
     )
     prepared = attention_plan.AttentionPlan.__new__(attention_plan.AttentionPlan)

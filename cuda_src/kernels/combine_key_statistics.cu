@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(4 * HEAD_DIM)
 
   double sum = 0;
   float low = INFINITY, high = -INFINITY;
+#pragma unroll 1
   for (int chunk = quarter; chunk < num_chunks; chunk += 4) {
     sum += partials[(chunk * 4 + 0) * HEAD_DIM];
     low = fminf(low, partials[(chunk * 4 + 1) * HEAD_DIM]);
@@ -61,6 +62,7 @@ __global__ void __launch_bounds__(4 * HEAD_DIM)
   const double per_chunk_row = num_chunks == 0 ? 0. : __drcp_rn(chunk_rows);
   const int last_rows = rows_b - (num_chunks - 1) * chunk_rows;
   const double per_last_row = num_chunks == 0 ? 0. : __drcp_rn(last_rows);
+#pragma unroll 1
   for (int chunk = quarter; chunk < num_chunks; chunk += 4) {
     const bool last = chunk == num_chunks - 1;
     const double offset = partials[(chunk * 4 + 0) * HEAD_DIM] * (last ? per_last_row : per_chunk_row) - mean;
