@@ -10,11 +10,11 @@ __global__ void __launch_bounds__(256)
   if (index >= num_rows * num_words) return;
   const int q_block = int(index / num_words % ceil_div(shape.seqlen_q, block_q));
   const int word = int(index % num_words);
+  auto bits_below = [&](int blocks) { return blocks <= 0 ? 0u : blocks >= 32 ? 0xffffffffu : (1u << blocks) - 1u; };
   // The last row of a query block sees farthest, the first row begins first.
-  auto bits_below = [&](int blocks) {
-    return blocks <= 0 ? 0u : blocks >= 32 ? 0xffffffffu : (1u << blocks) - 1u;
-  };
-  const int end = shape.visible_end<true>(q_block * block_q + block_q - 1);
-  const int begin = shape.visible_begin<true>(q_block * block_q);
-  words_gmem[index] = bits_below(ceil_div(end, block_k) - 32 * word) & ~bits_below(begin / block_k - 32 * word);
+  const int end = shape.visible_end<Shape::HAS_WINDOW>(q_block * block_q + block_q - 1);
+  uint32_t bits = bits_below(ceil_div(end, block_k) - 32 * word);
+  if constexpr (Shape::HAS_WINDOW)
+    bits &= ~bits_below(shape.visible_begin<true>(q_block * block_q) / block_k - 32 * word);
+  words_gmem[index] = bits;
 }

@@ -35,13 +35,11 @@ __global__ void __launch_bounds__(128)
   const Shape sequence = shape.of_sequence(batch);
   float y = INFINITY;
   const bool present = row >= 0 && (!Shape::HAS_LENGTHS || row < sequence.seqlen_q);
-  const int hidden = sequence.visible_begin<true>(row);
-  if (present && sequence.visible_end<true>(row) > hidden && is_tested(sequence, row, block_q)) {
+  if (present && sequence.sees_a_key(row) && is_tested(sequence, row, block_q)) {
     const float tau = thresholds_gmem != nullptr ? thresholds_gmem[head] : threshold;
     const float m = m_gmem[head_index * shape.seqlen_q + row], l = l_gmem[head_index * shape.seqlen_q + row];
-    float shift = 0;
-    if constexpr (CAPPED) shift = shift_gmem[head_index * shape.seqlen_q + row];
-    if (!(isfinite(m) && isfinite(l) && tau > 0.f) || (CAPPED && !isfinite(shift)))
+    const float shift = CAPPED ? shift_gmem[head_index * shape.seqlen_q + row] : 0.f;
+    if (!(isfinite(m) && isfinite(l) && isfinite(shift) && tau > 0.f))
       y = -INFINITY;
     else if (tau < INFINITY)
       y = __fadd_rn(m, logf(__fmul_rn(tau, l)));

@@ -24,8 +24,10 @@ struct Shape {
 
   // Calls with a window are compiled apart (KernelSpec.window in salekit/jit.py).
 #ifdef KEY_WINDOW
+  static constexpr bool HAS_WINDOW = true;
   int window_left, window_right;  // keys before and after a row's position that it sees; -1: no limit
 #else
+  static constexpr bool HAS_WINDOW = false;
   static constexpr int window_left = -1, window_right = -1;
 #endif
 
@@ -71,6 +73,11 @@ struct Shape {
   __device__ int visible_end(int row) const {
     if (!WINDOWED || causal || window_right < 0) return visible_keys(row);
     return max(0, min(seqlen_k, min(row, seqlen_q - 1) + offset() + 1 + window_right));
+  }
+
+  __device__ bool sees_a_key(int row) const {
+    if constexpr (!HAS_WINDOW) return visible_keys(row) > 0;
+    return visible_begin<HAS_WINDOW>(row) < visible_end<HAS_WINDOW>(row);
   }
 
   // Keys of the local anchors of a 64-row tile; in causal calls `end` is the last row's limit + 1.
