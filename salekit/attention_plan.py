@@ -227,13 +227,8 @@ class AttentionPlan:
             ports = [recorder.array(shape, dtype, strides) for dtype, shape, strides in self._kinds]
             dtype, shape, _ = self._kinds[0]
             ports.append(recorder.array(shape, dtype, out_kind and out_kind[2]))
-            if kind == "device":
-                thresholds = recorder.array((plan.num_heads,), np.float32)
-                ports.append(thresholds)
-            elif kind == "host":
-                thresholds = pipeline.store_numbers(plan)
-            else:
-                thresholds = programs.ScalarParameter() if kind == "scalar" else 0.0
+            thresholds, of_thresholds = pipeline.recorded_thresholds(recorder, plan, kind)
+            ports += of_thresholds
             statistics = None
             if has_statistics:
                 statistics = recorded_statistics(recorder, plan)

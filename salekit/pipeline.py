@@ -87,6 +87,17 @@ def all_visible(q: Any, plan: Plan) -> BlockMask:
     return block_mask(words, plan)
 
 
+def recorded_thresholds(recorder: programs.Recorder, plan: Plan, kind: str) -> tuple[Any, list[Any]]:
+    """(thresholds for the stages of a recorded call, the ports among them). kind: where each run has them, "device",
+    "host" or "scalar", or "dense": 0."""
+    if kind == "device":
+        thresholds = recorder.array((plan.num_heads,), np.float32)
+        return thresholds, [thresholds]
+    if kind == "host":
+        return store_numbers(plan), []
+    return programs.ScalarParameter() if kind == "scalar" else 0.0, []
+
+
 def store_numbers(plan: Plan, group: int = 0) -> Any:
     """One number a head that each run of a recorded program gets from the host, in memory."""
     return store_values((plan.num_heads,), np.float32, group)

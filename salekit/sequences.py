@@ -387,13 +387,8 @@ def _record(
             plan = plan.replace(lengths=located)
             padded = [_gather(x, located, side, plan, table) for x, side in ((q, "q"), (k, "k"), (v, "k"))]
             padded_out = arrays.empty((plan.batch, plan.seqlen_q, plan.num_heads, plan.head_dim), q.dtype)
-        if kind == "device":
-            thresholds = recorder.array((plan.num_heads,), np.float32)
-            ports.append(thresholds)
-        elif kind == "host":
-            thresholds = pipeline.store_numbers(plan)
-        else:
-            thresholds = programs.ScalarParameter() if kind == "scalar" else 0.0
+        thresholds, of_thresholds = pipeline.recorded_thresholds(recorder, plan, kind)
+        ports += of_thresholds
         statistics = None
         if has_statistics:
             statistics = recorded_statistics(recorder, plan)
