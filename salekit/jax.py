@@ -225,7 +225,7 @@ def _merge(in_batched: Any, operands: Any, each: list) -> list:
 
 
 # --- registration --------------------------------------------------------------------------------------------------
-_MASK_FIELDS = ("block_q", "block_k", "seqlen_q", "seqlen_k", "causal")
+_MASK_FIELDS = ("block_q", "block_k", "seqlen_q", "seqlen_k", "causal", "window_left", "window_right")
 
 
 def _mask_fields(plan: Plan) -> tuple:

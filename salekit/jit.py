@@ -21,6 +21,7 @@ from .plans import arch_of
 
 CACHE_VERSION = 1
 FLAGS = ("-std=c++17", "--ptxas-options=-v")
+CACHING_NVRTC = (12, 9)  # from this version on NVRTC keeps machine code itself, and then gives no log
 DEFAULT_CACHE_BYTES = 512 * 2**20
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
 INSTALL_HINT = 'install CuPy and NVRTC with: pip install "salekit[cuda12]" (or "salekit[cuda13]" for a CUDA 13 driver)'
@@ -128,6 +129,10 @@ def nvrtc_version() -> tuple[int, int]:
     return tuple(_nvrtc().getVersion())
 
 
+def _flags() -> tuple[str, ...]:
+    return FLAGS + (("--no-cache",) if nvrtc_version() >= CACHING_NVRTC else ())
+
+
 def _unit(spec: KernelSpec) -> str:
     defines = ("#define SEQUENCE_LENGTHS\n" if spec.lengths else "") + ("#define KEY_WINDOW\n" if spec.window else "")
     return f'{defines}#include "kernels/{spec.source}.cu"\n#include "tile/shared_bytes.cuh"\n'
@@ -177,7 +182,7 @@ def _compile(spec: KernelSpec, arch: str) -> tuple[bytes, str, KernelInfo]:
             nvrtc.addNameExpression(program, storage)
         started = time.perf_counter()
         try:
-            nvrtc.compileProgram(program, (f"-arch={arch}", *FLAGS))
+            nvrtc.compileProgram(program, (f"-arch={arch}", *_flags()))
         except nvrtc.NVRTCError:
             raise CompileError(f"{spec.expression} for {arch}:\n{nvrtc.getProgramLog(program)}") from None
         seconds = time.perf_counter() - started
@@ -222,7 +227,7 @@ def cache_key(spec: KernelSpec, arch: str) -> str:
         spec.expression,
         str(spec.storage),
         arch,
-        repr(FLAGS),
+        repr(_flags()),
         repr(nvrtc_version()),
     ]
     for name, text in _headers(f"kernels/{spec.source}.cu") + _headers("tile/shared_bytes.cuh"):
@@ -240,8 +245,6 @@ def _load_entry(folder: Path, key: str) -> Compiled | None:
         if hashlib.sha256(path.read_bytes()).hexdigest() != record["cubin_sha256"]:
             return None
         info = KernelInfo(**{**record["info"], "warnings": tuple(record["info"]["warnings"])})
-        if not info.registers:  # of a log without the compiler's figures
-            return None
         now = time.time()
         for used in (path, folder / f"{key}.json"):
             os.utime(used, (now, now))
@@ -311,8 +314,6 @@ def compile_kernel(spec: KernelSpec, arch: str, cache: bool = True) -> Compiled:
             if entry is not None:
                 return entry
         built = _compile(spec, arch)
-        if not built[2].registers:  # every kernel has some: the log lacks the compiler's figures
-            built = _compile(spec, arch)
         try:
             return _store_entry(folder, key, *built)
         except OSError:  # read-only or full: work without it

@@ -68,19 +68,10 @@ def test_a_damaged_entry_is_rebuilt(cache, monkeypatch, damage):
     assert len(calls) == 1 and again.cubin == data
 
 
-def test_a_log_without_figures_is_not_believed(cache, monkeypatch):
-    parse = jit.parse_log
-    logs = iter(("", None))  # of the first compilation nothing
-    monkeypatch.setattr(jit, "parse_log", lambda log, name: parse(log if next(logs) is None else "", name))
-    calls = count_compiles(monkeypatch)
-    first = jit.compile_kernel(SPEC, ARCH)
-    assert len(calls) == 2 and first.info.registers > 0
-    entry = next(cache.glob("*.json"))
-    record = json.loads(entry.read_text())
-    record["info"]["registers"] = 0
-    entry.write_text(json.dumps(record))
-    monkeypatch.setattr(jit, "parse_log", parse)
-    assert jit.compile_kernel(SPEC, ARCH).info.registers == first.info.registers and len(calls) == 3
+@pytest.mark.gpu  # where there is a driver, NVRTC has a cache of its own, whose results have no log
+def test_figures_come_from_every_compilation(cache):
+    infos = [jit.compile_kernel(SPEC, jit.device_arch(), cache=False).info for _ in range(3)]
+    assert len({info.registers for info in infos}) == 1 and infos[0].registers > 0
 
 
 def test_key_follows_included_files(sources):

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(512, 1)
       mbarrier_init(&smem.kv_empty[i], POOL_CONSUMERS);
     }
     for (int i = 0; i < UNIT_STAGES; ++i) {
-      mbarrier_init(&smem.q_full[i], 2);
+      mbarrier_init(&smem.q_full[i], 1 + 32);
       mbarrier_init(&smem.q_empty[i], POOL_CONSUMERS);
     }
     mbarrier_init_fence();
@@ -158,8 +158,7 @@ __global__ void __launch_bounds__(512, 1)
       int turn = 1;  // units go round the three warps
       auto send = [&](PoolUnit unit) {
         if (threadIdx.x % 32 == 0) smem.units[q.index] = unit;
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(&smem.q_full[q.index]);
+        mbarrier_arrive(&smem.q_full[q.index]);  // each lane for what it has written
       };
       auto next = [&] {
         q.advance();
