@@ -122,9 +122,11 @@ def _group_query_attention(graph: _Graph, site: Site, of: str, heads: int, kv_he
     counts = {}
     for axis, name in enumerate(("batch", "length")):
         counts[name] = graph.add("Gather", [shape, graph.integers(of + name + ".axis", [axis])], of + name, axis=0)
-    total = graph.add("Cast", [counts["length"]], of + "total", to=TensorProto.INT32)
-    last = graph.add("Sub", [total, graph.integer(of + "1", 1, TensorProto.INT32)], of + "last")
-    lengths = graph.add("Expand", [last, counts["batch"]], of + "lengths")
+    keys = graph.add("Cast", [counts["length"]], of + "keys", to=TensorProto.INT32)
+    one = graph.integer(of + "1", 1, TensorProto.INT32)
+    lengths = graph.add("Expand", [graph.add("Sub", [keys, one], of + "last"), counts["batch"]], of + "lengths")
+    # Not ``keys`` itself: ONNX Runtime 1.31 takes the value that it infers of a Cast for an int64.
+    total = graph.add("Add", [graph.add("ReduceMax", [lengths], of + "longest", keepdims=0), one], of + "total")
     inputs = [site.q, site.k, site.v, "", "", lengths, total]
     graph.add(
         "GroupQueryAttention", inputs, site.out, of + "present_k", of + "present_v",

@@ -172,8 +172,9 @@ class SplitModel:
         """What ONNX Runtime's own nodes make of the q, k and v that are in the buffers: an array like out."""
         out = self.sites[index].out
         result = self.device.empty(self.buffers[out].shape, self.buffers[out].dtype)
-        Bound(self.pieces.attentions[index], {**self.buffers, out: result}, self.device).run()
-        self.device.synchronize()
+        bound = Bound(self.pieces.attentions[index], {**self.buffers, out: result}, self.device)
+        bound.run()
+        self.device.synchronize()  # with the session alive: what ends with it would be freed by the stream's callback
         return result
 
 
