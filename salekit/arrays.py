@@ -19,7 +19,7 @@ from typing import Any, Iterator
 import ml_dtypes
 import numpy as np
 
-from . import programs
+from . import guards, programs
 from .dlpack import import_dlpack
 from .errors import ArgumentError, DtypeError, GpuError, SalekitError
 from .plans import (
@@ -72,6 +72,7 @@ def import_cupy():
         import cupy
     except ImportError as error:
         raise GpuError(f"CuPy is needed for arrays on a GPU: pip install 'salekit[cuda12]' ({error})") from error
+    guards.install()
     return cupy
 
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from . import programs
+from . import guards, programs
 from .errors import CompileError, GpuError
 from .plans import arch_of
 
@@ -369,10 +369,10 @@ class Kernel:
     """A loaded kernel. Call it with grid, block (threads) and arguments; it runs on CuPy's current stream or is noted
     by the program that this thread records."""
 
-    def __init__(self, compiled: Compiled):
+    def __init__(self, compiled: Compiled, name: str = "a kernel"):
         import cupy
 
-        self.info = compiled.info
+        self.name, self.info = name, compiled.info
         self._module = cupy.RawModule(path=str(compiled.path))
         self._function = self._module.get_function(compiled.lowered_name)
         if self.info.dynamic_shared_bytes > 48 * 1024:
@@ -383,9 +383,13 @@ class Kernel:
         block = block if isinstance(block, tuple) else (block,)
         recorder = programs.active()
         if recorder is not None:
-            recorder.launch(self._function.kernel, grid, block, self.info.dynamic_shared_bytes, args)
+            recorder.launch(self._function.kernel, grid, block, self.info.dynamic_shared_bytes, args, self.name)
         else:
             self._function(grid, block, args, shared_mem=self.info.dynamic_shared_bytes)
+            if guards.is_on():
+                from cupy.cuda import get_current_stream
+
+                guards.check(self.name, get_current_stream().ptr)
 
     @property
     def handle(self) -> int:
@@ -409,7 +413,7 @@ def get_kernel(spec: KernelSpec, arch: str | None = None) -> Kernel:
     key = (spec, cupy.cuda.runtime.getDevice())
     kernel = _loaded.get(key)
     if kernel is None:
-        kernel = _loaded.setdefault(key, Kernel(compile_kernel(spec, arch or device_arch())))
+        kernel = _loaded.setdefault(key, Kernel(compile_kernel(spec, arch or device_arch()), spec.label))
     return kernel
 
 

@@ -24,7 +24,7 @@ from typing import Any, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from . import nvtx
+from . import guards, nvtx
 from .errors import GpuError
 from .graphs import LaunchGraph, stream_priority
 
@@ -123,6 +123,7 @@ class _Noted:
     num_bytes: int = 0
     owner: Any = None  # what the function lives as long as
     stage: str = ""
+    name: str = "a fill"
 
 
 _active = threading.local()
@@ -186,13 +187,15 @@ class Recorder:
             self.noted.append(_Noted(None, (0, 0, 0), (0, 0, 0), 0, (array,), array.nbytes, stage=self.stage))
         return array
 
-    def launch(self, function: Any, grid: tuple, block: tuple, shared_bytes: int, args: tuple) -> None:
+    def launch(
+        self, function: Any, grid: tuple, block: tuple, shared_bytes: int, args: tuple, name: str = "a kernel"
+    ) -> None:
         """Note a launch of ``function``, which has the driver's handle as ``ptr``."""
         grid, block = ((*sizes, 1, 1)[:3] for sizes in (grid, block))
         for arg in args:
             if is_gpu_array(arg):
                 check_symbol(arg)
-        self.noted.append(_Noted(function.ptr, grid, block, shared_bytes, args, owner=function, stage=self.stage))
+        self.noted.append(_Noted(function.ptr, grid, block, shared_bytes, args, 0, function, self.stage, name))
 
 
 def is_gpu_array(x: Any) -> bool:
@@ -334,6 +337,7 @@ class Program:
             params += 8 * len(arguments)
         self._has_fills = any(isinstance(operation, Fill) for operation in self.operations)
         self._calls: tuple[int | None, list[tuple]] = (None, [])
+        self._names = [noted.name for noted in recorder.noted]
         self._graphs: dict[int, LaunchGraph | None] = {}
         # A graph is one launch without stages: with ranges, each operation is launched by itself.
         self._ranges = nvtx.functions()
@@ -352,7 +356,10 @@ class Program:
             symbol.last = operation
         for port, array in enumerate(ports, start=WORKSPACE + 1):
             recorder.symbols[(array.data.ptr - _FIRST_SYMBOL) >> _SYMBOL_SHIFT].port = port
-        self.workspace_bytes = _layout([x for x in recorder.symbols if x.port == WORKSPACE and x.first >= 0])
+        in_workspace = [x for x in recorder.symbols if x.port == WORKSPACE and x.first >= 0]
+        self._bands = guards.is_on()
+        self._guarded = in_workspace if self._bands else []
+        self.workspace_bytes = _layout_with_bands(in_workspace) if self._bands else _layout(in_workspace)
         # for each port: (word of the image, what to add to the port's address, operation, deferred argument or None)
         self._places: list[list[tuple]] = [[] for _ in range(WORKSPACE + 1 + len(ports))]
         for word, address, operation, symbol in zip(where.tolist(), addresses, operations, symbols):
@@ -401,6 +408,9 @@ class Program:
 
         is_captured: whether the stream is in capture mode, which wants the launches themselves.
         """
+        if self._bands and not is_captured:
+            self._submit_guarded(gpu, stream)
+            return
         if not is_captured and len(self.operations) >= self._min_graph:
             graph = self._graphs.get(stream)
             if graph is None and stream not in self._graphs and len(self._graphs) < _MAX_GRAPHS:
@@ -414,6 +424,19 @@ class Program:
             self._calls = (stream, self._calls_on(gpu, stream))
         for function, arguments in self._calls[1]:
             function(*arguments)
+
+    def _submit_guarded(self, gpu: Any, stream: int) -> None:
+        """One operation after the other, each followed by a look at all bands (``salekit.guards``)."""
+        base = self._linked[WORKSPACE]
+        if self.workspace_bytes:
+            gpu.fill(base, guards.PATTERN, self.workspace_bytes, stream)
+        bands = [
+            (base + x.offset - guards.BAND, base + x.offset + x.num_bytes, f"a piece of workspace of {x.num_bytes} bytes")
+            for x in self._guarded
+        ]
+        for name, (function, arguments) in zip(self._names, self.calls(gpu, stream)):
+            function(*arguments)
+            guards.check(name, stream, bands)
 
     def _calls_on(self, gpu: Any, stream: int) -> list[tuple]:
         calls = self.calls(gpu, stream)
@@ -450,6 +473,15 @@ def _layout(symbols: list[_Symbol]) -> int:
         total = max(total, symbol.offset + size)
         placed.append(symbol)
         placed.sort(key=lambda x: x.offset)
+    return total
+
+
+def _layout_with_bands(symbols: list[_Symbol]) -> int:
+    """The same with a band before and after each symbol, none of which shares memory."""
+    total = guards.BAND
+    for symbol in symbols:
+        symbol.offset = total
+        total += _round_up(symbol.num_bytes + guards.BAND)
     return total
 
 
