@@ -431,8 +431,8 @@ class Program:
         if self.workspace_bytes:
             gpu.fill(base, guards.PATTERN, self.workspace_bytes, stream)
         bands = [
-            (base + x.offset - guards.BAND, base + x.offset + x.num_bytes, f"a piece of workspace of {x.num_bytes} bytes")
-            for x in self._guarded
+            (start - guards.BAND, start + num_bytes, f"a piece of workspace of {num_bytes} bytes")
+            for start, num_bytes in ((base + x.offset, x.num_bytes) for x in self._guarded)
         ]
         for name, (function, arguments) in zip(self._names, self.calls(gpu, stream)):
             function(*arguments)

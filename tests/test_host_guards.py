@@ -102,7 +102,8 @@ def test_a_kernel_that_writes_too_far_is_named():
 
 @pytest.mark.gpu
 def test_no_kernel_writes_into_a_band_or_reads_what_nothing_wrote():
-    environment = {**os.environ, "SALEKIT_GUARD": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
+    path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "SALEKIT_GUARD": "1", "PYTHONPATH": path}
     ran = subprocess.run(
         [sys.executable, "bench/memcheck.py", "--few"], cwd=ROOT, env=environment, capture_output=True, text=True
     )
