@@ -33,6 +33,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=tuple(model.DTYPES), default="float16", help="default %(default)s; ONNX "
                         "Runtime has bfloat16 on GPUs alone")
     parser.add_argument("--tau", type=float, default=0.008, help="threshold of all heads (default %(default)s)")
+    parser.add_argument("--no-wait", action="store_true", help="on a GPU the host does not wait for each part; not with "
+                        "--graph ops, see the README")
     parser.add_argument("--runs", type=int, default=5, help="timed runs; the median counts (default %(default)s)")
     return parser.parse_args(arguments)
 
@@ -48,7 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    device = sessions.Device(has_cuda() if options.device == "auto" else options.device == "cuda")
+    device = sessions.Device(has_cuda() if options.device == "auto" else options.device == "cuda",
+                             wait=not options.no_wait)
     on_gpu = device.stream is not None
     seqlen = options.seqlen if options.seqlen is not None else 4096 if on_gpu else 1024
     if seqlen < 1 or options.runs < 1:

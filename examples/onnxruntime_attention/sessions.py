@@ -22,8 +22,10 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)  # NumPy has none; ONNX Runtime takes it
 class Device:
     """Where the sessions run: memory, providers and, on a GPU, the one stream that everything is ordered on."""
 
-    def __init__(self, cuda: bool):
-        """Raises GpuError when ``cuda`` and ONNX Runtime or CuPy has no GPU."""
+    def __init__(self, cuda: bool, wait: bool = True):
+        """wait: each run of a session ends with the host waiting for the stream, as ONNX Runtime has it. Without that
+        ONNX Runtime 1.31 aborts the process where a session ends that had temporary memory of the host, as one of plain
+        operators has. Raises GpuError when ``cuda`` and ONNX Runtime or CuPy has no GPU."""
         self.type, self.id, self.stream = "cpu", 0, None
         self.providers: list[Any] = ["CPUExecutionProvider"]
         self.run_options = onnxruntime.RunOptions()
@@ -39,8 +41,8 @@ class Device:
         # All sessions launch on this stream, as salekit does, so nothing else has to order them.
         options = {"device_id": str(self.id), "user_compute_stream": str(self.stream.ptr)}
         self.providers = [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
-        # Else each run ends with the host waiting for the stream.
-        self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if not wait:
+            self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         if self.stream is None:
@@ -174,7 +176,7 @@ class SplitModel:
         result = self.device.empty(self.buffers[out].shape, self.buffers[out].dtype)
         bound = Bound(self.pieces.attentions[index], {**self.buffers, out: result}, self.device)
         bound.run()
-        self.device.synchronize()  # with the session alive: what ends with it would be freed by the stream's callback
+        self.device.synchronize()  # while the session is there
         return result
 
 
