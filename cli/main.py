@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "Compare SALE's masks with other ways to choose blocks, at equal density.",
     "doctor": "Say what this machine can run and what is missing.",
     "export": "Write kernels and a C host side for programs without Python.",
+    "fuzz": "Make random calls that try to break the library, and check them in float64.",
     "kernels": "Compile every kernel and show registers, shared memory and spills.",
     "mask-dump": "Draw or save the block mask of q, k and v.",
     "profile": "Time each kernel and compare it with what the GPU can do; predict without one.",

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from salekit.checks import FEW, U32, UNIT_ROUNDOFF, Check, equal, within
+
 from . import render
-from .validate import FEW, MAX_BLOCKS, U32, UNIT_ROUNDOFF, Check, equal, score_bound, within
+from .validate import MAX_BLOCKS, score_bound
 
 
 def check_kernels(q, k, v, tau: float, mask: Any, plan: Any, plan_options: dict) -> tuple[list[Check], np.ndarray]:

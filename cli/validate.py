@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
+from salekit.checks import FEW, U32, UNIT_ROUNDOFF, Check, equal, share, within
 from salekit.errors import GpuError
 
 from . import options, render
@@ -20,23 +21,6 @@ EXIT_ACCURACY = 5
 MAX_ROWS = 512  # rows of a head that float64 attention is computed for; fewer than 1% of the work at 16K tokens
 MAX_BLOCKS = 16  # query blocks of a head whose bits are recomputed pair by pair on the twin
 TWIN_SECONDS_A_PAIR = 5e-8  # the whole command without float64, a query head; at 4k tokens on two cores
-U32 = 2.0**-24  # unit roundoff of float32
-UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
-# A few rounding steps of exp, log and of the products around them (2 ulp each in the hardware's ex2 and lg2).
-FEW = 16 * U32
-
-
-@dataclass(frozen=True)
-class Check:
-    """One verdict. error and bound are those of the element that came closest to (or passed) its own bound."""
-
-    stage: str
-    compared: str
-    error: float
-    bound: float
-    passed: bool
-
-
 @click.command("validate")
 @click.option(
     "--input", "input_file", type=click.Path(exists=True, dir_okay=False), help="q, k, v (safetensors or npz)."
@@ -60,6 +44,7 @@ def validate(context: click.Context, **settings: Any) -> None:
     Without arguments: the built-in sample, 4,096 tokens of real q, k, v. Without a GPU the twin itself is checked
     against float64. --attend int8-fp8 adds the error of low-bit attention; --skipped pool checks pools of skipped
     blocks, too, and says what they do to the error. Exit 5 when a verdict fails.
+    A case that salekit fuzz wrote is replayed instead, with the options that it holds.
     """
     report = run_validate(**settings)
     if settings["output"]:
@@ -88,8 +73,15 @@ def run_validate(
 ) -> dict[str, Any]:
     """The report as a JSON object. Raises SalekitError children and click.UsageError."""
     from salekit import arrays, timing
+    from salekit.fuzz.cases import is_case_file
 
-    cuda = _choose_cuda(backend)
+    cuda = choose_cuda(backend)
+    if input_file and is_case_file(input_file):
+        if seqlen:
+            raise click.UsageError("--seqlen: --input is a fuzz case, which has its own lengths")
+        from .fuzz import replay
+
+        return replay(input_file, cuda)
     q, k, v, source = _load(input_file, seqlen)
     plan_options: dict[str, Any] = dict(
         estimator=estimator, query_stride=query_stride, block=block, dense_below=0
@@ -161,7 +153,7 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
     return {name: None if isinstance(x, float) and not np.isfinite(x) else x for name, x in record.items()}
 
 
-def _choose_cuda(backend: str) -> bool:
+def choose_cuda(backend: str) -> bool:
     from salekit.jit import device_arch
 
     if backend == "numpy":
@@ -203,39 +195,6 @@ def _load(input_file: str | None, seqlen: str | None):
     if length > whole or k.shape[1] != whole:
         raise click.UsageError(f"--seqlen: got {length}; {source} has {whole} rows and {k.shape[1]} keys")
     return q[:, :length], k[:, :length], v[:, :length], source
-
-
-# --- comparing -----------------------------------------------------------------------------------------------------
-def within(stage: str, compared: str, got: Any, want: Any, bound: Any) -> Check:
-    """|got - want| <= bound, element by element; NaN and infinity must sit in the same places."""
-    got, want = (np.asarray(x, np.float64) for x in (got, want))
-    # Where the inputs are not finite no bound is either: nothing but equality passes.
-    bound = np.broadcast_to(np.nan_to_num(np.asarray(bound, np.float64), nan=0.0, posinf=0.0), want.shape)
-    if got.shape != want.shape:
-        return Check(stage, f"{compared} (shapes {got.shape} and {want.shape})", float("nan"), 0.0, False)
-    if want.size == 0:
-        return Check(stage, compared, 0.0, 0.0, True)
-    same = (got == want) | (np.isnan(got) & np.isnan(want))
-    with np.errstate(all="ignore"):
-        error = np.where(same, 0.0, np.abs(got - want))
-        ratio = np.where(error == 0, 0.0, np.where(np.isnan(error), np.inf, error / np.maximum(bound, 1e-300)))
-    worst = np.unravel_index(np.argmax(ratio), ratio.shape)
-    if ratio[worst] == 0:  # all equal: show the least bound
-        return Check(stage, compared, 0.0, float(bound.min()), True)
-    return Check(stage, compared, float(error[worst]), float(bound[worst]), bool((error <= bound).all()))
-
-
-def equal(stage: str, compared: str, got: Any, want: Any) -> Check:
-    """Every element equal; the error is how many are not."""
-    got, want = np.asarray(got), np.asarray(want)
-    different = float(np.count_nonzero(got != want)) if got.shape == want.shape else float("nan")
-    return Check(stage, compared, different, 0.0, different <= 0)
-
-
-def share(stage: str, compared: str, different: Any, bound: float) -> Check:
-    """The share of true elements is at most ``bound``."""
-    error = float(np.mean(different)) if np.size(different) else 0.0
-    return Check(stage, compared, error, bound, error <= bound)
 
 
 def _f64(x: Any) -> np.ndarray:
@@ -653,6 +612,10 @@ def _softmax(scores: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 # --- tables --------------------------------------------------------------------------------------------------------
 def _print_tables(report: dict[str, Any]) -> None:
+    if "case" in report:
+        from .fuzz import print_replay
+
+        return print_replay(report)
     plan = report["plan"]
     where = report["gpu"]["name"] if report["gpu"] else "NumPy twin, no GPU in use"
     rows = [

@@ -1,0 +1,190 @@
+"""salekit fuzz: random calls that try to break the library, each checked in float64; failing ones shrunk to files."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import options, render
+from .validate import EXIT_ACCURACY, choose_cuda
+
+SCHEMA = 1
+CASES = 300
+PROGRESS_SECONDS = 5.0
+SETTLED_SHARE = 0.25  # of a soak, after which kernels are loaded and memory is to stay as it is
+
+
+@click.command("fuzz")
+@click.option("--cases", type=click.IntRange(1), default=None, help=f"How many cases; {CASES} without --minutes.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=None,
+              help="A soak of so long, long inputs among them; watches the GPU's memory.")
+@click.option("--seed", type=click.IntRange(0, 2**62), default=None, help="Of all that is drawn; printed. Default: random.")
+@click.option("--workers", type=click.IntRange(1, 128), default=1, show_default=True,
+              help="Processes, which share the GPU; one core each.")
+@options.backend
+@options.as_json
+@click.option("-o", "--output", type=click.Path(file_okay=False), default="fuzz-failures", show_default=True,
+              help="Folder for failing cases; made when there is one.")
+@click.pass_context
+def fuzz(context: click.Context, **settings: Any) -> None:
+    """Make random calls that try to break the library, and check every one.
+
+    Shapes, layouts, strides, options, thresholds and values are drawn from the seed; out, lse and mask are compared with
+    float64 attention and with the twin within bounds that follow from roundings (docs/fuzz.md). A failing case is made
+    small and written to a file that "salekit validate --input FILE" replays. Exit 5 when one fails.
+    """
+    report = run_fuzz(**settings)
+    if settings["as_json"]:
+        render.print_json(report)
+    else:
+        print_tables(report)
+    if not report["passed"]:
+        context.exit(EXIT_ACCURACY)
+
+
+def run_fuzz(
+    *, cases: int | None, minutes: float | None, seed: int | None, workers: int, backend: str, output: str | None, **_: Any
+) -> dict[str, Any]:
+    """The report as a JSON object. Raises SalekitError children and click.UsageError."""
+    from salekit import timing
+    from salekit.fuzz.running import run_many
+
+    if cases is not None and minutes is not None:
+        raise click.UsageError("--cases and --minutes: wants one of them")
+    cases = CASES if cases is None and minutes is None else cases
+    cuda = choose_cuda(backend)
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    what = f"{cases} cases" if minutes is None else f"{minutes:g} minutes"
+    render.note(f"fuzz: seed {seed}, {what}, {workers} {'worker' if workers == 1 else 'workers'}; "
+                + ("GPU kernels" if cuda else "no GPU in use: the NumPy twin"))
+    last = time.monotonic()
+
+    def progress(report: Any) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_SECONDS:
+            last = time.monotonic()
+            render.note(f"fuzz: {report.cases} cases, {len(report.failures)} failed, {last - report.started:.0f} s")
+
+    found = run_many(seed, on_gpu=cuda, cases=cases, minutes=minutes, workers=workers, folder=output, progress=progress)
+    memory = memory_verdict(found.memory, found.started)
+    return {
+        "schema": SCHEMA,
+        "kind": "salekit-fuzz",
+        "passed": not found.failures and (memory is None or memory["passed"]),
+        "seed": seed,
+        "backend": "cuda" if cuda else "numpy",
+        "workers": workers,
+        "minutes": minutes,
+        "gpu": timing.gpu_info() if cuda else None,
+        "versions": timing.versions(),
+        "commit": timing.git_commit(),
+        "command": timing.command_line(),
+        **found.to_json(),
+        "memory": memory,
+    }
+
+
+def memory_verdict(samples: list[tuple[float, int]], started: float) -> dict[str, Any] | None:
+    """Whether the GPU's memory in use, each time a worker had given back all that it keeps, stays as it was.
+
+    The largest of the last quarter of a soak is to be no more than that of the second quarter: the first loads kernels.
+    """
+    if not samples:
+        return None
+    seconds = time.monotonic() - started
+    settled = [used for at, used in samples if SETTLED_SHARE * seconds <= at < 2 * SETTLED_SHARE * seconds]
+    at_end = [used for at, used in samples if at >= (1 - SETTLED_SHARE) * seconds]
+    if not settled or not at_end:
+        return None
+    return {"settled_bytes": max(settled), "end_bytes": max(at_end), "samples": len(samples),
+            "passed": max(at_end) <= max(settled)}
+
+
+# --- a case from a file --------------------------------------------------------------------------------------------
+def replay(file: str, cuda: bool) -> dict[str, Any]:
+    """The fuzzer's checks of a case in a file, as a report of validate. FileFormatError."""
+    from salekit import timing
+    from salekit.fuzz.cases import load
+    from salekit.fuzz.checking import check_case
+
+    case, given, failed = load(file)
+    render.note(f"validate: {Path(file).name}, a fuzz case ({case.describe()}); "
+                + ("GPU kernels" if cuda else "no GPU in use: the NumPy twin"))
+    if failed:
+        render.note(f"validate: it was written because of {failed}")
+    started = time.perf_counter()
+    outcome = check_case(case, cuda, given)
+    return {
+        "schema": SCHEMA,
+        "kind": "salekit-validate",
+        "passed": not outcome.failed,
+        "backend": "cuda" if cuda else "numpy",
+        "input": Path(file).name,
+        "case": case.to_json(),
+        "versions": timing.versions(),
+        "commit": timing.git_commit(),
+        "command": timing.command_line(),
+        "gpu": timing.gpu_info() if cuda else None,
+        "seconds": round(time.perf_counter() - started, 2),
+        "checks": [{key: _finite(x) for key, x in asdict(check).items()} for check in outcome.checks],
+        "heads": [],
+    }
+
+
+def print_replay(report: dict[str, Any]) -> None:
+    where = report["gpu"]["name"] if report["gpu"] else "NumPy twin, no GPU in use"
+    rows = [
+        [check["stage"], check["compared"], _show(check["error"]), _show(check["bound"]), "ok" if check["passed"] else "FAILED"]
+        for check in report["checks"]
+    ]
+    render.table(f"salekit validate: {where}; {report['input']}, a fuzz case",
+                 ["stage", "what is compared", "error", "bound", "verdict"], rows)
+    render.note("all verdicts ok" if report["passed"] else "a verdict FAILED")
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+def print_tables(report: dict[str, Any]) -> None:
+    where = report["gpu"]["name"] if report["gpu"] else "NumPy twin, no GPU in use"
+    rows = [
+        [group if first else "", value, str(counts["cases"]), str(counts["failed"])]
+        for group, values in report["groups"].items()
+        for first, (value, counts) in zip((True, *(False,) * len(values)), values.items())
+    ]
+    render.table(f"salekit fuzz: {where}; seed {report['seed']}, {report['cases']} cases, {report['pairs']:.2g} pairs of a row "
+                 f"and a key, {report['seconds']:.0f} s", ["drawn", "", "cases", "failed"], rows)
+    rows = [
+        [check["stage"], check["compared"], str(check["cases"]), _show(check["worst_share_of_bound"]), _show(check["error"]),
+         _show(check["bound"]), str(check["case"])]
+        for check in report["checks"]
+    ]
+    render.table("the worst of each check, as a share of its bound",
+                 ["stage", "what is compared", "cases", "share", "error", "bound", "in case"], rows)
+    if report["backend"] == "cuda":
+        render.text(f"bits other than the twin's that roundings explain: {report['blocks_in_doubt']}")
+    if report["memory"]:
+        memory = report["memory"]
+        verdict = "ok" if memory["passed"] else "FAILED: it grows"
+        render.text(f"GPU memory in use: {memory['settled_bytes'] / 2**20:.0f} MiB after the first quarter, "
+                    f"{memory['end_bytes'] / 2**20:.0f} MiB in the last, {verdict}")
+    for failed in report["failed_cases"]:
+        render.text(f"case {failed['case']} FAILED: {failed['drawn']}")
+        for check in failed["checks"]:
+            render.text(f"  {check['stage']}: {check['compared']}: error {_show(check['error'])}, bound {_show(check['bound'])}")
+        render.text(f"  shrunk: {failed['shrunk']}")
+        render.text(f"  salekit validate --input {failed['file']}")
+    render.note("all cases ok" if report["passed"] else "a case FAILED" if report["failures"] else "memory grows: FAILED")
+
+
+def _finite(x: Any) -> Any:
+    return None if isinstance(x, float) and not abs(x) < float("inf") else x
+
+
+def _show(x: float | None) -> str:
+    if x is None:
+        return "not finite"
+    return "0" if x == 0 else f"{x:.3g}"

@@ -1,0 +1,284 @@
+"""Many cases, in one process or several, and what came of them."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import time
+import traceback
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+from ..checks import Check
+from .cases import Case, draw, make_arrays, save
+from .checking import CALLED, check_case, ratio
+from .shrinking import shrink
+
+LONG_EVERY = 40  # of a soak's cases one is long
+SHRINK_SECONDS = 60.0
+# What a case is counted by; each has the values of a table's lines.
+GROUPS = ("kind", "estimator", "attend", "skipped", "dtype", "head_dim", "layout", "strides", "scores", "data")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one case. file: where it was written when it failed; shrunk: as it was written."""
+
+    index: int
+    case: Case
+    checks: list[Check]
+    in_doubt: int
+    seconds: float
+    file: str | None = None
+    shrunk: Case | None = None
+    used_bytes: int | None = None  # of the GPU's memory, by all, after the case
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if not check.passed]
+
+
+@dataclass
+class Report:
+    """Counts and worst ratios as cases come in."""
+
+    seed: int
+    cases: int = 0
+    in_doubt: int = 0
+    pairs: int = 0
+    failures: list[Result] = field(default_factory=list)
+    by_group: dict[str, dict[str, Counter]] = field(default_factory=dict)
+    worst: dict[tuple[str, str], tuple[float, Check, int]] = field(default_factory=dict)
+    checks: Counter = field(default_factory=Counter)
+    memory: list[tuple[float, int]] = field(default_factory=list)  # (seconds, bytes of the GPU in use)
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, result: Result) -> None:
+        self.cases += 1
+        self.in_doubt += result.in_doubt
+        self.pairs += result.case.pairs
+        for group, value in groups_of(result.case).items():
+            counts = self.by_group.setdefault(group, {}).setdefault(value, Counter())
+            counts["cases"] += 1
+            counts["failed"] += bool(result.failed)
+        for check in result.checks:
+            name = (check.stage, CALLED if check.compared.startswith(CALLED) else check.compared)
+            self.checks[name] += 1
+            of_check = ratio(check)
+            if name not in self.worst or of_check > self.worst[name][0]:
+                self.worst[name] = of_check, check, result.index
+        if result.failed:
+            self.failures.append(result)
+        if result.used_bytes is not None:
+            self.memory.append((time.monotonic() - self.started, result.used_bytes))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "cases": self.cases,
+            "failures": len(self.failures),
+            "pairs": self.pairs,
+            "blocks_in_doubt": self.in_doubt,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "groups": {
+                group: {value: dict(counts) for value, counts in sorted(values.items())}
+                for group, values in self.by_group.items()
+            },
+            "checks": [
+                {"stage": stage, "compared": compared, "cases": self.checks[stage, compared],
+                 "worst_share_of_bound": _number(share), "error": _number(check.error), "bound": _number(check.bound),
+                 "case": index}
+                for (stage, compared), (share, check, index) in sorted(self.worst.items())
+            ],
+            "failed_cases": [
+                {"case": result.index, "file": result.file, "drawn": result.case.describe(),
+                 "shrunk": None if result.shrunk is None else result.shrunk.describe(),
+                 "checks": [{key: _number(x) for key, x in asdict(check).items()} for check in result.failed]}
+                for result in self.failures
+            ],
+        }
+
+
+def _number(x: Any) -> Any:
+    return None if isinstance(x, float) and not abs(x) < float("inf") else x
+
+
+def groups_of(case: Case) -> dict[str, str]:
+    scores = [name for name, on in (("softcap", case.softcap), ("window", case.window_size), ("sinks", case.sink_logits))
+              if on]
+    data = "not finite" if case.spots else "other scales" if case.scales != (1.0, 1.0, 1.0) else case.distribution
+    own = dict(scores=" ".join(scores) or "plain", data=data)
+    return {name: own[name] if name in own else str(getattr(case, name)) for name in GROUPS}
+
+
+# --- one case ------------------------------------------------------------------------------------------------------
+def run_case(seed: int, index: int, on_gpu: bool, folder: str | None, soak: bool = False) -> Result:
+    """Draw, check; when it fails, shrink and write to the folder."""
+    case = draw(seed, index, long=soak and index % LONG_EVERY == LONG_EVERY - 1)
+    started = time.monotonic()
+    outcome = check_case(case, on_gpu)
+    result = Result(index, case, outcome.checks, outcome.in_doubt, time.monotonic() - started)
+    if outcome.failed:
+        file, smaller = write_failure(seed, index, case, outcome.failed, on_gpu, folder)
+        result = Result(index, case, outcome.checks, outcome.in_doubt, time.monotonic() - started, file, smaller)
+    return result
+
+
+def name_of(check: Check) -> tuple[str, str]:
+    return check.stage, CALLED if check.compared.startswith(CALLED) else check.compared
+
+
+def write_failure(
+    seed: int, index: int, case: Case, failed: list[Check], on_gpu: bool, folder: str | None
+) -> tuple[str | None, Case]:
+    """(the file, or None without a folder; the case in it)."""
+    name = name_of(failed[0])
+
+    def fails(smaller: Case) -> bool:
+        return name in map(name_of, check_case(smaller, on_gpu).failed)
+
+    smaller = shrink(case, fails, SHRINK_SECONDS)
+    if folder is None:
+        return None, smaller
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = Path(folder) / f"fuzz-{seed}-{index}.npz"
+    save(file, smaller, make_arrays(smaller), ": ".join(name))
+    return str(file), smaller
+
+
+def used_bytes() -> int:
+    """Bytes of the GPU that are in use, by all processes, after this one has given back what it only keeps."""
+    from .. import workspaces
+    from ..arrays import import_cupy
+
+    cupy = import_cupy()
+    cupy.cuda.Device().synchronize()
+    workspaces.clear_workspaces()
+    gc.collect()
+    cupy.get_default_memory_pool().free_all_blocks()
+    free, total = cupy.cuda.runtime.memGetInfo()
+    return total - free
+
+
+# --- many cases ----------------------------------------------------------------------------------------------------
+def run_many(
+    seed: int, *, on_gpu: bool, cases: int | None = None, minutes: float | None = None, workers: int = 1,
+    folder: str | None = None, progress: Callable[[Report], None] | None = None,
+) -> Report:
+    """Cases 0, 1, ... of the seed, as many as ``cases`` says, or a soak for ``minutes`` with long ones among them.
+
+    workers: processes that share the GPU; 1: this process. Which process takes a case decides nothing about it. A
+    process that dies with a case has failed it, and is replaced.
+    """
+    report, soak = Report(seed), minutes is not None
+    end = None if minutes is None else report.started + 60 * minutes
+
+    def indices() -> Iterator[int]:
+        index = 0
+        while (cases is None or index < cases) and (end is None or time.monotonic() < end):
+            yield index
+            index += 1
+
+    results = _in_this_process if workers == 1 else _in_processes
+    for result in results(seed, indices(), on_gpu, folder, soak, workers):
+        report.add(result)
+        if progress:
+            progress(report)
+    return report
+
+
+def _in_this_process(seed, indices, on_gpu, folder, soak, _workers) -> Iterator[Result]:
+    for index in indices:
+        try:
+            result = _measured(run_case(seed, index, on_gpu, folder, soak), on_gpu and soak)
+        except Exception:  # the GPU is lost to this process
+            yield _lost(seed, index, traceback.format_exc(limit=-4), folder, soak)
+            return
+        yield result
+
+
+def _measured(result: Result, measure: bool) -> Result:
+    if not measure or result.index % 16:
+        return result
+    fields = {name: getattr(result, name) for name in Result.__dataclass_fields__}
+    return Result(**{**fields, "used_bytes": used_bytes()})
+
+
+def _work(connection: Any, seed: int, on_gpu: bool, folder: str | None, soak: bool) -> None:
+    """A worker: takes indices until None comes, or nobody is there to ask."""
+    while (index := _next_index(connection)) is not None:
+        try:
+            connection.send(_measured(run_case(seed, index, on_gpu, folder, soak), on_gpu and soak))
+        except Exception:  # this process's GPU may be lost: say why, and let another go on
+            connection.send(traceback.format_exc(limit=-4))
+            return
+
+
+def _next_index(connection: Any) -> int | None:
+    try:
+        return connection.recv()
+    except EOFError:
+        return None
+
+
+class _Worker:
+    def __init__(self, context: Any, arguments: tuple):
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, *arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.index: int | None = None
+
+    def give(self, index: int | None) -> None:
+        self.index = index
+        self.connection.send(index)
+
+
+def _in_processes(seed, indices, on_gpu, folder, soak, workers) -> Iterator[Result]:
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")  # of the workers, who have a core each
+    context = multiprocessing.get_context("spawn")
+    arguments = (seed, on_gpu, folder, soak)
+    idle = [_Worker(context, arguments) for _ in range(workers)]
+    busy: dict[Any, _Worker] = {}
+    try:
+        while True:
+            while idle and (index := next(indices, None)) is not None:
+                worker = idle.pop()
+                worker.give(index)
+                busy[worker.connection] = worker
+            if not busy:
+                return
+            for connection in wait(list(busy)):
+                worker = busy.pop(connection)
+                try:
+                    result = connection.recv()
+                except (EOFError, OSError):
+                    worker.process.join()
+                    result = f"the process ended with code {worker.process.exitcode}"
+                if isinstance(result, str):
+                    result = _lost(seed, worker.index, result, folder, soak)
+                    worker = _Worker(context, arguments)
+                idle.append(worker)
+                yield result
+    finally:
+        for worker in (*idle, *busy.values()):
+            worker.connection.close()
+            worker.process.join(5)
+            if worker.process.is_alive():
+                worker.process.terminate()
+
+
+def _lost(seed: int, index: int, why: str, folder: str | None, soak: bool) -> Result:
+    """The result of a case that took its process with it; written as it was drawn."""
+    case = draw(seed, index, long=soak and index % LONG_EVERY == LONG_EVERY - 1)
+    check = Check("call", f"{CALLED} ({why.strip()[-400:]})", 1.0, 0.0, False)
+    file = None
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = str(Path(folder) / f"fuzz-{seed}-{index}.npz")
+        save(file, case, make_arrays(case), f"call: {CALLED}")
+    return Result(index, case, [check], 0, 0.0, file, case)
