@@ -50,7 +50,8 @@ mutate("anchor_statistics", "no-wait-for-keys", "dropped wait", "keys that do no
        "load_blocks(begin);\n        cp_async_commit();\n        cp_async_wait<0>();\n",
        "load_blocks(begin);\n        cp_async_commit();\n", ANCHORS_SM80)
 mutate("anchor_statistics", "kv-head", "wrong head under GQA", "heads take KV heads in turn, not in groups",
-       "kv_head = first_head / shape.group_size();", "kv_head = first_head % shape.num_kv_heads;", ANCHORS_SM80)
+       "kv_head = first_head / shape.group_size();", "kv_head = first_head % shape.num_kv_heads;",
+       "test_kernel_quantize.py -k 'anchor_statistics_of_tested_rows'")
 mutate("anchor_statistics_sm90", "sink-twice", "key counted twice", "sink keys in the local range's slots count again",
        "masked = key < sequence.sink_end || key + SLOT_KEYS > least_limit;", "masked = key + SLOT_KEYS > least_limit;",
        ANCHORS)
@@ -134,7 +135,7 @@ mutate("finish_channels", "one-sided", "lost term", "the largest deviation is lo
        "magnitude_bits(__fsub_rn(high, mean));", INT8)
 mutate("finish_channels", "chunks-of-lengths", "wrong bound of a tail", "a sequence's last, partial chunk is left out",
        "num_chunks = (seqlen + chunk_rows - 1) / chunk_rows;", "num_chunks = seqlen / chunk_rows;",
-       "test_kernel_serving.py -k 'test_lengths_that_line_up'")
+       "test_kernel_serving.py -k 'packed_is_each_sequence_alone and int8'")
 mutate("combine_key_statistics", "full-last-chunk", "last chunk counted fully", "the last chunk is as long as others",
        "last_rows = rows_b - (num_chunks - 1) * chunk_rows;", "last_rows = chunk_rows;", PARTS)
 mutate("combine_key_statistics", "means-apart", "lost term", "that the means of both parts differ adds no deviation",
@@ -208,9 +209,9 @@ mutate("estimate_sm80", "no-sync", "dropped sync", "the last word is stored whil
 mutate("estimate_sm80", "nan-limit", "NaN rule dropped", "a limit that is not a number votes for nothing",
        "  if (isnan(x)) return SELECT_ALL;\n", "", ESTIMATE.format("int4-bytes and (odd_groups or broken_groups)"),
        "tile/votes.cuh")
-mutate("estimate_sm80", "absent-tile", "wrong bound of a tail", "64 rows that are not there have anchors",
-       "  if (tile * TILE_ROWS >= shape.seqlen_q) return 0;\n", "", ESTIMATE.format("test_shapes and int8-mma"),
-       "tile/mask_bits.cuh")
+mutate("estimate_sm80", "invisible", "lost bound", "rows vote for blocks that only the tile's other rows see",
+       "bits = votes & visible_bits<WINDOWED>(shape, q_block * BLOCK_Q, BLOCK_Q, word);", "bits = votes;",
+       ESTIMATE.format("test_shapes and int8-mma"), "tile/mask_bits.cuh")
 mutate("estimate_sm80", "corrections-of", "wrong head under GQA", "corrections are those of the KV head's number",
        "correction_gmem + int64_t(rows.head) *", "correction_gmem + int64_t(rows.kv_head) *",
        ESTIMATE.format("batch_and_groups and int4-bytes"), "tile/code_products.cuh")
@@ -221,7 +222,7 @@ mutate("block_scores", "fold", "off by one", "a coarse block takes in the one ne
        "step < fold; step *= 2", "step <= fold; step *= 2", SCORES.format("test_blocks_and_lengths"))
 mutate("block_scores", "last-warp", "lost term", "the last 32 of 128 rows do not count",
        "fmaxf(best, fmaxf(of_warp[2].score[lane], of_warp[3].score[lane]));", "fmaxf(best, of_warp[2].score[lane]);",
-       SCORES.format("test_shapes and int8"))
+       SCORES.format("test_shapes"))
 
 # --- masks ---------------------------------------------------------------------------------------------------------
 mutate("mask_from_scores", "anchors", "lost term", "anchors are not set where tau is infinite",
@@ -371,8 +372,9 @@ mutate("scatter_sequences", "last-row", "off by one", "a sequence's last row is 
 mutate("scatter_sequences", "lse-stride", "wrong stride", "heads of lse are as far apart as in the padded array",
        "target_lse[int64_t(head) * total + packed]", "target_lse[int64_t(head) * max_seqlen + packed]",
        SERVING.format("packed_dense"))
-mutate("locate_sequences", "many", "wrong stride", "only the first 256 sequences are located",
-       "i += LOCATE_THREADS", "i += batch", SERVING.format("many_sequences"))
+mutate("locate_sequences", "longest", "off by one", "a sequence as long as the longest loses its last row",
+       "max(first, min(sums[index + 1], total)) - first, longest);",
+       "max(first, min(sums[index + 1], total)) - first, longest - 1);", SERVING.format("packed_dense"))
 mutate("locate_sequences", "keys-of-queries", "wrong operand", "keys lie where queries lie",
        "k(cu_seqlens_k, i, total_k, max_seqlen_k);", "k(cu_seqlens_q, i, total_k, max_seqlen_k);",
        SERVING.format("packed_dense"))
