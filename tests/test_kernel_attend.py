@@ -227,6 +227,18 @@ def test_batch_and_groups(heads, kv_heads, layout):
     check(run(q, k, v, mask, plan, layout), q, k, v, mask, plan)
 
 
+@pytest.mark.parametrize("masked", (True, False))
+def test_more_work_than_multiprocessors(masked):
+    """CTAs of the Hopper kernel take one work item after the other, and fetch the next one's queries meanwhile."""
+    from salekit import jit
+
+    plan = make_plan(300, 420, batch=4, heads=16, kv_heads=4)
+    assert plan.batch * plan.num_heads * ceil_div(plan.seqlen_q, 128) > jit.multiprocessors()
+    q, k, v = make_inputs(plan)
+    mask = random_mask(plan, 0.4) if masked else None
+    check(run(q, k, v, mask, plan), q, k, v, mask, plan)
+
+
 @pytest.mark.parametrize("causal", (True, False))
 @pytest.mark.parametrize("block_k", (32, 64, 128))
 def test_all_selected_is_dense(block_k, causal):
@@ -292,6 +304,20 @@ def test_large_scores():
     assert (np.abs(out.astype(np.float64) - want) <= tolerance).all()
     known = np.isfinite(want_lse)
     assert (np.abs(lse[known] - want_lse[known]) <= lse_bound[known]).all()
+
+
+@pytest.mark.parametrize("block_q", (64, 128))
+def test_scores_far_below_zero(block_q):
+    """Negative scores alone, which rise to where the walk ends by more than float32's exponents reach."""
+    plan = make_plan(200, 2000, dtype="float16", block_q=block_q)
+    q, k, v = (x.astype(np.float32) for x in make_inputs(plan))
+    q = 1 + 0.1 * q
+    k = -np.linspace(0.5, 16, plan.seqlen_k, dtype=np.float32)[None, :, None, None] * (1 + 0.1 * k)
+    q, k, v = (x.astype(np.float16) for x in (q, k, v))
+    largest = plan.softmax_scale * np.einsum("id,jd->ij", q[0, :, 0].astype(float), k[0, :, 0].astype(float)).max()
+    assert largest < 0
+    for mask in (random_mask(plan, 0.4), None):
+        check(run(q, k, v, mask, plan), q, k, v, mask, plan)
 
 
 @pytest.mark.parametrize("masked", (True, False))

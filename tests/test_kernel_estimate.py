@@ -235,6 +235,23 @@ def test_absent_keys_do_not_vote(path, seqlen_k):
     assert np.array_equal(words, reference.estimate(quantized, limits, none).words), "an absent key voted"
 
 
+@pytest.mark.parametrize("seqlen_k", [700, 704, 2048])
+@pytest.mark.parametrize("path", [path for path in PATHS if path not in INT4_PATHS])
+def test_equal_scores_do_not_vote(path, seqlen_k):
+    """Thresholds that the largest score of a row equals, or passes by one."""
+    plan = make_plan(path[0], 300, seqlen_k, causal=False, sink=0, local=0)
+    quantized, limits = make_inputs(plan)
+    for codes in (quantized.q_codes, quantized.k_codes):
+        codes[:] = codes.clip(-1, 1)
+    keys = np.repeat(quantized.k_codes, plan.group_size, axis=1).astype(np.int32)
+    limits[:] = (quantized.q_codes.astype(np.int32) @ keys.transpose(0, 1, 3, 2)).max(axis=-1)
+    equal = check(plan, path, inputs=(quantized, limits))
+    none = reference.estimate(quantized, np.full_like(limits, SELECT_NONE), plan.replace(arch=None)).words
+    assert np.array_equal(equal, none)
+    limits[:, :, ::50] -= 1
+    assert not np.array_equal(check(plan, path, inputs=(quantized, limits)), none)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_all_and_none(path):
     for limit in (-np.inf, np.inf):
@@ -300,6 +317,28 @@ def test_int4_close_calls(path, head_dim, block_q, exact_quotients):
     limits[:] = _nudged(rng.integers(low, low + 30, unit.shape).astype(np.float32) * unit, rng)
     limits[rng.random(limits.shape) < 0.95] = np.inf
     check(plan, path, inputs=(quantized, limits))
+
+
+@pytest.mark.parametrize("path", INT4_PATHS)
+def test_int4_ties_of_corrections(path):
+    """Scores are corrections alone; in each block one on a tie, or a float next to it, decides by how it is rounded."""
+    plan = make_plan("int4", 128, 8192, heads=6, kv_heads=2, causal=False, sink=0, local=0)
+    quantized, limits = make_inputs(plan)
+    rng = np.random.default_rng(0)
+    quantized.q_codes[:] = 0
+    quantized.q_scale[:] = rng.uniform(0.01, 0.02, (1, 6, 1))
+    quantized.k_scale[:] = rng.uniform(0.01, 0.02, (1, 2, 1)) * rng.uniform(0.999, 1, quantized.k_scale.shape)
+    keys = np.arange(plan.seqlen_k)
+    k_scale = np.repeat(quantized.k_scale[..., 4 * (keys // 32) + keys % 8 // 2], plan.group_size, axis=1)
+    unit = quantized.q_scale[..., :1] * k_scale
+    whole = np.arange(20, 26, dtype=np.float32)[None, :, None]
+    quantized.correction[:] = whole * unit
+    tied = 32 * np.arange(plan.seqlen_k // 32) + rng.integers(0, 32, plan.seqlen_k // 32)
+    quantized.correction[:, :, tied] = _nudged((whole + np.float32(0.5)) * unit[:, :, tied], rng)
+    limits[:] = (whole + np.float32(0.5)) * unit[..., :1] * np.float32(plan.softmax_scale)
+    words = check(plan, path, inputs=(quantized, limits))
+    selected = np.unpackbits(words.view(np.uint8), axis=-1).mean(axis=(0, 2, 3))
+    assert ((0.1 < selected) & (selected < 0.9)).all()
 
 
 @pytest.mark.parametrize("factor", [1e3, 1e4, 1e6, 1e12])

@@ -146,7 +146,9 @@ def test_what_is_not_finite():
     plan = make_plan(515, 900, dtype="float16")
     q, k, v = make_inputs(plan)
     q[0, 140, 0, 5] = np.nan  # its block does not select everything here: the row alone is lost
+    q[0, 300, 1, 2] = np.inf
     v[0, 10, 0, 3] = np.inf  # nowhere selected
+    v[0, 20, 0, 4] = -np.inf
     v[0, 600, 0, 7] = np.nan
     v[0, 880:, 0, 9] = np.nan  # past what most rows see
     bits = anchored_mask(plan, 0.3).to_dense()

@@ -132,6 +132,45 @@ def test_tested_rows_have_the_codes_of_all_rows(stride, full_rows, block_q, esti
         assert np.array_equal(*scales)
 
 
+@pytest.mark.parametrize("arch", ("sm_80", None))
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_ties_keep_the_lower_dims(head_dim, arch):
+    """Weights of two sizes alone; one KV head's odd dims weigh four times as much as its even ones."""
+
+    def plant(q, k):
+        rng = np.random.default_rng(1)
+        q[:] = rng.choice([-2, -1, 1, 2], q.shape)
+        k[:] = rng.choice([-1, 1], (1, 1, 1, head_dim)) * rng.standard_normal(k.shape[:3])[..., None]
+        k[:, :, 1, 1::2] *= 4
+
+    q, k, q_gpu, k_gpu, plan = make_case(300, 1000, head_dim=head_dim, estimator="int8-sp24", plant=plant)
+    if arch is not None:
+        plan = plan.replace(arch=arch)
+    want = reference.quantize(q, k, plan)
+    got = stage("quantize").quantize(q_gpu, k_gpu, plan)
+    assert np.array_equal(codes.q_codes_to_rows(got, plan), want.q_codes)
+    assert np.array_equal(got.q_scale.get()[:, :, :300], want.q_scale)
+    kept = (want.q_codes != 0).reshape(1, 2, 2, 300, head_dim // 4, 4).mean(axis=(0, 2, 3, 4))
+    assert kept[0, 0] > 2 * kept[0, 3] and (kept[1, 1::2] == 1).all()
+
+
+@pytest.mark.parametrize("seqlen_k", (1, 512, 513, 700, 1600))
+def test_channel_statistics_of_keys_that_drift(seqlen_k):
+    """Chunks of 512 keys with means far apart, so that what each weighs shows in rms."""
+
+    def plant(q, k):
+        k += 0.01 * np.arange(seqlen_k)[None, :, None, None]
+
+    _, k, _, k_gpu, plan = make_case(1, seqlen_k, plant=plant)
+    got = stage("quantize")._channel_statistics(k_gpu, plan, plan.lengths_of("k"), with_rms=True, with_amax=True)
+    exact = k.astype(np.float64)
+    mean = exact.mean(axis=1)
+    amax = np.abs(exact - mean[:, None]).max(axis=(1, 3))
+    wants = mean, np.sqrt(np.square(exact - mean[:, None]).mean(axis=1)), amax, np.where(amax == 0, 1, amax / 127)
+    for ours, want in zip(got, wants):  # float32 sums over up to 512 keys, each of at most 66 numbers
+        assert np.abs(ours.get() - want).max() <= 66 * EPS * np.abs(exact).max()
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_codes_are_bitwise_repeatable(estimator):
     _, _, q_gpu, k_gpu, plan = make_case(700, 700, estimator=estimator)
@@ -185,7 +224,8 @@ def check_anchors(q, k, q_gpu, k_gpu, plan):
     assert not l[..., held][~seen[..., held]].any()
 
 
-@pytest.mark.parametrize("stride, full_rows", ((1, 0), (2, 0), (4, 100), (4, 1024)))
+# 60: the part of every other row ends within a code tile, before the last row.
+@pytest.mark.parametrize("stride, full_rows", ((1, 0), (2, 0), (2, 60), (4, 100), (4, 1024)))
 @pytest.mark.parametrize("tau", (0.0, 0.008, np.inf, "heads"))
 @pytest.mark.parametrize("estimator", ("int8", "int4"))
 def test_limits_follow_the_twin(estimator, tau, stride, full_rows):
