@@ -255,6 +255,7 @@ class AttentionPlan:
             into = arrays.in_layout(out, self.layout)
             lse = attend(*views, None, self.plan, out=into, return_lse=True, sink_logits=sink_logits)[1]
         else:
+            sink_logits = None if programs.is_gpu_array(sink_logits) else sink_logits  # no row has an lse
             lse = arrays.empty_attention(arrays.in_layout(out, self.layout), self.plan, sink_logits)
         return out, lse, pipeline.all_visible(q, self.plan)
 

@@ -378,11 +378,11 @@ class _LowBit:
         largest_q, largest_k = np.where(usable, largest_q, np.float32(1)), np.where(usable, largest_k, np.float32(1))
         balance = np.sqrt(largest_q / largest_k)  # of k; 1 / balance of q, rounded for itself
         balanced_q = q * np.repeat(np.sqrt(largest_k / largest_q), plan.group_size, axis=1)
-        self.q, self.q_scale = _codes(balanced_q, _amax(balanced_q, -1), 127)
+        self.q, self.q_scale = _low_bit_codes(balanced_q, -1)
         blocks = np.zeros((batch, kv_heads, ceil_div(keys, KEY_BLOCK) * KEY_BLOCK, dim), np.float32)
         blocks[:, :, :keys] = smooth * balance
         blocks = blocks.reshape(batch, kv_heads, -1, KEY_BLOCK, dim)
-        codes, scale = _codes(blocks, _amax(blocks, (-2, -1)), 127)
+        codes, scale = _low_bit_codes(blocks, (-2, -1))
         self.k = codes.reshape(batch, kv_heads, -1, dim)[:, :, :keys]
         self.k_scale = np.repeat(scale[..., 0, 0], KEY_BLOCK, axis=-1)[:, :, :keys]
         amax = _amax(v, 2)
@@ -401,6 +401,13 @@ class _LowBit:
     def weighted_values(self, p: np.ndarray, b: int, kv: int, cols: np.ndarray) -> np.ndarray:
         """p.v, from p as :func:`_round_p` leaves it."""
         return (p @ self.v[b, kv, cols]) * self.v_scale[b, kv]
+
+
+def _low_bit_codes(x: np.ndarray, axis) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales of groups along the axes; the scale of a group without a code but 0 is 0."""
+    amax = _amax(x, axis)
+    codes, scale = _codes(x, amax, 127)
+    return codes, np.where(amax < TINY, np.float32(0), scale)
 
 
 def _round_p(p: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ their mass (Jensen's inequality), so the estimate exceeds it by a factor of exp(
 costs is measured in docs/skipped-mass.md.
 
 A call with ``skipped="pool"`` has one pool for what is skipped of POOL_KEYS neighbours. q' is the mean of the block's
-rows without a NaN or an infinity, rounded to q's type; elements of v that are not finite count as 0.
+rows without a NaN or an infinity, rounded to q's type; elements of k and v that are not finite count as 0.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def attend_with_pools(
     scale = np.float32(plan.softmax_scale)
     for b, kv in np.ndindex(plan.batch, plan.num_kv_heads):
         keys, values = (np.ascontiguousarray(x[b, :, kv]).astype(np.float32) for x in (k, v))
-        values = np.where(np.isfinite(values), values, np.float32(0))
+        keys, values = (np.where(np.isfinite(x), x, np.float32(0)) for x in (keys, values))
         for head, block in np.ndindex(plan.group_size, mask.num_q_blocks):
             head += kv * plan.group_size
             blocks = skipped_blocks(bits[b, head, block], block, mask)

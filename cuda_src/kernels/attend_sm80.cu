@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(AttendRows<HEAD_DIM, BLOCK_Q, FEATURES>::THREA
             Element::pack(o[m][n][2 * r] * inverse, o[m][n][2 * r + 1] * inverse);
       if (lse_gmem != nullptr && lane % 4 == 0 && done.first_row + row < num_rows)
         lse_gmem[done.head_index(shape) * shape.seqlen_q + done.first_row + row] =
-            sum == 0.f ? -INFINITY : fmaf(top, FEATURES & SINKS ? 1.f : value_scale, logf(sum));
+            fmaf(top, FEATURES & SINKS ? 1.f : value_scale, sum == 0.f ? 0.f : logf(sum));
     }
   __syncwarp();
   constexpr int CHUNKS = PITCH<HEAD_DIM> / 8;

@@ -100,7 +100,8 @@ struct RowState {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float raised = row_max(s, top[r], r);
-      base[r] = raised == -INFINITY ? 0.f : raised * scale_log2;  // a row with nothing visible yet stays at zero
+      // A row with nothing visible yet stays at zero. Rounded up, so that no p exceeds 1 however large scores are.
+      base[r] = raised == -INFINITY ? 0.f : __fmul_ru(raised, scale_log2);
       rescale[r] = raised == top[r] ? 1.f : ex2((top[r] - raised) * scale_log2);
       top[r] = raised;
     }
@@ -340,7 +341,7 @@ __global__ void __launch_bounds__(384, 1)
                                      inverse);
         if (present && lse_gmem != nullptr && threadIdx.x % 4 == 0)
           lse_gmem[int64_t(rows.batch * shape.num_heads + rows.head) * shape.seqlen_q + out_row] =
-              sum == 0.f ? -INFINITY : fmaf(top, FEATURES & SINKS ? 1.f : value_scale, logf(sum));
+              fmaf(top, FEATURES & SINKS ? 1.f : value_scale, sum == 0.f ? 0.f : logf(sum));
       }
     }
     if (warpgroup == 0) bar_sync(TURN_BARRIER, 256);  // the turn that warpgroup 1 passed on last

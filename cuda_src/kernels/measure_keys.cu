@@ -1,4 +1,5 @@
-// What pool_skipped_sm90 wants to know of each group of 128 keys: |k_j|^2, and whether v has anything that is not finite.
+// What pool_skipped_sm90 wants to know of each group of 128 keys: |k_j|^2 of its finite elements, and whether k or v has
+// one that is not finite.
 //
 // k, v [batch, seqlen_k, num_kv_heads, HEAD_DIM] views; facts float32 [batch, num_kv_heads, groups, KEY_FACTS]: the norms
 // (0 of absent keys), then 1 or 0. Grid: (groups, num_kv_heads, batch) CTAs of 128 threads; a thread has eight neighbouring
@@ -23,8 +24,9 @@ __global__ void __launch_bounds__(128) measure_keys(TensorView k, TensorView v, 
     unpack_eight<Element>(y, ld_global_16(v.row<const uint16_t>(batch, present ? key : 0, kv_head) + channel, present));
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      norm = fmaf(x[j], x[j], norm);
-      largest = max(largest, magnitude_bits(y[j]));
+      const uint32_t size = magnitude_bits(x[j]);
+      norm = size < INFINITE_BITS ? fmaf(x[j], x[j], norm) : norm;
+      largest = max(largest, max(size, magnitude_bits(y[j])));
     }
 #pragma unroll
     for (int step = 1; step < CHUNKS; step *= 2) norm += __shfl_xor_sync(~0u, norm, step);

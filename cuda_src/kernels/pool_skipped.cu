@@ -145,6 +145,7 @@ __global__ void __launch_bounds__(POOL_THREADS, 2)
       cp_async_commit();
       cp_async_wait<0>();
       __syncthreads();
+      drop_infinite<HEAD_DIM, Element>(reinterpret_cast<uint8_t*>(smem.K_smem), threadIdx.x);
       smem.norms_smem[threadIdx.x] =
           squared_norm<HEAD_DIM, Element>(reinterpret_cast<const uint8_t*>(smem.K_smem), threadIdx.x);
       drop_infinite<HEAD_DIM, Element>(reinterpret_cast<uint8_t*>(smem.V_smem), threadIdx.x);
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(POOL_THREADS, 2)
       for (int j = 0; j < POOL_TILES; ++j) top = fmaxf(top, fmaxf(s[0][j][2 * r], s[0][j][2 * r + 1]));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      base[r] = top == -INFINITY ? 0.f : top * scale_log2;
+      base[r] = top == -INFINITY ? 0.f : __fmul_ru(top, scale_log2);
 #pragma unroll
       for (int j = 0; j < POOL_TILES; ++j)
 #pragma unroll

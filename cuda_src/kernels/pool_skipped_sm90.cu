@@ -213,6 +213,7 @@ __global__ void __launch_bounds__(512, 1)
       mbarrier_wait(&smem.kv_full[kv.index], kv.phase);
       if (smem.facts_smem[kv.index][POOL_KEYS] != 0.f) {
         bar_sync(CONSUMER_BARRIER, POOL_CONSUMERS * 128);
+        drop_infinite<HEAD_DIM, Element>(reinterpret_cast<uint32_t*>(smem.K_smem[kv.index]));
         drop_infinite<HEAD_DIM, Element>(reinterpret_cast<uint32_t*>(smem.V_smem[kv.index]));
         fence_proxy_async();
         bar_sync(CONSUMER_BARRIER, POOL_CONSUMERS * 128);
@@ -252,7 +253,7 @@ __global__ void __launch_bounds__(512, 1)
       for (int j = 0; j < 16; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      base[r] = top == -INFINITY ? 0.f : top * scale_log2;
+      base[r] = top == -INFINITY ? 0.f : __fmul_ru(top, scale_log2);
     }
 #pragma unroll
     for (int i = 0; i < 64; ++i) s[i] = ex2(fmaf(s[i], scale_log2, -base[i / 2 % 2]));

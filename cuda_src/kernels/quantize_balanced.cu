@@ -3,13 +3,18 @@
 // x [batch, seqlen, heads, HEAD_DIM]; codes uint8 [batch, heads, padded, HEAD_DIM] as 128-row tiles (salekit/codes.py),
 // rows past the end zero. mean float32 [batch, kv heads, HEAD_DIM], balance [batch, kv heads, 2, HEAD_DIM]: of k, of q
 // (finish_balance.cu). IS_K: scale float32 [batch, heads, padded / 32, 4], four times over. Otherwise: scale float32
-// [batch, heads, padded], and shift, q . mean of k, likewise (may be null); a row past the end has scale 1. lengths: the
+// [batch, heads, padded], and shift, q . mean of k, likewise (may be null); a row past the end has scale 0. lengths: the
 // rows of each batch, where they have their own (tile/shape.cuh).
 // Grid: (padded / 128, heads, batch) CTAs of 128 threads, a warp for 32 rows, all of them loaded before the first use.
 #include "tile/codes.cuh"
 #include "tile/tensor_view.cuh"
 
 constexpr int BALANCED_THREADS = 128;
+
+// Of a group without a code but 0: 0, so that attention, which rounds at every scale, adds nothing.
+__device__ __forceinline__ float scale_of(const GroupScale& group) {
+  return group.factor == 0.f && !isnan(group.scale) ? 0.f : group.scale;
+}
 
 template <int HEAD_DIM, typename Element, bool IS_K>
 __global__ void __launch_bounds__(BALANCED_THREADS)
@@ -55,7 +60,7 @@ __global__ void __launch_bounds__(BALANCED_THREADS)
     }
     amax = max_over_lanes<32>(amax);
     if (lane == 0) {
-      const float scale = GroupScale(amax, 127.f).scale;
+      const float scale = scale_of(GroupScale(amax, 127.f));
       *reinterpret_cast<float4*>(scale_gmem + (head * (padded / 32) + block) * 4) = {scale, scale, scale, scale};
     }
   }
@@ -74,7 +79,7 @@ __global__ void __launch_bounds__(BALANCED_THREADS)
     const uint2 codes = encode_eight(value, row < seqlen ? group.factor : 0.f);
     store_eight<HEAD_DIM>(codes_gmem + head * padded * HEAD_DIM, row, chunk, codes);
     if constexpr (!IS_K) {
-      if (chunk == 0) scale_gmem[head * padded + row] = group.scale;
+      if (chunk == 0) scale_gmem[head * padded + row] = scale_of(group);
       if (shift_gmem != nullptr) {
         float raw[8], shift = 0;
         unpack_eight<Element>(raw, words[step]);

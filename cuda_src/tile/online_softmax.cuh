@@ -17,7 +17,7 @@ struct OnlineSoftmax {
   }
 
   // Scores of row tile m become 2^(scale_log2 * (score - max)); what was accumulated before is to be multiplied by
-  // rescale. Returns whether the maximum of one of its rows has moved; if not, rescale is 1, or the row empty or NaN.
+  // rescale. Returns whether the maximum of one of its rows has moved; if not, rescale is 1.
   // fmaxf drops NaNs; they and +inf scores turn into NaN below, as in dense attention.
   template <int COLUMN_TILES>
   __device__ __forceinline__ bool update(int m, float (&scores)[COLUMN_TILES][4], float scale_log2,
@@ -31,8 +31,9 @@ struct OnlineSoftmax {
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(max[m][r], fmaxf(top, __shfl_xor_sync(~0u, top, 2)));
       moved |= top != max[m][r];
-      const float base = top == -INFINITY ? 0.f : top * scale_log2;  // -inf: nothing seen yet, and all of it stays zero
-      rescale[r] = ex2(fmaf(max[m][r], scale_log2, -base));
+      // -inf: nothing seen yet, and all of it stays zero. Rounded up: no score exceeds 1 then, however large it is.
+      const float base = top == -INFINITY ? 0.f : __fmul_ru(top, scale_log2);
+      rescale[r] = top == max[m][r] ? 1.f : ex2((max[m][r] - top) * scale_log2);
       max[m][r] = top;
       float even = 0, odd = 0;
 #pragma unroll

@@ -211,7 +211,7 @@ def check_attention(
         if rows.size == 0:
             continue
         of_block = None if bits is None else bits[b, head, block]
-        want = oracle.expect(b, head, block, of_block, rows)
+        want = oracle.expect(b, head, block, None if bits is None else bits[b, head], rows)
         if plan.skipped == "pool" and of_block is not None and not plan.is_dense:
             want = with_pools(want, oracle, b, head, block, of_block, rows)
         got, got_lse = out[b, rows, head].astype(np.float64), lse[b, head, rows].astype(np.float64)

@@ -42,7 +42,7 @@ class Expected(NamedTuple):
     """What some rows of a head have to be; float64 [rows, head_dim] and [rows].
 
     must_be_bad: elements that cannot be finite; may_be_bad: those that may be, as a NaN or inf of v is in a block that
-    their rows' query block selects.
+    their rows' query block selects, or on a GPU another one of the same 128 rows.
     """
 
     out: np.ndarray
@@ -83,8 +83,21 @@ class Attention:
         cols = np.arange(begins.min(), max(ends.max(), begins.min()))
         return cols if bits is None else cols[bits[cols // self.plan.block_k]]
 
-    def expect(self, b: int, head: int, block: int, bits: np.ndarray | None, rows: np.ndarray | None = None) -> Expected:
-        """Of the query block's rows, or of those among them that are given."""
+    def reached(self, bits: np.ndarray | None, block: int) -> np.ndarray:
+        """bool [num_k_blocks]: blocks of which a row of this query block may get what is not finite in v. bits: bool
+        [num_q_blocks, num_k_blocks], the head's mask; None: all visible blocks."""
+        pairs = 128 // self.plan.block_q if self.on_gpu else 1  # query blocks that are attended together
+        together = np.arange(block // pairs * pairs, min((block // pairs + 1) * pairs, self.plan.num_q_blocks))
+        if bits is not None:
+            return bits[together].any(axis=0)
+        begins, ends = (np.concatenate(x) for x in zip(*(seen_range(self.plan, self.rows_of(i)) for i in together)))
+        index = np.arange(self.plan.num_k_blocks)
+        return (index >= begins.min() // self.plan.block_k) & (index * self.plan.block_k < ends.max())
+
+    def expect(self, b: int, head: int, block: int, mask: np.ndarray | None, rows: np.ndarray | None = None) -> Expected:
+        """Of the query block's rows, or of those among them that are given. mask: bool [num_q_blocks, num_k_blocks]."""
+        bits = None if mask is None else mask[block]
+        reached = self.reached(mask, block)
         plan = self.plan
         rows = self.rows_of(block) if rows is None else rows
         keys, norms, values, bad = self._keys(b, head // plan.group_size)
@@ -135,19 +148,27 @@ class Attention:
         may = must.copy()
         for key, channel in bad:
             place = np.searchsorted(cols, key)
+            may[:, channel] |= reached[key // plan.block_k]
             if place < cols.size and cols[place] == key:
-                may[:, channel] = True
                 must[:, channel] |= sees[:, place] & ~np.isneginf(s[:, place])
-        return Expected(out, bound, lse, np.where(np.isnan(lse_bound), 0, lse_bound), must, may)
+        return Expected(out, bound, lse, _of_the_rest(lse_bound, lost), must, may)
 
     def _score_error(self, queries, norm, b: int, head: int, rows) -> np.ndarray:
         """[rows]: s of the module's text."""
         plan = self.plan
         if self.low:  # integers are exact; scales and what else is float32
             size = plan.softmax_scale * finite_norms(queries) * norm
-            return 8 * U32 * size + self.low.near(b, head, rows)
+            # Hopper takes 1.5 * 2^23 off each integer after it is scaled: one of the roundings is of that size.
+            unit = np.nan_to_num(self.low.codes.q_scale[b, head, rows, 0].astype(np.float64)) * np.nan_to_num(
+                self.low.codes.k_scale[b, head // plan.group_size].astype(np.float64)).max(initial=0)
+            return 8 * U32 * size + self.low.near(b, head, rows) + self.on_gpu * 0.75 * plan.softmax_scale * unit
         terms = plan.head_dim / 2 + 4 if self.on_gpu else plan.head_dim + 2
         return plan.softmax_scale * terms * U32 * finite_norms(queries) * norm
+
+
+def _of_the_rest(bound: np.ndarray, lost: np.ndarray) -> np.ndarray:
+    """Bounds of which those that overflowed bound nothing, and those of rows that are NaN are not looked at."""
+    return np.where(np.isnan(bound), np.where(lost, 0, np.inf), bound)
 
 
 def finite_norms(x: np.ndarray) -> np.ndarray:
@@ -261,7 +282,7 @@ def with_pools(own: Expected, attention: Attention, b: int, head: int, block: in
         turned = 2 * u * np.linalg.norm(mean)  # how far the mean query may be another
         for group in np.unique(members // POOL_KEYS):
             some = members[members // POOL_KEYS == group]
-            key, value = keys[some], values[some]
+            key, value = np.where(np.isfinite(keys[some]), keys[some], 0), values[some]
             s = scale * (key @ mean)
             w = np.exp(s - s.max())
             mass, w = s.max() + np.log(w.sum()), w / w.sum()
@@ -299,5 +320,5 @@ def with_pools(own: Expected, attention: Attention, b: int, head: int, block: in
         lse_bound = -np.log1p(-np.minimum(moved[:, 0], 1 - 1e-9)) + FEW * (1 + np.abs(lse))
         lse_bound = np.where(moved[:, 0] < 0.5, lse_bound, off.max(axis=0) + FEW * (1 + np.abs(lse)))
     lost = np.isnan(out).any(axis=1) | np.isnan(lse)
-    return Expected(out, bound, lse, np.where(np.isnan(lse_bound), 0, lse_bound),
+    return Expected(out, bound, lse, _of_the_rest(lse_bound, lost),
                     own.must_be_bad | lost[:, None], own.may_be_bad | lost[:, None])
