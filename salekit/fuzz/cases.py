@@ -34,8 +34,8 @@ DISTRIBUTIONS = ("normal", "clustered", "integers", "sinks")
 BAD_VALUES = ("nan", "inf", "-inf")
 LARGEST = 6e4  # elements of q, k and v: the products of 16-bit roundings with it still fit float16
 MAX_LENGTH = 5000  # of ordinary cases
-MAX_PAIRS = 4_000_000  # row-key pairs of all heads of an ordinary case: what NumPy checks in a fraction of a second
-MANY_PAIRS = 40_000_000  # the same of one case in thirty
+MAX_PAIRS = 12_000_000  # row-key pairs of all heads of an ordinary case: what NumPy checks in a fraction of a second
+MANY_PAIRS = 80_000_000  # the same of one case in thirty
 LONG_LENGTHS = (32768, 65536, 131072)  # of a soak's long cases
 
 
@@ -326,7 +326,7 @@ def _draw_shape(case: Case, rng, chance, choose, long: bool) -> dict[str, Any]:
         packed = case.kind in ("varlen", "paged")
         lengths = ((rows, keys), (77, 1000)) if packed else ((rows, keys),)
         cuts = (rows // 2 // 128 * 128,) if case.kind == "chunked" else ()
-        return dict(lengths=lengths, batch=1, num_kv_heads=1, num_heads=group, cuts=cuts, sampled_rows=48,
+        return dict(lengths=lengths, batch=1, num_kv_heads=1, num_heads=min(group, 3), cuts=cuts, sampled_rows=16,
                     statistics=bool(cuts), strides=choose(("contiguous", "padded")))
     most = MAX_LENGTH if chance(0.35) else 1300
     if case.kind in ("varlen", "paged"):

@@ -8,18 +8,22 @@ import os
 import time
 import traceback
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 from ..checks import Check
+from . import calls
 from .cases import Case, draw, make_arrays, save
 from .checking import CALLED, check_case, ratio
 from .shrinking import shrink
 
 LONG_EVERY = 40  # of a soak's cases one is long
 SHRINK_SECONDS = 60.0
+PASS_CASES = 120  # of memory_passes; attention_plan.MAX_PLANS and some
+PASS_PAIRS = 2_000_000
+MEASURED_EVERY = 16  # cases of a soak after which a process looks at its memory
 # What a case is counted by; each has the values of a table's lines.
 GROUPS = ("kind", "estimator", "attend", "skipped", "dtype", "head_dim", "layout", "strides", "scores", "data")
 
@@ -35,7 +39,7 @@ class Result:
     seconds: float
     file: str | None = None
     shrunk: Case | None = None
-    used_bytes: int | None = None  # of the GPU's memory, by all, after the case
+    live_bytes: int | None = None  # of CuPy's pool, that are still in use after the case
 
     @property
     def failed(self) -> list[Check]:
@@ -54,7 +58,8 @@ class Report:
     by_group: dict[str, dict[str, Counter]] = field(default_factory=dict)
     worst: dict[tuple[str, str], tuple[float, Check, int]] = field(default_factory=dict)
     checks: Counter = field(default_factory=Counter)
-    memory: list[tuple[float, int]] = field(default_factory=list)  # (seconds, bytes of the GPU in use)
+    live_bytes: list[int] = field(default_factory=list)  # of each result that has them
+    passes: list[int] = field(default_factory=list)  # bytes of the GPU in use after each pass of memory_passes
     started: float = field(default_factory=time.monotonic)
 
     def add(self, result: Result) -> None:
@@ -73,8 +78,8 @@ class Report:
                 self.worst[name] = of_check, check, result.index
         if result.failed:
             self.failures.append(result)
-        if result.used_bytes is not None:
-            self.memory.append((time.monotonic() - self.started, result.used_bytes))
+        if result.live_bytes is not None:
+            self.live_bytes.append(result.live_bytes)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -117,14 +122,19 @@ def groups_of(case: Case) -> dict[str, str]:
 # --- one case ------------------------------------------------------------------------------------------------------
 def run_case(seed: int, index: int, on_gpu: bool, folder: str | None, soak: bool = False) -> Result:
     """Draw, check; when it fails, shrink and write to the folder."""
-    case = draw(seed, index, long=soak and index % LONG_EVERY == LONG_EVERY - 1)
+    case = draw(seed, index, long=is_long(index, on_gpu, soak))
     started = time.monotonic()
     outcome = check_case(case, on_gpu)
     result = Result(index, case, outcome.checks, outcome.in_doubt, time.monotonic() - started)
-    if outcome.failed:
-        file, smaller = write_failure(seed, index, case, outcome.failed, on_gpu, folder)
-        result = Result(index, case, outcome.checks, outcome.in_doubt, time.monotonic() - started, file, smaller)
-    return result
+    if not outcome.failed:
+        return result
+    file, smaller = write_failure(seed, index, case, outcome.failed, on_gpu, folder)
+    return replace(result, file=file, shrunk=smaller)
+
+
+def is_long(index: int, on_gpu: bool, soak: bool) -> bool:
+    """Whether a case is a long one, which the twin would take hours for."""
+    return soak and on_gpu and index % LONG_EVERY == LONG_EVERY - 1
 
 
 def name_of(check: Check) -> tuple[str, str]:
@@ -149,18 +159,36 @@ def write_failure(
     return str(file), smaller
 
 
-def used_bytes() -> int:
-    """Bytes of the GPU that are in use, by all processes, after this one has given back what it only keeps."""
+# --- memory --------------------------------------------------------------------------------------------------------
+def live_bytes() -> int:
+    """Bytes of CuPy's pool that are in use in this process when salekit has given back its workspaces: 0, if nothing leaks."""
     from .. import workspaces
     from ..arrays import import_cupy
 
-    cupy = import_cupy()
-    cupy.cuda.Device().synchronize()
     workspaces.clear_workspaces()
     gc.collect()
-    cupy.get_default_memory_pool().free_all_blocks()
-    free, total = cupy.cuda.runtime.memGetInfo()
-    return total - free
+    return import_cupy().get_default_memory_pool().used_bytes()
+
+
+def memory_passes(seed: int) -> list[int]:
+    """Bytes of the GPU that are in use after each of three passes over the same cases, more of them than plans are kept.
+
+    The first loads kernels. Nothing else may use the GPU meanwhile.
+    """
+    from ..arrays import import_cupy
+
+    cupy, used = import_cupy(), []
+    for _ in range(3):
+        for index in range(PASS_CASES):
+            case = calls.adapted(draw(seed, index), True)
+            if case.pairs < PASS_PAIRS:
+                calls.make_calls(case, make_arrays(case), True)
+        live_bytes()
+        cupy.cuda.Device().synchronize()
+        cupy.get_default_memory_pool().free_all_blocks()
+        free, total = cupy.cuda.runtime.memGetInfo()
+        used.append(total - free)
+    return used
 
 
 # --- many cases ----------------------------------------------------------------------------------------------------
@@ -187,6 +215,8 @@ def run_many(
         report.add(result)
         if progress:
             progress(report)
+    if soak and on_gpu:
+        report.passes = memory_passes(seed)
     return report
 
 
@@ -195,16 +225,13 @@ def _in_this_process(seed, indices, on_gpu, folder, soak, _workers) -> Iterator[
         try:
             result = _measured(run_case(seed, index, on_gpu, folder, soak), on_gpu and soak)
         except Exception:  # the GPU is lost to this process
-            yield _lost(seed, index, traceback.format_exc(limit=-4), folder, soak)
+            yield _lost(seed, index, traceback.format_exc(limit=-4), on_gpu, folder, soak)
             return
         yield result
 
 
 def _measured(result: Result, measure: bool) -> Result:
-    if not measure or result.index % 16:
-        return result
-    fields = {name: getattr(result, name) for name in Result.__dataclass_fields__}
-    return Result(**{**fields, "used_bytes": used_bytes()})
+    return replace(result, live_bytes=live_bytes()) if measure and result.index % MEASURED_EVERY == 0 else result
 
 
 def _work(connection: Any, seed: int, on_gpu: bool, folder: str | None, soak: bool) -> None:
@@ -260,7 +287,7 @@ def _in_processes(seed, indices, on_gpu, folder, soak, workers) -> Iterator[Resu
                     worker.process.join()
                     result = f"the process ended with code {worker.process.exitcode}"
                 if isinstance(result, str):
-                    result = _lost(seed, worker.index, result, folder, soak)
+                    result = _lost(seed, worker.index, result, on_gpu, folder, soak)
                     worker = _Worker(context, arguments)
                 idle.append(worker)
                 yield result
@@ -272,9 +299,9 @@ def _in_processes(seed, indices, on_gpu, folder, soak, workers) -> Iterator[Resu
                 worker.process.terminate()
 
 
-def _lost(seed: int, index: int, why: str, folder: str | None, soak: bool) -> Result:
+def _lost(seed: int, index: int, why: str, on_gpu: bool, folder: str | None, soak: bool) -> Result:
     """The result of a case that took its process with it; written as it was drawn."""
-    case = draw(seed, index, long=soak and index % LONG_EVERY == LONG_EVERY - 1)
+    case = draw(seed, index, long=is_long(index, on_gpu, soak))
     check = Check("call", f"{CALLED} ({why.strip()[-400:]})", 1.0, 0.0, False)
     file = None
     if folder is not None:
