@@ -74,7 +74,8 @@ class Report:
             name = (check.stage, CALLED if check.compared.startswith(CALLED) else check.compared)
             self.checks[name] += 1
             of_check = ratio(check)
-            if name not in self.worst or of_check > self.worst[name][0]:
+            # Of equals the first case's, whichever came first.
+            if name not in self.worst or (of_check, -result.index) > (self.worst[name][0], -self.worst[name][2]):
                 self.worst[name] = of_check, check, result.index
         if result.failed:
             self.failures.append(result)
@@ -292,11 +293,12 @@ def _in_processes(seed, indices, on_gpu, folder, soak, workers) -> Iterator[Resu
                 idle.append(worker)
                 yield result
     finally:
+        for worker in busy.values():  # this was interrupted
+            worker.process.terminate()
+        for worker in idle:
+            worker.give(None)
         for worker in (*idle, *busy.values()):
-            worker.connection.close()
-            worker.process.join(5)
-            if worker.process.is_alive():
-                worker.process.terminate()
+            worker.process.join()
 
 
 def _lost(seed: int, index: int, why: str, on_gpu: bool, folder: str | None, soak: bool) -> Result:
