@@ -17,7 +17,7 @@ struct OnlineSoftmax {
   }
 
   // Scores of row tile m become 2^(scale_log2 * (score - max)); what was accumulated before is to be multiplied by
-  // rescale. Returns whether the maximum of one of its rows has moved; if not, rescale is 1.
+  // rescale. Returns whether the maximum of one of its rows has moved; if not, rescale is 1, or the row empty or NaN.
   // fmaxf drops NaNs; they and +inf scores turn into NaN below, as in dense attention.
   template <int COLUMN_TILES>
   __device__ __forceinline__ bool update(int m, float (&scores)[COLUMN_TILES][4], float scale_log2,
@@ -33,7 +33,7 @@ struct OnlineSoftmax {
       moved |= top != max[m][r];
       // -inf: nothing seen yet, and all of it stays zero. Rounded up: no score exceeds 1 then, however large it is.
       const float base = top == -INFINITY ? 0.f : __fmul_ru(top, scale_log2);
-      rescale[r] = top == max[m][r] ? 1.f : ex2((max[m][r] - top) * scale_log2);
+      rescale[r] = ex2(__fmul_ru(max[m][r], scale_log2) - base);
       max[m][r] = top;
       float even = 0, odd = 0;
 #pragma unroll

@@ -20,7 +20,7 @@ from .checking import CALLED, check_case, ratio
 from .shrinking import shrink
 
 LONG_EVERY = 40  # of a soak's cases one is long
-SHRINK_SECONDS = 60.0
+SHRINK_SECONDS = 20.0
 PASS_CASES = 120  # of memory_passes; attention_plan.MAX_PLANS and some
 PASS_PAIRS = 2_000_000
 MEASURED_EVERY = 16  # cases of a soak after which a process looks at its memory

@@ -10,7 +10,7 @@ from .cases import Case
 MOST_TRIES = 300
 
 
-def shrink(case: Case, fails: Callable[[Case], bool], seconds: float = 60.0) -> Case:
+def shrink(case: Case, fails: Callable[[Case], bool], seconds: float = 20.0) -> Case:
     """The smallest case found that still fails. fails(case): whether the check that failed fails on that case, too.
 
     Steps are tried in the order of :func:`steps`, from the first again after each that holds, until none does, or
