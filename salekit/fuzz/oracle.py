@@ -168,7 +168,7 @@ class Attention:
 
 def _of_the_rest(bound: np.ndarray, lost: np.ndarray) -> np.ndarray:
     """Bounds of which those that overflowed bound nothing, and those of rows that are NaN are not looked at."""
-    return np.where(np.isnan(bound), np.where(lost, 0, np.inf), bound)
+    return np.where(np.isfinite(bound), bound, np.where(lost, 0, np.finfo(np.float64).max))
 
 
 def finite_norms(x: np.ndarray) -> np.ndarray:
