@@ -145,8 +145,8 @@ def check_sequences(
 
 
 def check_values(sequences: Sequences, debug: bool) -> None:
-    """The lengths, the pages that they need, and sink logits: where these are on the host, or everywhere when debugging,
-    at the cost of copies to the host that wait for the stream."""
+    """The lengths and the pages that they need: where these are on the host, or everywhere when debugging, at the cost
+    of copies to the host that wait for the stream. Sink logits on the GPU, too, when debugging."""
     plan = sequences.plan
     if debug and sequences.place_of_sinks == "device":
         arrays.check_sink_logits(_on_host(sequences.sink_logits), plan, sequences.q)

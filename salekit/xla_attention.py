@@ -1,8 +1,8 @@
 """The attention call as an XLA custom call: ``salekit_attention`` on platforms "cpu" (the twin) and "CUDA".
 
-Operands: q, k, v and, where the config says so, thresholds and sink logits. Results: out and, where wanted, lse and the mask's words.
-The attribute "config" is a JSON text that says everything else. So a call means the same in another process, too: in a
-cache of compiled programs, or in an exported one.
+Operands: q, k, v and, where the config says so, thresholds and sink logits. Results: out and, where wanted, lse and the
+mask's words. The attribute "config" is a JSON text that says everything else. So a call means the same in another
+process, too: in a cache of compiled programs, or in an exported one.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def run_on_gpu(call: Call) -> None:
         words = extras.pop() if config.return_mask else None
         thresholds, sinks = config.thresholds_and_sinks(others)
         wanted = (config.return_lse, config.return_mask)
-        plan._run(q, k, v, thresholds, *wanted, out, None, sinks, lse_out=lse, words_out=words)
+        where = dict(lse_out=lse, words_out=words)
+        plan._run(q, k, v, thresholds, *wanted, out, None, sink_logits=sinks, **where)
 
 
 def _plan(device: int, call: Call, config: Config, q: Any, k: Any, v: Any) -> AttentionPlan:

@@ -131,7 +131,7 @@ def test_without_a_visible_key_the_sink_is_all(sparse):
     dict(window_size=(90, 0), sink_logits=SINK_LOGITS), dict(softcap=3.0), dict(softcap=3.0, window_size=128)
 ))
 def test_chunked_prefill_over_a_paged_cache(options):
-    """As gpt-oss and Gemma layers are served: two prompts grow chunk by chunk, then token by token, in shared pages. Each
+    """As gpt-oss and Gemma layers are served: two prompts grow chunk by chunk, then token by token, in pages. Each
     chunk is what float64 attention over the whole prompt gives its rows."""
     rng = np.random.default_rng(6)
     lengths, page_size = (301, 170), 32
@@ -162,7 +162,7 @@ def test_chunked_prefill_over_a_paged_cache(options):
 
 
 def test_windows_are_each_sequence_s_own():
-    """A window that hides nothing of the longest sequence is none; one that does is each sequence's, from its own end."""
+    """A window that hides nothing of the longest sequence is none; one that does counts from each one's own end."""
     batch = make((40, 2), (300, 60), seed=7)
     plain = batch.packed(**SELECTION)
     for window in (None, (-1, -1), 300, (299, 0)):
@@ -209,7 +209,7 @@ def test_statistics(estimator):
     (dict(window_size=True), ArgumentError, "window_size: got True"),
     (dict(attend="int8-fp8", softcap=30.0), ArgumentError, "attend: 'int8-fp8' has no softcap.*wants 'exact'"),
     (dict(attend="int8-fp8", window_size=8), ArgumentError, "attend: 'int8-fp8' has no .*window_size; wants 'exact'"),
-    (dict(attend="int8-fp8", sink_logits=[0.0, 0.0]), ArgumentError, "sink_logits: attend='int8-fp8' takes none; wants"),
+    (dict(attend="int8-fp8", sink_logits=[0.0, 0.0]), ArgumentError, "sink_logits: attend='int8-fp8' takes none"),
     (dict(skipped="pool"), ArgumentError, "skipped: 'pool' is not there for packed sequences and pages; wants 'drop'"),
     (dict(skipped="keep"), ArgumentError, "skipped: got 'keep'"),
 ))
