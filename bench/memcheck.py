@@ -96,7 +96,7 @@ def check_portable_pools(gpu, mask, plan, out, lse) -> None:
 
 
 def check_serving() -> int:
-    """Packed sequences, pages, hostile lengths and pages, statistics of keys, merged states."""
+    """Packed sequences, pages, hostile lengths and pages, statistics of keys, merged states, score features."""
     rng = np.random.default_rng(2)
     rows, keys, calls = (65, 0, 1, 300), (65, 40, 333, 300), 0
     sums = [np.concatenate([[0], np.cumsum(x)]).astype(np.int32) for x in (rows, keys)]
@@ -127,6 +127,18 @@ def check_serving() -> int:
                 options.update(block_table=cupy.asarray(pages_of), seqlens_k=of_k)
                 salekit.sparse_attention_varlen(q, pages, pages, sums_q, None, 300, 333, **options)
                 calls += 1
+        sinks = cupy.asarray(np.array([1, -np.inf, 0, 2], np.float32))
+        combinations = [dict(softcap=3.0, window_size=(40, 9), sink_logits=sinks)]
+        combinations += [] if FEW else [dict(window_size=(100, -1))]
+        for estimator, causal, of_scores in product(("int8", "int4"), (True, False), combinations):
+            options = dict(of_scores, estimator=estimator, causal=causal, dense_below=0, local=32, return_lse=True)
+            for pair in (sums, hostile):
+                salekit.sparse_attention_varlen(q, k, v, *map(cupy.asarray, pair), 300, 333, **options)
+            sums_q = cupy.asarray(sums[0])
+            for of_k, pages_of in ((lengths, table), (bad_lengths, bad_table)):
+                options.update(block_table=cupy.asarray(pages_of), seqlens_k=of_k)
+                salekit.sparse_attention_varlen(q, pages, pages, sums_q, None, 300, 333, **options)
+            calls += 4
         is_low_bit = device_arch() in LOW_BIT_ARCHS and head_dim in LOW_BIT_HEAD_DIMS
         for attend in ("exact", "int8-fp8") if is_low_bit else ("exact",):
             for dense_below in (0, 8192):

@@ -591,8 +591,9 @@ def plan_of_views(
     skipped: str = "drop",
     softcap: float = 0.0,
     window_size: int | tuple[int, int] | None = None,
+    longest: tuple[int, int] | None = None,
 ) -> Plan:
-    """The Plan of checked bshd views."""
+    """The Plan of checked bshd views. longest: (seqlen_q, seqlen_k) where the views hold sequences of up to that."""
     _check_choice("estimator", estimator, ("auto", *ESTIMATORS))
     _check_choice("attend", attend, ("exact", "int8-fp8"))
     _check_choice("skipped", skipped, SKIPPED)
@@ -607,10 +608,11 @@ def plan_of_views(
         if attend == "int8-fp8" and arch not in LOW_BIT_ARCHS:
             wanted = ", ".join(LOW_BIT_ARCHS)
             raise ArgumentError(f"attend: 'int8-fp8' is built for {wanted} alone, this GPU is {arch}; wants 'exact'")
-    batch, seqlen_q, num_heads, head_dim = q.shape
+    batch, _, num_heads, head_dim = q.shape
+    seqlen_q, seqlen_k = longest or (q.shape[1], k.shape[1])
     causal, scale = _check_flag("causal", causal), _check_scale(softmax_scale, head_dim)
     softcap = _check_softcap(softcap, scale)
-    window_left, window_right = _check_window(window_size, causal, seqlen_q, k.shape[1])
+    window_left, window_right = _check_window(window_size, causal, seqlen_q, seqlen_k)
     if attend == "int8-fp8" and head_dim not in LOW_BIT_HEAD_DIMS:
         wanted = " and ".join(map(str, LOW_BIT_HEAD_DIMS))
         raise ArgumentError(f"attend: 'int8-fp8' takes head_dim {wanted}, q has {head_dim}; wants 'exact'")
@@ -624,7 +626,7 @@ def plan_of_views(
     return Plan(
         batch=batch,
         seqlen_q=seqlen_q,
-        seqlen_k=k.shape[1],
+        seqlen_k=seqlen_k,
         num_heads=num_heads,
         num_kv_heads=k.shape[2],
         head_dim=head_dim,

@@ -39,9 +39,9 @@ def sparse_attention(
     """Sparse prefill attention by low-bit estimation (SALE, arXiv 2505.24179).
 
     q: [batch, seqlen_q, num_heads, head_dim], float16 or bfloat16; k, v: [batch, seqlen_k, num_kv_heads, head_dim];
-        ``layout="bhsd"`` swaps the middle axes. head_dim 64, 96, 128, 192 or 256. Any strides with a contiguous last axis; on the GPU 16-byte aligned
-        with strides that are multiples of 8 elements. NumPy arrays run on the twin; CuPy arrays, CUDA DLPack and
-        ``__cuda_array_interface__`` objects on their GPU, without a host synchronisation.
+        ``layout="bhsd"`` swaps the middle axes. head_dim 64, 96, 128, 192 or 256. Any strides with a contiguous last
+        axis; on the GPU 16-byte aligned with strides that are multiples of 8 elements. NumPy arrays run on the twin;
+        CuPy arrays, CUDA DLPack and ``__cuda_array_interface__`` objects on their GPU, without a host synchronisation.
     thresholds: tau, a scalar or float32 [num_heads]; 0 is a dense head, inf leaves the anchors. Values on the host are
         checked; in an array on the GPU NaN or a negative value means a dense head.
     causal: query i sees keys ``j <= i + seqlen_k - seqlen_q``. softmax_scale: default ``head_dim ** -0.5``.
@@ -122,8 +122,8 @@ def plan(
     """What :func:`sparse_attention` prepares for calls of one kind, to hold and to run.
 
     q, k, v, layout and options (causal, softmax_scale, estimator, attend, block, query_stride, full_rows, sink, local,
-    dense_below, skipped, softcap, window_size) are those of ``sparse_attention``; sink logits are given to each run. The
-    arrays are examples: their shapes, strides, dtype and GPU count, they are neither read nor kept. Raises what
+    dense_below, skipped, softcap, window_size) are those of ``sparse_attention``; sink logits are given to each run.
+    The arrays are examples: their shapes, strides, dtype and GPU count, they are neither read nor kept. Raises what
     ``sparse_attention`` raises.
     Or q, k and v are shapes, tuples in ``layout``, of contiguous arrays. Then dtype is theirs, "float16" or "bfloat16",
     and device the number of their CUDA device, or None for host memory: a plan for the twin.
@@ -157,6 +157,10 @@ def sparse_attention_varlen(
     sink: int = 32,
     local: int = 128,
     dense_below: int = DENSE_BELOW,
+    skipped: str = "drop",
+    softcap: float = 0.0,
+    window_size: int | tuple[int, int] | None = None,
+    sink_logits: Any = None,
     k_statistics: Any = None,
     return_lse: bool = False,
     out: Any = None,
@@ -175,19 +179,25 @@ def sparse_attention_varlen(
         ``block_table[i, j // page_size]``. Entries past a sequence's end are not read. cu_seqlens_k is None, and
         seqlens_k, int32 [batch] where cu_seqlens_q is, has the numbers of keys.
     thresholds, causal (bottom-right aligned in each sequence), softmax_scale, estimator, block, query_stride, full_rows
-        (of each sequence), sink, local, attend, out, stream: as in ``sparse_attention``.
-    dense_below: the whole call is dense when max_seqlen_k is not above it.
+        (of each sequence), sink, local, attend, softcap, out, stream: as in ``sparse_attention``.
+    skipped: "drop"; there are no pools here.
+    window_size: (left, right) or an integer, as there; row i of a sequence is at position ``i + seqlen_k - seqlen_q``
+        of that sequence.
+    sink_logits: one more logit a head, as there: numbers on the host, or float32 [num_heads] where q is.
+    dense_below: the whole call is dense when max_seqlen_k, or what the window holds of it, is not above it.
     k_statistics: a KeyStatistics whose batch is that of the sequences, or None.
     debug: check what is on the GPU, too (see below); None: as the environment variable SALEKIT_DEBUG says, 1 or 0.
 
     Returns out (like q), or (out, lse): lse float32 [num_heads, total_q]. A sequence may have no rows or no keys: out 0
-    and lse -inf. Rows of q that are in no sequence have no defined output. Each sequence's output is that of a call of
-    its own with the same options, but for roundings where its size makes that call take other kernels.
-    What is wrong with lengths or pages is an error before anything is written when they are on the host. On the GPU
-    they are not looked at: nothing beyond the arrays is read or written, and a page that there is not has zeros, but
-    the output is then undefined. With debug they are copied to the host and checked, which waits for the stream.
-    Without it nothing synchronises, and a call with everything on the GPU can be captured into a CUDA graph, where
-    lengths and pages are read at each replay (those on the host are frozen).
+    and lse -inf, or the head's sink logit. Rows of q that are in no sequence have no defined output. Each sequence's
+    output is that of a call of its own with the same options, but for roundings where its size makes that call take
+    other kernels.
+    What is wrong with lengths, pages or sink logits is an error before anything is written when they are on the host.
+    On the GPU they are not looked at: nothing beyond the arrays is read or written, and a page that there is not has
+    zeros, but the output is then undefined (NaN in the heads of NaN or +inf as a sink logit). With debug they are
+    copied to the host and checked, which waits for the stream. Without it nothing synchronises, and a call with
+    everything on the GPU can be captured into a CUDA graph, where lengths, pages and sink logits are read at each
+    replay (those on the host are frozen).
     Raises ArgumentError, DtypeError, GpuError, CompileError.
     """
     options = dict(
@@ -201,11 +211,14 @@ def sparse_attention_varlen(
         sink=sink,
         local=local,
         dense_below=dense_below,
+        skipped=skipped,
+        softcap=softcap,
+        window_size=window_size,
     )
     with arrays.on_stream(q, stream) as device:
         call = sequences.check_sequences(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqlens_k, device,
-            sequences.is_debugging(debug), options,
+            sequences.is_debugging(debug), options, sink_logits,
         )
         target = None if out is None else sequences.check_out(out, call.q, device)
         if device is None:

@@ -233,10 +233,8 @@ class AttentionPlan:
             if has_statistics:
                 statistics = recorded_statistics(recorder, plan)
                 ports += statistics.arrays
-            sinks = pipeline.store_numbers(plan, 1) if sink_kind == "host" else None
-            if sink_kind == "device":
-                sinks = recorder.array((plan.num_heads,), np.float32)
-                ports.append(sinks)
+            sinks, of_sinks = pipeline.recorded_sinks(recorder, plan, sink_kind)
+            ports += of_sinks
             views = (arrays.in_layout(x, self.layout) for x in ports[:4])
             lse, mask = pipeline.run_stages(*views, thresholds, plan, return_lse, return_mask, sinks, statistics)
         ports += [lse] if return_lse else []
@@ -250,14 +248,16 @@ class AttentionPlan:
         """A call without a query row or without a key."""
         if out is None:
             out = arrays.import_cupy().empty(q.shape, q.dtype)
-        if q.size and programs.is_gpu_array(sink_logits):  # lse is made of what the host does not know
-            views = (arrays.in_layout(x, self.layout) for x in (q, k, v))
-            into = arrays.in_layout(out, self.layout)
-            lse = attend(*views, None, self.plan, out=into, return_lse=True, sink_logits=sink_logits)[1]
-        else:
-            sink_logits = None if programs.is_gpu_array(sink_logits) else sink_logits  # no row has an lse
-            lse = arrays.empty_attention(arrays.in_layout(out, self.layout), self.plan, sink_logits)
-        return out, lse, pipeline.all_visible(q, self.plan)
+        views = (arrays.in_layout(x, self.layout) for x in (q, k, v, out))
+        return out, attend_nothing(*views, self.plan, sink_logits), pipeline.all_visible(q, self.plan)
+
+
+def attend_nothing(q: Any, k: Any, v: Any, out: Any, plan: Plan, sink_logits: Any) -> Any:
+    """The lse of a call without a query row or without a key, of CuPy's bshd views; out is zeroed."""
+    if q.size and programs.is_gpu_array(sink_logits):  # lse is made of what the host does not know
+        return attend(q, k, v, None, plan, out=out, return_lse=True, sink_logits=sink_logits)[1]
+    sink_logits = None if programs.is_gpu_array(sink_logits) else sink_logits  # no row has an lse
+    return arrays.empty_attention(out, plan, sink_logits)
 
 
 def check_statistics(k_statistics: Any, plan: Plan, device: int | None) -> None:

@@ -55,8 +55,9 @@ def all_specs(arch: str, with_variants: bool = True) -> list[tuple[str, KernelSp
 
     with_variants: those with lengths, softcap, windows and sink logits, too.
 
-    Of kernels with softcap, windows and sink logits: in bfloat16 each of the three and all of them, with head_dim 96, 192
-    and 256 all of them; of those with lengths, bfloat16 and head_dim 64 and 128. Other combinations compile as well.
+    Of kernels with softcap, windows and sink logits: in bfloat16 each of the three and all of them, with head_dim 96,
+    192 and 256 all of them; of those with lengths, in bfloat16, none of the three and all of them. Other combinations
+    compile as well.
     """
     found: dict[KernelSpec, str] = {}
     for dtype, head_dim, (block_q, block_k), estimator, kv_heads in product(
@@ -103,7 +104,7 @@ def all_specs(arch: str, with_variants: bool = True) -> list[tuple[str, KernelSp
         for stage, specs in (SERVING | TOOLS).items():
             for spec in specs(plan):
                 found.setdefault(spec, stage)
-        if not with_variants or dtype != "bfloat16" or head_dim not in WGMMA_HEAD_DIMS:
+        if not with_variants or dtype != "bfloat16":
             continue
         packed = plan.replace(has_lengths=True)
         for stage, specs in STAGES.items():
@@ -111,7 +112,15 @@ def all_specs(arch: str, with_variants: bool = True) -> list[tuple[str, KernelSp
                 found.setdefault(spec, stage)
         for spec in attend_specs(packed.replace(seqlen_q=_LONG, seqlen_k=_LONG)):
             found.setdefault(spec, "attend")
-        if arch in LOW_BIT_ARCHS:
+        changes, has_sinks = _ALL_FEATURES
+        changed = packed.replace(**changes)
+        for spec in anchor_specs(changed, has_sinks):
+            found.setdefault(spec, "anchors")
+        for spec in estimate_specs(changed):
+            found.setdefault(spec, "estimate")
+        for spec in attend_specs(changed, has_sinks):
+            found.setdefault(spec, "attend")
+        if arch in LOW_BIT_ARCHS and head_dim in LOW_BIT_HEAD_DIMS:
             for spec in attend_specs(packed.replace(attend="int8-fp8")):
                 found.setdefault(spec, "attend")
     return [(stage, spec) for spec, stage in found.items()]

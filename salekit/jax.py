@@ -30,6 +30,7 @@ from .xla_attention import ATTRIBUTE, TARGET, Config, handlers
 
 __all__ = ["dense_attention", "sparse_attention"]
 
+
 def sparse_attention(
     q: Any,
     k: Any,
@@ -37,6 +38,7 @@ def sparse_attention(
     *,
     thresholds: Any = 0.008,
     layout: str = "bshd",
+    sink_logits: Any = None,
     return_lse: bool = False,
     return_mask: bool = False,
     **options: Any,
@@ -47,14 +49,17 @@ def sparse_attention(
         ``layout="bhsd"`` swaps the middle axes. JAX arrays, or what ``jnp.asarray`` takes.
     thresholds: tau, a number, or float32 [num_heads] (or a scalar) as an array, which may be traced. Values on the host
         are checked; in a JAX array NaN or a negative value means a dense head.
-    options: the other ones of ``salekit.sparse_attention`` (causal, softmax_scale, estimator, block, dense_below, ...)
-        but out and stream: values of Python, which are part of the compiled program.
+    sink_logits: None, or one more logit a head, as there: numbers, or float32 [num_heads] as an array, which may be
+        traced. Values on the host are finite or -inf; NaN or +inf in a JAX array makes NaN of the head's output.
+    options: the other ones of ``salekit.sparse_attention`` (causal, softmax_scale, estimator, block, dense_below,
+        softcap, window_size, ...) but out, stream and k_statistics: values of Python, which are part of the compiled
+        program.
 
     Returns out (like q, in its layout), or a tuple (out[, lse][, mask]): lse float32 [batch, num_heads, seqlen_q];
     mask a BlockMask, a pytree with its words as the leaf.
-    vmap: the mapped axis joins the batch; thresholds that are mapped make one call after another. shard_map: shard the
-    heads of q, k, v and thresholds over the same axes of the mesh, or the batch. Without shard_map XLA gathers
-    whole arrays on each device. No derivative: ArgumentError.
+    vmap: the mapped axis joins the batch; thresholds or sink logits that are mapped make one call after another.
+    shard_map: shard the heads of q, k, v, thresholds and sink_logits over the same axes of the mesh, or the batch.
+    Without shard_map XLA gathers whole arrays on each device. No derivative: ArgumentError.
     Raises ArgumentError and DtypeError when it is traced. What shows only on the GPU (no CuPy, attend="int8-fp8"
     elsewhere than on Hopper, no memory) comes as JAX's error from the running program, with salekit's message.
     """
@@ -65,7 +70,10 @@ def sparse_attention(
     is_static = isinstance(tau, float)
     if not is_static:
         operands.append(tau)
-    config = Config(tau if is_static else None, layout, bool(return_lse), bool(return_mask), options)
+    has_sinks = sink_logits is not None
+    if has_sinks:
+        operands.append(_as_sinks(sink_logits, plan))
+    config = Config(tau if is_static else None, layout, bool(return_lse), bool(return_mask), options, has_sinks)
     out, *extras = _attention(config.encode())(*_varying_alike(operands))
     lse = extras[0] if return_lse else None
     mask = BlockMask(extras[-1], *_mask_fields(plan)) if return_mask else None
@@ -78,16 +86,18 @@ def dense_attention(
     v: Any,
     *,
     layout: str = "bshd",
+    sink_logits: Any = None,
     return_lse: bool = False,
     **options: Any,
 ) -> Any:
     """Exact attention over every visible key: :func:`sparse_attention` with every block selected.
 
     Arguments, result (out, or (out, lse)) and errors are those of :func:`sparse_attention`; options are those of
-    ``salekit.dense_attention`` (causal, softmax_scale).
+    ``salekit.dense_attention`` (causal, softmax_scale, softcap, window_size).
     """
     _check_names(attention.dense_attention, options)
-    return sparse_attention(q, k, v, thresholds=0.0, layout=layout, return_lse=return_lse, **options)
+    data = dict(thresholds=0.0, sink_logits=sink_logits)
+    return sparse_attention(q, k, v, layout=layout, return_lse=return_lse, **data, **options)
 
 
 # --- checks, when a call is traced ---------------------------------------------------------------------------------
@@ -141,6 +151,16 @@ def _as_thresholds(thresholds: Any, num_heads: int) -> Any:
     return jnp.broadcast_to(thresholds.astype(jnp.float32), (num_heads,))
 
 
+def _as_sinks(sink_logits: Any, plan: Plan) -> jax.Array:
+    """float32 [num_heads] of JAX; checked as NumPy's are, but for values that only JAX has."""
+    if not isinstance(sink_logits, jax.Array):
+        return jnp.asarray(arrays.check_sink_logits(sink_logits, plan, np.empty(0)))
+    if not isinstance(sink_logits.dtype, np.dtype):
+        raise DtypeError(f"sink_logits: got dtype {sink_logits.dtype}; wants real numbers")
+    arrays.check_sink_logits(arrays.stand_in(sink_logits.shape, sink_logits.dtype, None), plan, np.empty(0))
+    return sink_logits.astype(jnp.float32)
+
+
 def _varying_alike(operands: list) -> list:
     """Inside shard_map: what is the same on some devices counts as varying where another operand varies."""
     axes = _axes_of(operands)
@@ -183,7 +203,8 @@ def _attention(config_text: str) -> Any:
         plan = _plan(operands, config.layout, config.options)
         results = _results(operands, plan, config)
         if plan.is_empty:  # of the results lse alone is float32
-            return [jnp.full(x.shape, -jnp.inf if x.dtype == jnp.float32 else 0, x.dtype) for x in results]
+            lse = operands[-1][:, None] if config.has_sinks else -jnp.inf
+            return [jnp.full(x.shape, lse if x.dtype == jnp.float32 else 0, x.dtype) for x in results]
         return jax.ffi.ffi_call(TARGET, results)(*operands, **{ATTRIBUTE: config_text})
 
     @call.def_vmap
@@ -204,7 +225,7 @@ def _attention(config_text: str) -> Any:
     def refuse(primals, tangents):
         raise ArgumentError(
             "salekit.jax has no backward pass: no derivative goes through it; stop it with jax.lax.stop_gradient, on "
-            "q, k, v and thresholds"
+            "q, k, v, thresholds and sink_logits"
         )
 
     return jax.jit(without_derivative)

@@ -98,6 +98,14 @@ def recorded_thresholds(recorder: programs.Recorder, plan: Plan, kind: str) -> t
     return programs.ScalarParameter() if kind == "scalar" else 0.0, []
 
 
+def recorded_sinks(recorder: programs.Recorder, plan: Plan, place: str | None) -> tuple[Any, list[Any]]:
+    """(sink logits, the ports among them). place: where each run has them, "device" or "host"; None: nowhere."""
+    if place == "device":
+        sinks = recorder.array((plan.num_heads,), np.float32)
+        return sinks, [sinks]
+    return store_numbers(plan, 1) if place == "host" else None, []
+
+
 def store_numbers(plan: Plan, group: int = 0) -> Any:
     """One number a head that each run of a recorded program gets from the host, in memory."""
     return store_values((plan.num_heads,), np.float32, group)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import arrays, jit, pipeline, programs, workspaces
-from .attention_plan import _kind_of_thresholds, check_statistics, recorded_statistics
+from .attention_plan import _kind_of_thresholds, attend_nothing, check_statistics, recorded_statistics
 from .errors import ArgumentError, DtypeError
 from .plans import Plan, ceil_div
 from .reference import LOW_BIT_Q_SAMPLE
@@ -35,6 +35,7 @@ class Sequences:
     q: [1, total_q, num_heads, head_dim]; k, v: [1, total_k, num_kv_heads, head_dim], or with pages [num_pages,
         page_size, num_kv_heads, head_dim].
     cu_seqlens_q, cu_seqlens_k, seqlens_k, block_table: int32 arrays as the caller gave them, or None.
+    sink_logits: None, or float32 [num_heads] on the host or where q is.
     plan: of the padded batch. is_on_host: whether the lengths are, though q is on a GPU.
     """
 
@@ -45,6 +46,7 @@ class Sequences:
     cu_seqlens_k: Any
     seqlens_k: Any
     block_table: Any
+    sink_logits: Any
     plan: Plan
     is_on_host: bool
 
@@ -55,6 +57,12 @@ class Sequences:
     @property
     def is_paged(self) -> bool:
         return self.block_table is not None
+
+    @property
+    def place_of_sinks(self) -> str | None:
+        if self.sink_logits is None:
+            return None
+        return "device" if arrays.is_cuda(self.sink_logits) else "host"
 
     def located(self) -> np.ndarray:
         """int32 [5, batch], of lengths on the host, as locate_sequences.cu makes them of those on the GPU."""
@@ -87,6 +95,7 @@ def check_sequences(
     device: int | None,
     debug: bool,
     options: dict,
+    sink_logits: Any = None,
 ) -> Sequences:
     """Everything but thresholds, statistics and out; inside ``on_stream``."""
     q, k, v = (arrays.import_array(name, x, device) for name, x in zip("qkv", (q, k, v)))
@@ -100,8 +109,12 @@ def check_sequences(
     q = q[None]
     k, v = (k, v) if is_paged else (k[None], v[None])
     _check_heads(q, k, v, device)
-    base = arrays.plan_of_views(q, k, **options)
-    longest = [arrays.check_count(*pair) for pair in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k))]
+    longest = tuple(map(arrays.check_count, ("max_seqlen_q", "max_seqlen_k"), (max_seqlen_q, max_seqlen_k)))
+    # A window that hides no key of the longest sequences hides none of the others.
+    base = arrays.plan_of_views(q, k, longest=longest, **options)
+    if base.skipped != "drop":
+        raise ArgumentError(f"skipped: {base.skipped!r} is not there for packed sequences and pages; wants 'drop'")
+    sink_logits = arrays.check_sink_logits(sink_logits, base, q)
 
     cu_seqlens_q, is_on_host = _check_lengths("cu_seqlens_q", cu_seqlens_q, device)
     if cu_seqlens_q.shape[0] < 1:
@@ -124,18 +137,19 @@ def check_sequences(
         raise ArgumentError(f"{name}: got {given.shape[0]} elements; wants {wanted}, for {batch} sequences")
     if is_paged:
         block_table = _check_table(block_table, k, batch, longest[1], device)
-    plan = base.replace(batch=batch, seqlen_q=longest[0], seqlen_k=longest[1], has_lengths=device is not None)
-    sequences = Sequences(
-        q, k, v, cu_seqlens_q, None if is_paged else given, given if is_paged else None, block_table, plan, is_on_host
-    )
+    plan = base.replace(batch=batch, has_lengths=device is not None)
+    of_k = (None, given) if is_paged else (given, None)
+    sequences = Sequences(q, k, v, cu_seqlens_q, *of_k, block_table, sink_logits, plan, is_on_host)
     check_values(sequences, debug)
     return sequences
 
 
 def check_values(sequences: Sequences, debug: bool) -> None:
-    """The lengths, and the pages that they need: where these are on the host, or everywhere when debugging, at the cost
-    of copies to the host that wait for the stream."""
+    """The lengths and the pages that they need: where these are on the host, or everywhere when debugging, at the cost
+    of copies to the host that wait for the stream. Sink logits on the GPU, too, when debugging."""
     plan = sequences.plan
+    if debug and sequences.place_of_sinks == "device":
+        arrays.check_sink_logits(_on_host(sequences.sink_logits), plan, sequences.q)
     if not (sequences.is_on_host or debug):
         return
     sums_q = _on_host(sequences.cu_seqlens_q)
@@ -254,6 +268,7 @@ def run_twin(
     check_statistics(k_statistics, plan, None)
     if out is None:
         out = np.zeros(sequences.q.shape, sequences.q.dtype)
+    sinks = sequences.sink_logits
     lse = np.full((plan.num_heads, sequences.total_q), -np.inf, np.float32)
     rows_q, rows_k, first_q, first_k, _ = sequences.located()
     for i in range(plan.batch):
@@ -264,10 +279,10 @@ def run_twin(
             batch=1, seqlen_q=q.shape[1], seqlen_k=k.shape[1], dense_below=2**31 if plan.is_dense else 0
         )
         if one.is_empty:
-            target[...] = 0
+            lse[:, rows] = arrays.empty_attention(target, one, sinks)[0]
             continue
         statistics = None if k_statistics is None else k_statistics.of_sequence(i)
-        of_rows, _ = pipeline.run_stages(q, k, v, target, thresholds, one, True, False, k_statistics=statistics)
+        of_rows, _ = pipeline.run_stages(q, k, v, target, thresholds, one, True, False, sinks, statistics)
         lse[:, rows] = of_rows[0]
     return out, lse if return_lse else None
 
@@ -286,11 +301,10 @@ class SequencesProgram:
 
     def __init__(self, key: tuple, sequences: Sequences, device: int, out_strides: Any):
         self._gpu, self._lock = programs.Gpu(), threading.Lock()
-        _, _, kind, return_lse, has_statistics = key
-        self.kind, self.return_lse = kind, return_lse
-        self.program = _record(sequences, device, out_strides, kind, return_lse, has_statistics)
+        _, _, *kinds = key
+        self.program = _record(sequences, device, out_strides, *kinds)
 
-    def submit(self, device: int, addresses: list[int], values: Any) -> None:
+    def submit(self, device: int, addresses: list[int], values: Any, sink_logits: Any) -> None:
         stream = arrays.import_cupy().cuda.get_current_stream().ptr
         programs.bind_context(device)
         is_captured = workspaces.is_capturing(stream)
@@ -299,6 +313,7 @@ class SequencesProgram:
             with self._lock:
                 self.program.link(base, *addresses)
                 self.program.write_values(values)
+                self.program.write_values(sink_logits, 1)
                 self.program.submit(self._gpu, stream, is_captured)
 
         workspaces.use(device, stream, is_captured, self.program.workspace_bytes, None, launch)
@@ -317,8 +332,11 @@ def run_gpu(
     if out is None:
         out = cupy.ndarray(q.shape, q.dtype)
     lse = cupy.ndarray((plan.num_heads, sequences.total_q), np.float32) if return_lse else None
+    sinks = sequences.sink_logits
     if plan.is_empty or q.size == 0:
-        nothing = arrays.empty_attention(out, plan.replace(batch=1, seqlen_q=sequences.total_q))
+        no_keys = q[:, :0, : plan.num_kv_heads]
+        whole = plan.replace(batch=1, seqlen_q=sequences.total_q, seqlen_k=0, has_lengths=False)
+        nothing = attend_nothing(q, no_keys, no_keys, out, whole, sinks)
         return out, nothing[0] if return_lse else None
 
     kind = _kind_of_thresholds(thresholds, plan)
@@ -333,18 +351,21 @@ def run_gpu(
         kind,
         bool(return_lse),
         bool(statistics),
+        sequences.place_of_sinks,
     )
     values = _values(sequences, kind, thresholds)
     addresses = [x.data.ptr for x in (*given, out, *lengths, *table)]
     addresses += [thresholds.data.ptr] if kind == "device" else []
-    addresses += [x.data.ptr for x in statistics] + ([lse.data.ptr] if return_lse else [])
+    addresses += [x.data.ptr for x in statistics]
+    addresses += [sinks.data.ptr] if sequences.place_of_sinks == "device" else []
+    addresses += [lse.data.ptr] if return_lse else []
     program = _programs.get(key)
     program = program or _programs.add(key, SequencesProgram(key, sequences, device, out.strides))
     try:
-        program.submit(device, addresses, values)
+        program.submit(device, addresses, values, sinks)
     except cupy.cuda.memory.OutOfMemoryError:
         workspaces.clear_workspaces()
-        program.submit(device, addresses, values)
+        program.submit(device, addresses, values, sinks)
     return out, lse
 
 
@@ -364,7 +385,13 @@ def _values(sequences: Sequences, kind: str, thresholds: Any) -> Any:
 
 
 def _record(
-    sequences: Sequences, device: int, out_strides: Any, kind: str, return_lse: bool, has_statistics: bool
+    sequences: Sequences,
+    device: int,
+    out_strides: Any,
+    kind: str,
+    return_lse: bool,
+    has_statistics: bool,
+    place_of_sinks: str | None = None,
 ) -> programs.Program:
     plan = sequences.plan
     with programs.Recorder(device) as recorder:
@@ -393,8 +420,10 @@ def _record(
         if has_statistics:
             statistics = recorded_statistics(recorder, plan)
             ports += statistics.arrays
+        sinks, of_sinks = pipeline.recorded_sinks(recorder, plan, place_of_sinks)
+        ports += of_sinks
         padded_lse, _ = pipeline.run_stages(
-            *padded, padded_out, thresholds, plan, return_lse, False, k_statistics=statistics
+            *padded, padded_out, thresholds, plan, return_lse, False, sinks, statistics
         )
         lse = recorder.array((plan.num_heads, q.shape[1]), np.float32) if return_lse else None
         with programs.stage("scatter"):

@@ -1,20 +1,20 @@
 """The attention call as an XLA custom call: ``salekit_attention`` on platforms "cpu" (the twin) and "CUDA".
 
-Operands: q, k, v and, where the config says so, thresholds. Results: out and, where wanted, lse and the mask's words.
-The attribute "config" is a JSON text that says everything else. So a call means the same in another process, too: in a
-cache of compiled programs, or in an exported one.
+Operands: q, k, v and, where the config says so, thresholds and sink logits. Results: out and, where wanted, lse and the
+mask's words. The attribute "config" is a JSON text that says everything else. So a call means the same in another
+process, too: in a cache of compiled programs, or in an exported one.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from . import arrays, attention, workspaces
+from . import arrays, pipeline, workspaces
 from .attention_plan import MAX_PLANS, AttentionPlan, plan_of
 from .errors import ArgumentError, DtypeError, GpuError
 from .xla_ffi import (
@@ -44,6 +44,7 @@ class Config:
     return_lse: bool = False
     return_mask: bool = False
     options: dict = field(default_factory=dict)  # of sparse_attention
+    has_sinks: bool = False
     schema: int = SCHEMA
 
     def encode(self) -> str:
@@ -61,7 +62,11 @@ class Config:
 
     @property
     def num_operands(self) -> int:
-        return 3 + (self.thresholds is None)
+        return 3 + (self.thresholds is None) + self.has_sinks
+
+    def thresholds_and_sinks(self, others: list) -> tuple[Any, Any]:
+        """Those of a call with these operands after q, k and v; None: no sink logits."""
+        return self.thresholds if self.thresholds is not None else others[0], others[-1] if self.has_sinks else None
 
     @property
     def num_results(self) -> int:
@@ -98,13 +103,14 @@ def run_on_host(call: Call) -> None:
     config = _config_of(call)
     buffers = [host_array(kind, at) for kind, at in zip(call.operands + call.results, call.addresses)]
     (q, k, v, *others), (out, *wanted) = buffers[: config.num_operands], buffers[config.num_operands :]
-    thresholds = config.thresholds
-    if others:  # as on a GPU, where nobody looks: NaN or a negative value is a dense head
-        thresholds = np.where(others[0] >= 0, others[0], np.float32(0))
-    returned = {"return_lse": config.return_lse, "return_mask": config.return_mask}
-    result = attention.sparse_attention(
-        q, k, v, thresholds=thresholds, layout=config.layout, out=out, **returned, **config.options
+    thresholds, sinks = config.thresholds_and_sinks(others)
+    # As on a GPU, where nobody looks: NaN or a negative value is a dense head, any value a sink logit.
+    thresholds = np.where(thresholds >= 0, thresholds, np.float32(0)) if config.thresholds is None else thresholds
+    checked = arrays.check_call(
+        q, k, v, layout=config.layout, out=out, thresholds=thresholds,
+        sink_logits=None if sinks is None else np.zeros_like(sinks), **config.options,
     )
+    result = pipeline.run_twin(replace(checked, sink_logits=sinks), config.return_lse, config.return_mask)
     extras = list(result[1:]) if wanted else []
     if config.return_mask:
         extras[-1] = extras[-1].words
@@ -137,9 +143,10 @@ def run_on_gpu(call: Call) -> None:
         plan = _plan(device, call, config, q, k, v)
         lse = extras.pop(0) if config.return_lse else None
         words = extras.pop() if config.return_mask else None
-        thresholds = others[0] if others else config.thresholds
+        thresholds, sinks = config.thresholds_and_sinks(others)
         wanted = (config.return_lse, config.return_mask)
-        plan._run(q, k, v, thresholds, *wanted, out, None, lse_out=lse, words_out=words)
+        where = dict(lse_out=lse, words_out=words)
+        plan._run(q, k, v, thresholds, *wanted, out, None, sink_logits=sinks, **where)
 
 
 def _plan(device: int, call: Call, config: Config, q: Any, k: Any, v: Any) -> AttentionPlan:

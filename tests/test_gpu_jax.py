@@ -103,6 +103,74 @@ def test_thresholds_that_are_traced():
         assert bits(call(taus)) == direct(arrays, thresholds=cp.asarray(taus), **EVERYTHING)
 
 
+# --- softcap, windows and sink logits ------------------------------------------------------------------------------
+SINK_LOGITS = np.array([1.5, -np.inf, 4, -0.5], np.float32)
+FEATURES = {
+    "softcap": {"softcap": 4.0},
+    "window": {"window_size": (300, 20)},
+    "sinks": {"sink_logits": SINK_LOGITS},
+    "all": {"softcap": 4.0, "window_size": 400, "sink_logits": SINK_LOGITS},
+}
+
+
+@pytest.mark.parametrize("thresholds", [0.2, TAUS, 0.0])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
+@pytest.mark.parametrize("name", FEATURES)
+def test_score_features(name, head_dim, causal, thresholds):
+    options = {**FEATURES[name], **EVERYTHING, "causal": causal, "thresholds": thresholds}
+    call = jax.jit(lambda q, k, v: salekit_jax.sparse_attention(q, k, v, **options))
+    for seed in range(2):
+        arrays = make(700, 1100, head_dim=head_dim, batch=2, seed=seed)
+        want = direct(arrays, **options)
+        poison_workspaces()
+        got = call(*arrays)
+        assert bits(got) == want
+    mask = salekit.sparse_attention(*map(cp.asarray, arrays), **options)[2]
+    assert (got[2].density() == mask.density()).all()
+    dense = {key: x for key, x in options.items() if key in ("causal", "softcap", "window_size", "sink_logits")}
+    assert bits(salekit_jax.dense_attention(*arrays, **dense)) == bits(
+        salekit.dense_attention(*map(cp.asarray, arrays), **dense)
+    )
+
+
+def test_sinks_that_are_traced():
+    arrays = make()
+    options = {"softcap": 4.0, "window_size": (300, 0), "thresholds": TAUS, **EVERYTHING}
+    call = jax.jit(lambda sinks: salekit_jax.sparse_attention(*arrays, sink_logits=sinks, **options))
+    for sinks in (SINK_LOGITS, SINK_LOGITS + 1):
+        assert bits(call(sinks)) == direct(arrays, sink_logits=cp.asarray(sinks), **options)
+    out, lse, _ = call(np.array([np.nan, 1.5, np.inf, -0.5], np.float32))
+    want = salekit.sparse_attention(*map(cp.asarray, arrays), sink_logits=[0, 1.5, 0, -0.5], **options)
+    assert np.isnan(np.asarray(out, np.float32)[:, :, ::2]).all() and np.isnan(np.asarray(lse)[:, ::2]).all()
+    assert (np.asarray(out)[:, :, 1::2] == want[0].get()[:, :, 1::2]).all()
+
+
+def test_vmap_over_sinks():
+    many = [np.stack(xs) for xs in zip(*(make(300, seed=seed) for seed in range(2)))]
+    sinks = np.stack([SINK_LOGITS, SINK_LOGITS - 1])
+    options = {"softcap": 4.0, "window_size": (100, 0), "thresholds": TAUS, **EVERYTHING}
+
+    def call(q, k, v, sinks):
+        return salekit_jax.sparse_attention(q, k, v, sink_logits=sinks, **options)
+
+    for in_axes, given in (((0, 0, 0, 0), sinks), ((0, 0, 0, None), SINK_LOGITS)):
+        got = jax.jit(jax.vmap(call, in_axes=in_axes))(*many, given)
+        for i in range(2):
+            of_one = given[i] if in_axes[3] == 0 else given
+            want = direct([x[i] for x in many], sink_logits=of_one, **options)
+            assert bits(jax.tree.map(lambda x, i=i: x[i], got)) == want
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0)])
+def test_sinks_of_rows_without_keys(lengths):
+    q, k, v = (x[:, :n] for x, n in zip(make(5), (lengths[0], lengths[1], lengths[1])))
+    got = jax.jit(lambda q, k, v, s: salekit_jax.sparse_attention(q, k, v, sink_logits=s, return_lse=True))(
+        q, k, v, SINK_LOGITS
+    )
+    assert bits(got) == bits(salekit.sparse_attention(q, k, v, sink_logits=SINK_LOGITS, return_lse=True))
+
+
 def test_against_dot_product_attention():
     q, k, v = make(700, batch=2)
     want = jax.nn.dot_product_attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), is_causal=True)
@@ -230,6 +298,17 @@ def test_heads_sharded_over_gpus(gpus):
     want = direct(arrays, thresholds=taus, **EVERYTHING)
     for _ in range(5):
         assert bits(call(*placed, taus_placed)) == want
+
+    # Sink logits go with their heads.
+    sinks, more = np.linspace(-2, 5, 8).astype(np.float32), {"softcap": 4.0, "window_size": (400, 0), **EVERYTHING}
+    call = jax.jit(shard_map(
+        lambda q, k, v, taus, sinks: salekit_jax.sparse_attention(q, k, v, thresholds=taus, sink_logits=sinks, **more),
+        mesh=mesh, in_specs=(heads, heads, heads, by_head, by_head), out_specs=(heads, rows, rows),
+    ))
+    sinks_placed = jax.device_put(sinks, NamedSharding(mesh, by_head))
+    want = direct(arrays, thresholds=taus, sink_logits=sinks, **more)
+    for _ in range(5):
+        assert bits(call(*placed, taus_placed, sinks_placed)) == want
 
 
 # --- cost ----------------------------------------------------------------------------------------------------------

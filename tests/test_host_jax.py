@@ -25,6 +25,13 @@ import salekit.jax as salekit_jax  # noqa: E402
 BF16, FP16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 EVERYTHING = {"dense_below": 0, "return_lse": True, "return_mask": True}
 TAUS = np.array([0.1, 0.5, 2, np.inf], np.float32)
+SINK_LOGITS = np.array([1.5, -np.inf, 4, -0.5], np.float32)
+FEATURES = {
+    "softcap": dict(softcap=4.0),
+    "window": dict(window_size=(70, 20)),
+    "sinks": dict(sink_logits=SINK_LOGITS),
+    "all": dict(softcap=4.0, window_size=np.int64(90), sink_logits=SINK_LOGITS),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +89,78 @@ def test_dense():
     for options in ({}, {"causal": False, "softmax_scale": 0.3, "return_lse": True}):
         want = salekit.dense_attention(*arrays, **options)
         assert bits(salekit_jax.dense_attention(*arrays, **options)) == bits(want)
+
+
+# --- softcap, windows and sink logits ------------------------------------------------------------------------------
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("thresholds", [0.3, TAUS, 0.0])
+@pytest.mark.parametrize("name", FEATURES)
+def test_score_features(name, thresholds, causal):
+    options = dict(FEATURES[name], thresholds=thresholds, causal=causal, block=(64, 32), local=32, **EVERYTHING)
+    arrays = make(200, 330, batch=2)
+    want = salekit.sparse_attention(*arrays, **options)
+    got = jax.jit(lambda q, k, v: salekit_jax.sparse_attention(q, k, v, **options))(*arrays)
+    assert bits(got) == bits(want)
+    # A mask knows its window: what is visible, and with it the density.
+    assert (got[2].density() == want[2].density()).all() and (got[2].visible() == want[2].visible()).all()
+    assert bits(jax.tree.map(lambda x: x, got[2])) == bits(want[2])
+    dense = {name: x for name, x in options.items() if name in ("causal", "softcap", "window_size", "sink_logits")}
+    assert bits(salekit_jax.dense_attention(*arrays, **dense)) == bits(salekit.dense_attention(*arrays, **dense))
+
+
+def test_sinks_that_are_traced():
+    arrays = make(90)
+    options = dict(softcap=4.0, window_size=(50, 0), thresholds=TAUS, **EVERYTHING)
+    traces = []
+
+    @jax.jit
+    def call(sinks):
+        traces.append(sinks.shape)
+        return salekit_jax.sparse_attention(*arrays, sink_logits=sinks, **options)
+
+    for sinks in (SINK_LOGITS, SINK_LOGITS + 1):
+        assert bits(call(sinks)) == bits(salekit.sparse_attention(*arrays, sink_logits=sinks, **options))
+    assert len(traces) == 1
+    for dtype in (jnp.bfloat16, jnp.int32):
+        sinks = jnp.array([1, 2, 3, 4], dtype)
+        want = salekit.sparse_attention(*arrays, sink_logits=[1, 2, 3, 4], **options)
+        assert bits(salekit_jax.sparse_attention(*arrays, sink_logits=sinks, **options)) == bits(want)
+    out, lse, _ = call(jnp.array([jnp.nan, 1.5, jnp.inf, -0.5]))
+    want = salekit.sparse_attention(*arrays, sink_logits=[0, 1.5, 0, -0.5], **options)
+    for head in (0, 2):  # nobody looks at what is in an array of JAX
+        assert np.isnan(np.asarray(out, np.float32)[:, :, head]).all() and np.isnan(np.asarray(lse)[:, head]).all()
+    assert (np.asarray(out)[:, :, 1::2] == want[0][:, :, 1::2]).all() and (lse[:, 1::2] == want[1][:, 1::2]).all()
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (70, 9)])
+def test_sinks_of_rows_without_keys(lengths):
+    for arrays in (make(*lengths), make(5, 5, batch=0)):
+        for options in ({}, {"window_size": 3}):
+            got = salekit_jax.sparse_attention(*arrays, sink_logits=SINK_LOGITS, **options, **EVERYTHING)
+            want = salekit.sparse_attention(*arrays, sink_logits=SINK_LOGITS, **options, **EVERYTHING)
+            assert bits(got) == bits(want)
+            assert [x.dtype for x in jax.tree.leaves(got)] == [BF16, np.float32, np.uint32]
+
+
+def test_vmap_over_sinks():
+    many = [np.stack(xs) for xs in zip(*(make(90, seed=seed) for seed in range(2)))]
+    sinks = np.stack([SINK_LOGITS, SINK_LOGITS - 1])
+    options = dict(softcap=4.0, window_size=(50, 0), thresholds=TAUS, **EVERYTHING)
+
+    def call(q, k, v, sinks):
+        return salekit_jax.sparse_attention(q, k, v, sink_logits=sinks, **options)
+
+    shared = jax.jit(jax.vmap(call, in_axes=(0, 0, 0, None)))
+    assert shared.lower(*many, SINK_LOGITS).as_text().count("@salekit_attention(") == 1  # it joined the batch
+    for got, mapped in ((shared(*many, SINK_LOGITS), False), (jax.vmap(call)(*many, sinks), True)):
+        for i in range(2):
+            of_one = dict(options, sink_logits=sinks[i] if mapped else SINK_LOGITS)
+            want = salekit.sparse_attention(*(x[i] for x in many), **of_one)
+            assert bits(jax.tree.map(lambda x, i=i: x[i], got)) == bits(want)
+    got = jax.vmap(lambda s: call(*(x[0] for x in many), s))(sinks)  # sink logits alone
+    for i in range(2):
+        want = salekit.sparse_attention(*(x[0] for x in many), sink_logits=sinks[i], **options)
+        assert bits(jax.tree.map(lambda x, i=i: x[i], got)) == bits(want)
 
 
 def test_thresholds_that_are_traced():
@@ -236,6 +315,28 @@ for data in ("data", None):
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in text, collective
 
+# Sink logits are sharded with the heads.
+sinks = jnp.linspace(-2, 5, 8)
+options_all = dict(want_all, softcap=4.0, window_size=(150, 0))
+
+def with_sinks(q, k, v, taus, sinks):
+    return salekit.jax.sparse_attention(q, k, v, thresholds=taus, sink_logits=sinks, **options_all)
+
+whole = with_sinks(q, k, v, taus, sinks)
+assert whole[2].density().min() < 0.95
+specs = (*(P("data", None, "heads"),) * 3, P("heads"), P("heads"))
+outs = (P("data", None, "heads"), P("data", "heads"), P("data", "heads"))
+sharded = jax.jit(shard_map(with_sinks, mesh=mesh, in_specs=specs, out_specs=outs, **options))
+arrays = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip((q, k, v, taus, sinks), specs)]
+for one, other in zip(jax.tree.leaves(sharded(*arrays)), jax.tree.leaves(whole)):
+    assert np.array_equal(np.asarray(one), np.asarray(other))
+text = sharded.lower(*arrays).compile().as_text()
+for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+    assert collective not in text, collective
+direct = salekit.sparse_attention(*map(np.asarray, (q, k, v)), thresholds=np.asarray(taus),
+                                  sink_logits=np.asarray(sinks), **options_all)
+assert np.array_equal(np.asarray(whole[0]), direct[0]) and np.array_equal(np.asarray(whole[1]), direct[1])
+
 # A number for all heads, and k and v that every device of an axis has.
 def call(q, k, v):
     return salekit.jax.sparse_attention(q, k, v, thresholds=0.2, dense_below=0)
@@ -317,6 +418,18 @@ Q, K, V = make(70)
     ((Q, K, V), {"thresholds": jnp.ones(3)}, ArgumentError, r"thresholds: got shape \(3,\)"),
     ((Q, K, V), {"thresholds": jnp.ones(4, jnp.int32)}, DtypeError, "thresholds: got dtype int32"),
     ((Q, K, V), {"thresholds": "high"}, DtypeError, "thresholds: got str"),
+    ((Q, K, V), {"sink_logits": [0.0, np.nan, 0, 0]}, ArgumentError, "sink_logits: has a NaN"),
+    ((Q, K, V), {"sink_logits": [0.0, 1.0]}, ArgumentError, r"sink_logits: got shape \(2,\); wants \(4,\), one a head"),
+    ((Q, K, V), {"sink_logits": jnp.ones(3)}, ArgumentError, r"sink_logits: got shape \(3,\); wants \(4,\)"),
+    ((Q, K, V), {"sink_logits": jnp.ones(4, bool)}, DtypeError, "sink_logits: got dtype bool; wants real numbers"),
+    ((Q, K, V), {"sink_logits": jax.random.split(jax.random.key(0), 4)}, DtypeError, "sink_logits: got dtype key"),
+    ((Q, K, V), {"sink_logits": "high"}, DtypeError, "sink_logits: got str"),
+    ((Q, K, V), {"sink_logits": TAUS, "attend": "int8-fp8"}, ArgumentError, "sink_logits: attend='int8-fp8' takes"),
+    ((Q, K, V), {"sink_logits": jnp.ones(4), "skipped": "pool"}, ArgumentError, "sink_logits: skipped='pool' takes"),
+    ((Q, K, V), {"softcap": 3.0, "attend": "int8-fp8"}, ArgumentError, "attend: 'int8-fp8' has no softcap"),
+    ((Q, K, V), {"window_size": 8, "skipped": "pool"}, ArgumentError, "skipped: 'pool' has no softcap and no window"),
+    ((Q, K, V), {"window_size": (1, 2, 3)}, ArgumentError, "window_size: got"),
+    ((Q, K, V), {"softcap": -1.0}, ArgumentError, "softcap: got -1.0"),
     ((Q, K, V), {"blocks": (64, 32)}, TypeError, "unexpected keyword argument 'blocks'"),
     ((Q, K, V), {"out": Q}, TypeError, "unexpected keyword argument 'out'"),
 ])
@@ -331,7 +444,7 @@ def test_every_option_is_there():
         there, here = getattr(salekit, name), getattr(salekit_jax, name)
         want = {x.name for x in inspect.signature(there).parameters.values() if x.kind is x.KEYWORD_ONLY}
         got = {x.name for x in inspect.signature(here).parameters.values() if x.kind is x.KEYWORD_ONLY}
-        assert got | salekit_jax._option_names(there) == want - {"out", "stream", "sink_logits", "k_statistics"}
+        assert got | salekit_jax._option_names(there) == want - {"out", "stream", "k_statistics"}
     with pytest.raises(TypeError, match=r"dense_attention\(\) got an unexpected keyword argument 'block'"):
         salekit_jax.dense_attention(Q, K, V, block=(64, 32))
 
@@ -339,7 +452,7 @@ def test_every_option_is_there():
 def test_bad_arguments_show_when_traced():
     with pytest.raises(ArgumentError, match="k: got head_dim 32"):
         jax.eval_shape(lambda k: salekit_jax.sparse_attention(Q, k, V), K[..., :32])
-    for name in ("causal", "softmax_scale", "query_stride", "sink"):
+    for name in ("causal", "softmax_scale", "query_stride", "sink", "softcap", "window_size"):
         with pytest.raises(ArgumentError, match=f"{name}: got "):
             jax.jit(lambda x, name=name: salekit_jax.sparse_attention(Q, K, V, **{name: x}))(1)
 
@@ -354,6 +467,8 @@ def test_no_derivative():
         assert (transform(lambda q: loss(q, jax.lax.stop_gradient))(jnp.asarray(Q)) == 1).all()
     with pytest.raises(ArgumentError, match="no backward pass"):
         jax.jvp(lambda taus: salekit_jax.sparse_attention(Q, K, V, thresholds=taus), (TAUS,), (TAUS,))
+    with pytest.raises(ArgumentError, match="no backward pass.*sink_logits"):
+        jax.grad(lambda s: salekit_jax.dense_attention(Q, K, V, sink_logits=s).astype(jnp.float32).sum())(SINK_LOGITS)
 
 
 def test_tracers_outside_salekit_jax():

@@ -13,9 +13,10 @@ from test_host_serving import ESTIMATORS  # noqa: E402
 
 import salekit  # noqa: E402
 from salekit import arrays, attention_plan, plans, sequences, workspaces  # noqa: E402
-from salekit.errors import ArgumentError  # noqa: E402
+from salekit.errors import ArgumentError, DtypeError  # noqa: E402
 
-SUMS_Q, OF_K, TABLE, TAUS, LSE, STATISTICS = (0x7F00_0000_0000 + (i << 34) for i in range(8, 14))
+SUMS_Q, OF_K, TABLE, TAUS, LSE, STATISTICS, SINKS = (0x7F00_0000_0000 + (i << 34) for i in range(8, 15))
+HOST_SINKS = np.array([1.5, -2.0, -np.inf, 0.25], np.float32)
 
 
 @pytest.fixture
@@ -30,10 +31,12 @@ def gpu(fake, monkeypatch):  # noqa: F811
     sequences._programs.clear()
 
 
-def checked(paged=False, on_host=False, batch=3, longest=(200, 300), debug=False, base=0, **options):
+def checked(
+    paged=False, on_host=False, batch=3, longest=(200, 300), debug=False, base=0, sinks=None, dim=128, **options
+):
     """A call on the fake GPU: 500 rows of q, 700 keys, or 40 pages of 32."""
-    q = gpu_array(Q + base, (500, 4, 128))
-    k, v = (gpu_array(at + base, (40, 32, 2, 128) if paged else (700, 2, 128)) for at in (K, V))
+    q = gpu_array(Q + base, (500, 4, dim))
+    k, v = (gpu_array(at + base, (40, 32, 2, dim) if paged else (700, 2, dim)) for at in (K, V))
     sums_q = np.array([0, 200, 200, 500], np.int32) if on_host else gpu_array(SUMS_Q, (batch + 1,), np.int32)
     of_k = gpu_array(OF_K, (batch + (not paged),), np.int32)
     if on_host:
@@ -41,11 +44,11 @@ def checked(paged=False, on_host=False, batch=3, longest=(200, 300), debug=False
     table = gpu_array(TABLE, (batch, 12), np.int32, (64, 4)) if paged else None
     pair = (None, of_k) if paged else (of_k, None)
     options = dict(dense_below=0) | options
-    return sequences.check_sequences(q, k, v, sums_q, pair[0], *longest, table, pair[1], 0, debug, options)
+    return sequences.check_sequences(q, k, v, sums_q, pair[0], *longest, table, pair[1], 0, debug, options, sinks)
 
 
 def run(gpu, call, thresholds=0.25, statistics=None):
-    out = gpu_array(OUT, (1, 500, 4, 128))
+    out = gpu_array(OUT, call.q.shape)
     sequences.run_gpu(call, thresholds, False, out, statistics, 0)
     return gpu.take()
 
@@ -186,6 +189,126 @@ def test_thresholds_and_lse_on_the_gpu_are_linked(gpu):
     padded_lse = pointer(attend[6])
     assert [pointer(x) for x in calls[-1][4][2:4]] == [padded_lse, LSE] and padded_lse >= WORKSPACE
     assert [pointer(x) for x in calls[-1][4][6:]] == [200, 500, 4, 16]
+
+
+# --- softcap, windows and sink logits ------------------------------------------------------------------------------
+FEATURES = (  # options, the flags of kernels' templates, the window as a plan holds it
+    (dict(softcap=30.0), plans.SOFTCAP, None),
+    (dict(window_size=(100, 0)), plans.WINDOW, (100, -1)),
+    (dict(window_size=(100, 7), causal=False), plans.WINDOW, (100, 7)),
+    (dict(window_size=(299, 0)), 0, None),  # hides nothing of 300 keys
+    (dict(softcap=30.0, window_size=128), plans.SOFTCAP | plans.WINDOW, (127, -1)),
+)
+LENGTHS_WINDOW_RECORD = np.dtype([*plans.WINDOW_RECORD.descr, ("lengths", "<u8")])
+
+
+@pytest.mark.parametrize("options, flags, window", FEATURES)
+@pytest.mark.parametrize("sinks", (None, "host", "device"))
+@pytest.mark.parametrize("paged", (False, True))
+@pytest.mark.parametrize("dim", (128, 192))
+def test_score_features_reach_their_kernels(gpu, options, flags, window, sinks, paged, dim):
+    given = {None: None, "host": HOST_SINKS, "device": gpu_array(SINKS, (4,), np.float32)}[sinks]
+    flags |= plans.SINKS * (sinks is not None)
+    calls = run(gpu, checked(paged, sinks=given, dim=dim, estimator="int8", **options))
+    located = pointer(calls[0][4][3])
+    named = {name.split("<")[0]: (name, args) for name, *_, args in calls}
+    record = LENGTHS_WINDOW_RECORD if window else plans.LENGTHS_RECORD
+    hopper = dim == 128
+    assert ("anchor_statistics_sm90" in named) == (hopper and flags == 0)
+    assert ("estimate_int8_sm90" in named) == (hopper and window is None)
+    attend = "attend_sm90" if hopper else "attend_sm80"
+    anchors = "anchor_statistics" if flags or not hopper else "anchor_statistics_sm90"
+    estimate = "estimate_int8_sm90" if hopper and window is None else "estimate_sm80"
+    for source in (anchors, estimate, "row_limits", attend):
+        name, args = named[source]
+        (shape,) = (np.frombuffer(arg, record)[0] for arg in args if len(arg) == record.itemsize)
+        assert shape["lengths"] == located and [shape["seqlen_q"], shape["seqlen_k"]] == [200, 300]
+        assert window is None or (shape["window_left"], shape["window_right"]) == window
+    for source in (attend, *([anchors] if flags else [])):
+        name, args = named[source]
+        assert name.endswith(f", {flags}>") == bool(flags)
+        at = pointer(args[-1] if source == attend else args[-2])
+        if sinks == "device":
+            assert at == SINKS
+        elif sinks == "host":
+            (stored,) = (args for name, *_, args in calls if name.startswith("store_floats"))
+            assert np.frombuffer(stored[1], np.float32)[:4].tolist() == HOST_SINKS.tolist()
+            assert at == pointer(stored[0])
+        else:
+            assert at == 0
+    if options.get("softcap"):
+        shift = pointer(named[anchors][1][-1])
+        assert shift >= WORKSPACE and pointer(named["row_limits"][1][-1]) == shift
+        for args in (named[attend][1][-3:-1], named["anchor_statistics"][1][-4:-2]):
+            assert np.frombuffer(args[0], np.float32)[0] == 30
+            assert np.isclose(np.frombuffer(args[1], np.float32)[0], 2 / np.log(2) * dim**-0.5 / 30, rtol=1e-6)
+
+
+def test_sinks_on_the_host_are_parameters(gpu):
+    """Those of each call, in one program, beside lengths and thresholds that are parameters, too."""
+    taus = [0.5, 0.25, 0.125, 1.0]
+    for sinks in (HOST_SINKS, HOST_SINKS + 1, None):
+        for thresholds in (taus, 0.25):
+            calls = run(gpu, checked(on_host=True, longest=(300, 300), sinks=sinks), thresholds)
+            stored = [np.frombuffer(args[1], np.float32)[:4] for name, *_, args in calls if name[:5] == "store"]
+            want = [[200, 0, 300, 300]] + ([taus] if thresholds is taus else []) + ([] if sinks is None else [sinks])
+            assert stored[0].view(np.int32).tolist() == want[0]
+            assert [x.tolist() for x in stored[1:]] == [list(x) for x in want[1:]]
+    assert len(sequences._programs) == 4
+
+
+def test_sinks_without_keys(gpu, monkeypatch):
+    """No sequence has a key: what the host does not know of lse comes from an attention kernel over nothing."""
+    launched = []
+    monkeypatch.setattr(sequences, "attend_nothing", lambda *args: launched.append(args) or [None])
+    sinks = gpu_array(SINKS, (4,), np.float32)
+    for paged in (False, True):
+        assert not run(gpu, checked(paged, longest=(200, 0), sinks=sinks))
+        q, k, v, out, plan, given = launched.pop()
+        assert q.shape == out.shape == (1, 500, 4, 128) and k.shape == v.shape == (1, 0, 2, 128) and given is sinks
+        sizes = (plan.batch, plan.seqlen_q, plan.seqlen_k, plan.has_lengths, plan.is_empty)
+        assert sizes == (1, 500, 0, False, True)
+
+
+def test_sinks_have_to_be_where_q_is(gpu, monkeypatch):
+    here = gpu_array(SINKS, (4,), np.float32)
+    assert checked(sinks=here).place_of_sinks == "device" and checked(sinks=[0, 1, 2, 3]).place_of_sinks == "host"
+    monkeypatch.setattr(arrays, "_place", lambda name, x, place=arrays._place: 1 if x is here else place(name, x))
+    with pytest.raises(ArgumentError, match="sink_logits: is on cuda:1; wants cuda:0 or host memory"):
+        checked(sinks=here)
+    monkeypatch.undo()
+    x, out = np.zeros((5, 4, 64), np.float16), np.full((5, 4, 64), 7, np.float16)
+    with pytest.raises(ArgumentError, match="sink_logits: is on cuda:0; wants host memory"):
+        salekit.sparse_attention_varlen(x, x, x, [0, 5], [0, 5], 5, 5, sink_logits=here, out=out)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("shape, dtype, strides, error, match", (
+    ((3,), np.float32, None, ArgumentError, r"sink_logits: got shape \(3,\); wants \(4,\)"),
+    ((4,), np.float64, None, DtypeError, "sink_logits: got dtype float64; wants float32 on the GPU"),
+    ((4,), np.float32, (8,), ArgumentError, "sink_logits: is not contiguous"),
+))
+def test_sinks_on_the_gpu_are_checked(gpu, shape, dtype, strides, error, match):
+    with pytest.raises(error, match=match):
+        checked(sinks=gpu_array(SINKS, shape, dtype, strides))
+
+
+def test_debug_reads_sinks_on_the_gpu(gpu, monkeypatch):
+    values = {SUMS_Q: [0, 200, 200, 400], OF_K: [0, 300, 300, 301], SINKS: [0, np.nan, 0, 0]}
+    read = []
+
+    def on_host(x):
+        read.append(x.data.ptr)
+        return np.array(values[x.data.ptr], np.float32 if x.data.ptr == SINKS else np.int32)
+
+    monkeypatch.setattr(sequences, "_on_host", on_host)
+    sinks = gpu_array(SINKS, (4,), np.float32)
+    checked(sinks=sinks)
+    assert not read
+    with pytest.raises(ArgumentError, match="sink_logits: has a NaN or"):
+        checked(sinks=sinks, debug=True)
+    values[SINKS] = [0, -np.inf, 3, 0]
+    checked(sinks=sinks, debug=True)
 
 
 def test_debug_reads_what_is_on_the_gpu(gpu, monkeypatch):

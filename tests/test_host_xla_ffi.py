@@ -280,6 +280,7 @@ def config(**values):
 @pytest.mark.parametrize("values", [
     {"thresholds": 0.008}, {"thresholds": None, "return_mask": True}, {"thresholds": float("inf"), "layout": "bhsd"},
     {"thresholds": 0.0, "options": {"block": (64, 32), "softmax_scale": 0.1, "causal": False, "sink": np.int64(3)}},
+    {"thresholds": None, "has_sinks": True, "options": {"softcap": 30.0, "window_size": (7, -1)}},
 ])
 def test_config_goes_through_json(values):
     config = xla_attention.Config(**values)
@@ -301,6 +302,28 @@ def test_the_twin_runs_on_the_buffers():
     assert out.tobytes() == want[0].tobytes() and (lse == want[1]).all() and (words == want[2].words).all()
 
 
+def test_the_twin_takes_sink_logits():
+    """After thresholds, or alone; NaN is not looked at, as on a GPU, and makes NaN of its head."""
+    q, k, v = make()
+    taus = np.array([0.3, 0.1], np.float32)
+    options = {"dense_below": 0, "softcap": 4.0, "window_size": (40, 0)}
+    for thresholds, operands in ((None, (taus,)), (0.3, ())):
+        for sinks in (np.array([1.5, -np.inf], np.float32), np.array([1.5, np.nan], np.float32)):
+            out, lse = np.full_like(q, 7), np.zeros((1, 2, 70), np.float32)
+            attributes = config(thresholds=thresholds, return_lse=True, options=options, has_sinks=True)
+            xla = FakeXla()
+            frame = xla.frame(buffers(q, k, v, *operands, sinks), buffers(out, lse), attributes)
+            assert xla_attention.handlers()["cpu"](ctypes.addressof(frame)) is None, xla.errors
+            tau = taus if thresholds is None else thresholds
+            want = salekit.sparse_attention(
+                q, k, v, thresholds=tau, sink_logits=np.nan_to_num(sinks, nan=0), return_lse=True, **options
+            )
+            heads = np.flatnonzero(~np.isnan(sinks))
+            assert (out[:, :, heads] == want[0][:, :, heads]).all() and (lse[:, heads] == want[1][:, heads]).all()
+            rest = np.flatnonzero(np.isnan(sinks))
+            assert np.isnan(out[:, :, rest].astype(np.float32)).all() and np.isnan(lse[:, rest]).all()
+
+
 @pytest.mark.parametrize("attributes, results, match", [
     ({}, 1, b"ArgumentError: config: got b'{}'"),
     ({b"config": b"nonsense"}, 1, b"ArgumentError: config: got b'nonsense'"),
@@ -308,6 +331,7 @@ def test_the_twin_runs_on_the_buffers():
     (config(thresholds=0.1, return_lse=True), 1, b"got (3, 1) operands and results; wants (3, 2)"),
     (config(thresholds=0.1, return_lse=True), 2, b"ArgumentError: result: got"),
     (config(thresholds=0.1, options={"block": (1, 1)}), 1, b"ArgumentError: block: got (1, 1)"),
+    (config(thresholds=0.1, has_sinks=True), 1, b"got (3, 1) operands and results; wants (4, 1)"),
 ])
 def test_bad_calls(attributes, results, match):
     q, k, v = make()
@@ -337,8 +361,8 @@ def test_what_a_gpu_call_passes_on(monkeypatch):
     class Plan:
         plan = SimpleNamespace(batch=1, num_heads=2, seqlen_q=70, words_shape=(1, 2, 1, 1))
 
-        def _run(self, *args, lse_out, words_out):
-            runs.append((*args, lse_out, words_out))
+        def _run(self, *args, sink_logits, lse_out, words_out):
+            runs.append((*args, sink_logits, lse_out, words_out))
 
     def plan_of(q, k, v, layout, options):
         plans.append((layout, options))
@@ -355,22 +379,27 @@ def test_what_a_gpu_call_passes_on(monkeypatch):
     for cache in ("_plans", "_arrays"):
         monkeypatch.setattr(xla_attention, cache, xla_attention.workspaces.RecentlyUsed(16))
     base = 0x7F0000000000
-    shapes = [(16, (1, 70, 2, 64)), (16, (1, 70, 1, 64)), (16, (1, 70, 1, 64)), (11, (2,))]
+    shapes = [(16, (1, 70, 2, 64)), (16, (1, 70, 1, 64)), (16, (1, 70, 1, 64)), (11, (2,)), (11, (2,))]
     operands = [(code, shape, base + 65536 * i) for i, (code, shape) in enumerate(shapes)]
     results = [(16, (1, 70, 2, 64), base + 65536 * 5), (11, (1, 2, 70), base + 65536 * 6),
                (8, (1, 2, 1, 1), base + 65536 * 7)]
-    attributes = config(thresholds=None, return_lse=True, return_mask=True, options={"dense_below": 0})
+    kind = dict(return_lse=True, return_mask=True, options={"dense_below": 0}, has_sinks=True)
+    attributes = config(thresholds=None, **kind)
     xla = FakeXla(stream=4242)
     frame = xla.frame(operands, results, attributes)
     for _ in range(3):  # the same buffers, as in a loop
         assert xla_attention.handlers()["CUDA"](ctypes.addressof(frame)) is None, xla.errors
     assert plans == [("bshd", {"dense_below": 0})] and streams == [(0, 4242)] * 3
-    q, k, v, thresholds, return_lse, return_mask, out, workspace, lse, words = runs[0]
+    q, k, v, thresholds, return_lse, return_mask, out, workspace, sinks, lse, words = runs[0]
     assert (return_lse, return_mask, workspace) == (True, True, None)
-    for got, (code, shape, address) in zip((q, k, v, thresholds, out, lse, words), operands + results):
+    for got, (code, shape, address) in zip((q, k, v, thresholds, sinks, out, lse, words), operands + results):
         assert (got.dtype, got.shape, got.data.ptr) == (xla_ffi.DTYPES[code], shape, address)
         assert got.flags.c_contiguous
     assert all(a is b for a, b in zip(runs[0], runs[2]) if isinstance(a, cupy.ndarray))  # made once
+
+    frame = xla.frame([*operands[:3], operands[4]], results, config(thresholds=0.25, **kind))
+    assert xla_attention.handlers()["CUDA"](ctypes.addressof(frame)) is None, xla.errors
+    assert runs[-1][3] == 0.25 and runs[-1][8].data.ptr == operands[4][2]
 
     frame = xla.frame(operands, [results[0], (11, (1, 2, 71), base), results[2]], attributes)
     code, message = xla.errors[xla_attention.handlers()["CUDA"](ctypes.addressof(frame))]

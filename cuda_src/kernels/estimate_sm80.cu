@@ -22,7 +22,13 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, CodeProducts<HEAD_DIM, Format
   __shared__ typename Products::Ring smem;
 
   const CodeRows rows = CodeRows::of<WINDOWED>(shape);
+#if defined(SEQUENCE_LENGTHS) && defined(KEY_WINDOW)
+  __shared__ Shape sequence;  // for want of registers
+  if (threadIdx.x == 0) sequence = shape.of_sequence(rows.head / shape.num_heads);
+  __syncthreads();
+#else
   const Shape sequence = shape.of_sequence(rows.head / shape.num_heads);
+#endif
   if (Shape::HAS_LENGTHS && rows.code_tile * CODE_TILE_ROWS >= sequence.seqlen_q) return;
   const int head = rows.head, code_tile = rows.code_tile, num_tiles = rows.num_tiles;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

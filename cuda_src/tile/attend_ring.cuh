@@ -76,7 +76,7 @@ struct Rows {
     }
     const int end_block = min(num_visible<WINDOWED>(shape), segment.end_block);
     if constexpr (WINDOWED) {  // a call with a window is one segment
-      const int begin = shape.visible_begin<true>(q_block * ATTEND_BLOCK_Q) / KEY_BLOCK;
+      const int begin = shape.of_sequence(batch).visible_begin<true>(q_block * ATTEND_BLOCK_Q) / KEY_BLOCK;
       return Walker(mask_rows, expand_log2, begin / 1024 * 1024, end_block, begin);
     }
     return Walker(mask_rows, expand_log2, segment.first_block, end_block);

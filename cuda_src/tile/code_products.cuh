@@ -49,7 +49,10 @@ struct CodeRows {
   template <bool WINDOWED = false>
   __device__ __forceinline__ static CodeRows of(const Shape& shape) {
     CodeRows rows(shape);
-    if (WINDOWED) rows.num_tiles = ceil_div(shape.visible_end<true>(rows.last_row()), PRODUCT_TILE_K);
+    if (WINDOWED) {
+      const Shape sequence = shape.of_sequence(rows.head / shape.num_heads);
+      rows.num_tiles = ceil_div(sequence.visible_end<true>(rows.last_row()), PRODUCT_TILE_K);
+    }
     return rows;
   }
 
