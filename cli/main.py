@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from enum import IntEnum
 
 import click
 
 from salekit import __version__
-from salekit.errors import CompileError, GpuError, SalekitError
+from salekit.errors import CacheWarning, CompileError, GpuError, SalekitError
 
 COMMANDS = {
     "bench": "Time dense and sparse attention and each stage.",
@@ -69,8 +70,22 @@ def exit_code_of(error: SalekitError) -> ExitCode:
     return ExitCode.FAILED
 
 
+def _show_warnings() -> None:
+    """Those that salekit itself gives, as one line without a place in the code."""
+    show = warnings.showwarning
+
+    def show_briefly(message, category, *place) -> None:
+        if issubclass(category, CacheWarning):
+            click.echo(f"salekit: warning: {message}", err=True)
+        else:
+            show(message, category, *place)
+
+    warnings.showwarning = show_briefly
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    _show_warnings()
     try:
         code = cli.main(args=arguments, prog_name="salekit", standalone_mode=False)
     except click.exceptions.Abort:

@@ -23,5 +23,13 @@ class CompileError(SalekitError, RuntimeError):
     """A kernel did not compile."""
 
 
+class CacheError(SalekitError, OSError):
+    """A compiled kernel can be written nowhere: cache and temporary folder are full, read-only or not private."""
+
+
+class CacheWarning(UserWarning):
+    """The cache of compiled kernels cannot be used, for the reason given: each process compiles anew."""
+
+
 class FileFormatError(SalekitError, ValueError):
     """A file is truncated, malformed, or not what was expected."""
