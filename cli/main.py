@@ -11,7 +11,7 @@ from enum import IntEnum
 import click
 
 from salekit import __version__
-from salekit.errors import CacheWarning, CompileError, GpuError, SalekitError
+from salekit.errors import CacheWarning, CompileError, GpuError, SalekitError, escaped
 
 COMMANDS = {
     "bench": "Time dense and sparse attention and each stage.",
@@ -24,6 +24,9 @@ COMMANDS = {
     "profile": "Time each kernel and compare it with what the GPU can do; predict without one.",
     "validate": "Compare each stage with the twin and the whole with dense attention.",
 }
+
+
+_LINES = "\n\t"  # of a compiler's log
 
 
 class ExitCode(IntEnum):
@@ -91,10 +94,11 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.Abort:
         code = ExitCode.INTERRUPTED
     except click.ClickException as error:
+        error.message = escaped(error.message, keep="\n")
         error.show()
         code = error.exit_code
     except SalekitError as error:
-        click.echo(f"salekit: error: {error}", err=True)
+        click.echo(f"salekit: error: {escaped(str(error), keep=_LINES)}", err=True)
         code = exit_code_of(error)
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
@@ -103,6 +107,6 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = ExitCode.OK
     except (OSError, MemoryError) as error:
-        click.echo(f"salekit: error: {error or 'out of memory'}", err=True)
+        click.echo(f"salekit: error: {escaped(str(error)) or 'out of memory'}", err=True)
         code = ExitCode.FAILED
     sys.exit(int(code) if isinstance(code, int) else 0)

@@ -32,4 +32,20 @@ class CacheWarning(UserWarning):
 
 
 class FileFormatError(SalekitError, ValueError):
-    """A file is truncated, malformed, or not what was expected."""
+    """A file is truncated, malformed, or not what was expected. One line, and nothing that moves a terminal's cursor,
+    whatever the file holds."""
+
+    def __init__(self, message: str):
+        super().__init__(shortened(escaped(message)))
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """A text whose control characters (line ends, too), but those to ``keep``, are written as Python writes them."""
+    if text.isprintable():
+        return text
+    return "".join(x if x.isprintable() or x in keep else repr(x)[1:-1] for x in text)
+
+
+def shortened(text: str, most: int = 2000) -> str:
+    """A text without its middle, when it is long: what a file holds has no bound."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
