@@ -23,6 +23,14 @@ class CompileError(SalekitError, RuntimeError):
     """A kernel did not compile."""
 
 
+class OutOfMemoryError(SalekitError, MemoryError):
+    """There is not enough GPU memory. wanted_bytes, free_bytes: of the allocation that failed, and of the GPU then."""
+
+    def __init__(self, message: str, wanted_bytes: int = 0, free_bytes: int = 0):
+        super().__init__(message)
+        self.wanted_bytes, self.free_bytes = wanted_bytes, free_bytes
+
+
 class CacheError(SalekitError, OSError):
     """A compiled kernel can be written nowhere: cache and temporary folder are full, read-only or not private."""
 

@@ -20,7 +20,7 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from . import programs
+from . import forks, memory, programs
 from .errors import ArgumentError, CacheError, CacheWarning, CompileError, GpuError
 from .plans import arch_of
 from .private_files import make_private, read_private, why_not_private
@@ -443,6 +443,7 @@ def _arch_of_device(device: int) -> str:
 
 def device_arch() -> str:
     """The -arch of CuPy's current device. Raises GpuError without a GPU or with one older than sm_80."""
+    forks.check()
     try:
         import cupy
 
@@ -494,6 +495,9 @@ class Kernel:
             if self.info.dynamic_shared_bytes > 48 * 1024:
                 self._function.max_dynamic_shared_size_bytes = self.info.dynamic_shared_bytes
         except cupy.cuda.driver.CUDADriverError as error:
+            if memory.is_short(error):
+                size = len(compiled.cubin)
+                raise memory.explained(error, size, "a kernel's code", "Free memory") from None
             version = cupy.cuda.runtime.driverGetVersion()
             raise GpuError(
                 f"the driver (CUDA {version // 1000}.{version % 1000 // 10}) does not load {compiled.lowered_name}, "
@@ -527,6 +531,7 @@ _loaded: dict[tuple, Kernel] = {}
 
 def get_kernel(spec: KernelSpec, arch: str | None = None) -> Kernel:
     """The kernel for CuPy's current device, compiled at most once and loaded once per device."""
+    forks.check()
     import cupy
 
     key = (spec, cupy.cuda.runtime.getDevice())
