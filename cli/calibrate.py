@@ -85,8 +85,10 @@ def calibrate(
 
 
 def _sha256(file: str) -> str:
+    from salekit.untrusted_files import open_plain
+
     digest = hashlib.sha256()
-    with open(file, "rb") as data:
+    with open_plain(file) as data:
         while chunk := data.read(2**22):
             digest.update(chunk)
     return digest.hexdigest()

@@ -114,8 +114,11 @@ def _gpu(advice: list[str]) -> tuple[str | None, str | None]:
 
 def _cache() -> str:
     from salekit import jit
+    from salekit.private_files import why_not_private
 
     folder = jit.cache_dir()
+    if problem := why_not_private(folder):
+        return f"{folder}: NOT USED, for {problem}"
     try:
         files = [path.stat().st_size for path in folder.iterdir()]
         return f"{folder} ({len(files)} files, {sum(files) / 2**20:.1f} MiB)"
@@ -146,7 +149,9 @@ def gpu_suite_state() -> str:
         record = json.loads(GPU_SUITE.read_text())
     except OSError:
         return "no record here (it is kept in a checkout, in bench/results)"
-    except ValueError:
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
         return "the record in bench/results is damaged"
     state = (
         "of these kernels"

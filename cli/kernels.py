@@ -37,6 +37,8 @@ def kernels(archs: list[str], as_json: bool, output: str | None) -> None:
 
     report["nvrtc"] = ".".join(map(str, jit.nvrtc_version()))
     for arch in archs:
+        jit.check_nvrtc(arch)  # one error, not one a kernel
+    for arch in archs:
         specs = catalog.all_specs(arch)
         with render.progress(arch, len(specs)) as advance:
             results = compile_all([spec for _, spec in specs], arch, advance)

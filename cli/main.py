@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from enum import IntEnum
 
 import click
 
 from salekit import __version__
-from salekit.errors import CompileError, GpuError, SalekitError
+from salekit.errors import CacheWarning, CompileError, GpuError, SalekitError, escaped
 
 COMMANDS = {
     "bench": "Time dense and sparse attention and each stage.",
@@ -24,6 +25,9 @@ COMMANDS = {
     "profile": "Time each kernel and compare it with what the GPU can do; predict without one.",
     "validate": "Compare each stage with the twin and the whole with dense attention.",
 }
+
+
+_LINES = "\n\t"  # of a compiler's log
 
 
 class ExitCode(IntEnum):
@@ -70,17 +74,32 @@ def exit_code_of(error: SalekitError) -> ExitCode:
     return ExitCode.FAILED
 
 
+def _show_warnings() -> None:
+    """Those that salekit itself gives, as one line without a place in the code."""
+    show = warnings.showwarning
+
+    def show_briefly(message, category, *place) -> None:
+        if issubclass(category, CacheWarning):
+            click.echo(f"salekit: warning: {message}", err=True)
+        else:
+            show(message, category, *place)
+
+    warnings.showwarning = show_briefly
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    _show_warnings()
     try:
         code = cli.main(args=arguments, prog_name="salekit", standalone_mode=False)
     except click.exceptions.Abort:
         code = ExitCode.INTERRUPTED
     except click.ClickException as error:
+        error.message = escaped(error.message, keep="\n")
         error.show()
         code = error.exit_code
     except SalekitError as error:
-        click.echo(f"salekit: error: {error}", err=True)
+        click.echo(f"salekit: error: {escaped(str(error), keep=_LINES)}", err=True)
         code = exit_code_of(error)
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
@@ -89,6 +108,6 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = ExitCode.OK
     except (OSError, MemoryError) as error:
-        click.echo(f"salekit: error: {error or 'out of memory'}", err=True)
+        click.echo(f"salekit: error: {escaped(str(error)) or 'out of memory'}", err=True)
         code = ExitCode.FAILED
     sys.exit(int(code) if isinstance(code, int) else 0)

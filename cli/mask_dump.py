@@ -10,6 +10,8 @@ from typing import Any, Callable
 import click
 import numpy as np
 
+from salekit.errors import escaped
+
 from . import backends, options, render
 
 PICTURES = ("term", "png", "svg", "html")
@@ -119,7 +121,7 @@ class _Source:
 
     def __init__(self, file: str | None, block: tuple[int, int], query_stride: int, backend: str):
         self.file, self.block, self.query_stride, self.backend = file, block, query_stride, backend
-        self.name = "built-in sample" if file is None else Path(file).name
+        self.name = "built-in sample" if file is None else escaped(Path(file).name)
         self.is_mask = file is not None and file.endswith(".npz") and not _holds_qkv(file)
         self.held: dict[tuple[str, str], Any] = {}
 
@@ -180,8 +182,10 @@ class _Source:
     def _labels(self) -> list[str]:
         """A mask file's own names, where it has one for each head."""
         if self.is_mask:
-            with np.load(self.file, allow_pickle=False) as archive:
-                names = [name for name in archive.files if name != "__meta__"]
+            from salekit.untrusted_files import Npz
+
+            with Npz(self.file) as archive:
+                names = [escaped(name) for name in archive.names]
             if len(names) == self.num_heads and not all(name == f"h{i}" for i, name in enumerate(names)):
                 return names
         return [f"head {head}" for head in range(self.num_heads)]
@@ -278,11 +282,10 @@ def _load_mask(file: str):
 
 
 def _holds_qkv(file: str) -> bool:
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {"q", "k", "v"} <= {name.rpartition(".")[2] for name in archive.files}
-    except Exception:
-        return False  # the mask reader says what is wrong with it
+    from salekit.untrusted_files import Npz
+
+    with Npz(file) as archive:
+        return {"q", "k", "v"} <= {name.rpartition(".")[2] for name in archive.names}
 
 
 def _shape(mask) -> tuple[int, ...]:

@@ -10,9 +10,12 @@ from typing import Any, Callable, Iterator, Sequence
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+
+from salekit.errors import escaped
 
 MAX_TABLE_WIDTH = 1000
 SHADES = " .:-=+*#%@"  # lightest to darkest, where there is no colour
@@ -23,6 +26,11 @@ def _console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True)
 
 
+def _text(text: str) -> Text:
+    """Without what moves a terminal's cursor: names of files, and what they hold, may be anybody's."""
+    return Text(escaped(text, keep="\n"))
+
+
 def print_json(data: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
@@ -30,22 +38,22 @@ def print_json(data: Any) -> None:
 
 def note(text: str) -> None:
     """A line on stderr."""
-    _console(stderr=True).print(Text(text))
+    _console(stderr=True).print(_text(text))
 
 
 def text(line: str = "") -> None:
     """A line on stdout."""
-    _console().print(Text(line))
+    _console().print(_text(line))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on stdout; cells are shown as ``str`` gives them, never cut."""
     console = _console()
-    drawn = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    drawn = Table(title=escape(escaped(title)) or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for index, column in enumerate(columns):
         drawn.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
-        drawn.add_row(*(Text(str(cell)) for cell in row))
+        drawn.add_row(*(_text(str(cell)) for cell in row))
     if not console.is_terminal:
         console.width = max(console.width, 400)  # a file or a pipe has no width to fit
     needed = console.measure(drawn, options=console.options.update(max_width=MAX_TABLE_WIDTH)).maximum
@@ -58,7 +66,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on stderr, gone when done, where that is a terminal; yields a function that advances it by one."""
     console = _console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=total)
+        task = bar.add_task(escape(escaped(label)), total=total)
         yield lambda: bar.advance(task)
 
 

@@ -14,12 +14,12 @@ import sys
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import ml_dtypes
 import numpy as np
 
-from . import guards, programs
+from . import forks, guards, memory, programs
 from .dlpack import import_dlpack
 from .errors import ArgumentError, DtypeError, GpuError, SalekitError
 from .plans import (
@@ -49,6 +49,7 @@ WORKSPACE_ALIGNMENT = 256  # what every allocator of GPU memory gives at least
 TENSOR_VIEW = np.dtype([("pointer", "<u8"), ("stride_batch", "<i8"), ("stride_row", "<i8"), ("stride_head", "<i8")])
 
 _DLPACK_HOST, _DLPACK_CUDA = (1, 3), (2, 13)  # DLDeviceType: CPU and pinned; CUDA and managed
+FEWER = "Free memory, or pass fewer rows of q at a time (docs/serving.md) or fewer heads"
 _WRITTEN = ("out", "workspace")  # arguments that a call writes to
 
 
@@ -67,7 +68,9 @@ class Call:
 
 
 def import_cupy():
-    """CuPy, or GpuError saying what to install."""
+    """CuPy, or GpuError saying what to install, or that this process cannot use a GPU."""
+    if forks.is_dead:
+        forks.check()
     try:
         import cupy
     except ImportError as error:
@@ -84,13 +87,25 @@ def is_cuda(array: Any) -> bool:
 def empty(shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
     """GPU memory for a stage, undefined. Stages allocate here or with :func:`zeros` alone (see ``programs``)."""
     recorder = programs.active()
-    return recorder.array(shape, dtype) if recorder else import_cupy().empty(shape, dtype)
+    return recorder.array(shape, dtype) if recorder else allocate(import_cupy().empty, shape, dtype)
 
 
 def zeros(shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
     """GPU memory for a stage, filled with zeros on the current stream at each call."""
     recorder = programs.active()
-    return recorder.zeros(shape, dtype) if recorder else import_cupy().zeros(shape, dtype)
+    return recorder.zeros(shape, dtype) if recorder else allocate(import_cupy().zeros, shape, dtype)
+
+
+def allocate(make: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -> Any:
+    """``make(shape, dtype)``, one of CuPy's, whose error becomes OutOfMemoryError."""
+    try:
+        return make(shape, dtype)
+    except Exception as error:
+        if not memory.is_short(error):
+            raise
+        what = f"an array of shape {tuple(shape)}"
+        failure = memory.explained(error, math.prod(shape) * np.dtype(dtype).itemsize, what, FEWER)
+    raise failure
 
 
 def in_layout(array: Any, layout: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from functools import cached_property
 from itertools import product
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, key_statistics, pipeline, programs, workspaces
+from . import arrays, key_statistics, memory, pipeline, programs, workspaces
 from .attend import attend
 from .block_mask import BlockMask
 from .errors import ArgumentError
@@ -155,12 +156,24 @@ class AttentionPlan:
                 workspace = arrays.check_workspace(workspace, self._device, program.workspace_bytes)
             where = (view, workspace, lse_out, words_out)
             arguments = (program, key, (q, k, v), thresholds, sink_logits, statistics, *where)
+            found = None
             try:
-                result, lse, mask = self._submit(*arguments)
-            except arrays.import_cupy().cuda.memory.OutOfMemoryError:
-                workspaces.clear_workspaces()
-                result, lse, mask = self._submit(*arguments)
+                found = self._submit(*arguments)
+            except Exception as error:
+                if not memory.is_short(error):
+                    raise
+            result, lse, mask = found or memory.once_more(lambda: self._submit(*arguments), *self._needs(key, program))
         return pipeline.pack(result if out is None else out, lse, mask, return_lse, return_mask)
+
+    def _needs(self, key: tuple, program: programs.Program) -> tuple[int, str, str]:
+        """Bytes that a call allocates, what for, and what to do when they are not there."""
+        plan, (out_kind, _, return_lse, return_mask, *_) = self.plan, key
+        rows = plan.batch * plan.num_heads * plan.seqlen_q
+        results = (0 if out_kind else rows * plan.head_dim * 2) + (4 * rows if return_lse else 0)
+        results += 4 * math.prod(plan.words_shape) if return_mask else 0
+        what = f"a call that takes {program.workspace_bytes:,} bytes of workspace and {results:,} of results"
+        advice = f"{arrays.FEWER}; out= and workspace= take memory that is there"
+        return program.workspace_bytes + results, what, advice
 
     def _submit(
         self,
@@ -247,7 +260,7 @@ class AttentionPlan:
     def _run_empty(self, q: Any, k: Any, v: Any, out: Any, sink_logits: Any) -> tuple[Any, Any, BlockMask]:
         """A call without a query row or without a key."""
         if out is None:
-            out = arrays.import_cupy().empty(q.shape, q.dtype)
+            out = arrays.allocate(arrays.import_cupy().empty, q.shape, q.dtype)
         views = (arrays.in_layout(x, self.layout) for x in (q, k, v, out))
         return out, attend_nothing(*views, self.plan, sink_logits), pipeline.all_visible(q, self.plan)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +10,10 @@ import numpy as np
 
 from .errors import FileFormatError
 from .plans import ceil_div
+from .untrusted_files import Npz
 
 SCHEMA = 1
+_MOST = 2**30  # of a number in a file: arrays.MAX_SEQLEN
 
 
 @dataclass(frozen=True)
@@ -113,16 +114,15 @@ class BlockMask:
 
     def save_npz(self, path, metadata: dict | None = None) -> None:
         """One uint8 [num_q_blocks, ceil(num_k_blocks / 8)] array a head, and ``__meta__``, a JSON text."""
-        dense = self.to_dense()
-        arrays = {}
-        for b in range(dense.shape[0]):
-            for h in range(dense.shape[1]):
-                name = f"h{h}" if dense.shape[0] == 1 else f"b{b}_h{h}"
-                arrays[name] = np.packbits(dense[b, h], axis=-1, bitorder="little")
+        words = np.ascontiguousarray(self.to_numpy().words, "<u4")
+        rows = words[..., None].view(np.uint8).reshape(*words.shape[:3], 4 * words.shape[3])
+        rows = rows[..., : ceil_div(self.num_k_blocks, 8)]
+        batch = words.shape[0]
+        arrays = {f"h{h}" if batch == 1 else f"b{b}_h{h}": rows[b, h] for b, h in np.ndindex(*words.shape[:2])}
         meta = dict(
             metadata or {},
             schema=SCHEMA,
-            batch=dense.shape[0],
+            batch=batch,
             block_q=self.block_q,
             block_k=self.block_k,
             seqlen_q=self.seqlen_q,
@@ -135,31 +135,37 @@ class BlockMask:
     @classmethod
     def load_npz(cls, path) -> "BlockMask":
         """Reads what :meth:`save_npz` writes; without ``__meta__`` the blocks are 64x32, causal. FileFormatError."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                names = [name for name in file.files if name != "__meta__"]
-                meta = json.loads(str(file["__meta__"])) if "__meta__" in file.files else {}
-                heads = [file[name] for name in names]
-        except FileNotFoundError:
-            raise
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:
-            raise FileFormatError(f"{path}: not a readable mask file ({error})") from None
+        with Npz(path) as archive:
+            meta, heads = archive.metadata(), list(archive.arrays(archive.names).values())
         if not heads or any(x.ndim != 2 or x.dtype != np.uint8 or x.shape != heads[0].shape for x in heads):
             raise FileFormatError(f"{path}: wants one uint8 [num_q_blocks, num_k_blocks / 8] array a head, all alike")
-        try:
-            block_q, block_k = int(meta.get("block_q", 64)), int(meta.get("block_k", 32))
-            seqlen_q = int(meta.get("seqlen_q", heads[0].shape[0] * block_q))
-            seqlen_k = int(meta.get("seqlen_k", seqlen_q))
-            batch = int(meta.get("batch", 1))
-            window = tuple(int(x) for x in meta.get("window", (-1, -1)))
-            nq, nk = ceil_div(seqlen_q, block_q), ceil_div(seqlen_k, block_k)
-        except (TypeError, ValueError, ZeroDivisionError) as error:
-            raise FileFormatError(f"{path}: damaged metadata ({error})") from None
-        if heads[0].shape != (nq, ceil_div(nk, 8)) or batch < 1 or len(heads) % batch or len(window) != 2:
+        if not isinstance(meta, dict):
+            raise FileFormatError(f"{path}: damaged metadata: not a JSON object")
+
+        def number(name: str, default: int, least: int = 1) -> int:
+            value = meta.get(name, default)
+            if type(value) is not int or not least <= value <= _MOST:
+                raise FileFormatError(f"{path}: damaged metadata: {name} is {value!r}")
+            return value
+
+        block_q, block_k, batch = number("block_q", 64), number("block_k", 32), number("batch", 1)
+        seqlen_q = number("seqlen_q", heads[0].shape[0] * block_q, 0)
+        seqlen_k = number("seqlen_k", seqlen_q, 0)
+        window, causal = meta.get("window", [-1, -1]), meta.get("causal", True)
+        if type(window) is not list or any(type(x) is not int or not -1 <= x <= _MOST for x in window):
+            raise FileFormatError(f"{path}: damaged metadata: window is {window!r}")
+        if type(causal) is not bool:
+            raise FileFormatError(f"{path}: damaged metadata: causal is {causal!r}")
+        nq, nk = ceil_div(seqlen_q, block_q), ceil_div(seqlen_k, block_k)
+        if heads[0].shape != (nq, ceil_div(nk, 8)) or len(heads) % batch or len(window) != 2:
             raise FileFormatError(
                 f"{path}: arrays of {heads[0].shape} do not fit seqlen {seqlen_q}x{seqlen_k}, "
                 f"blocks {block_q}x{block_k}"
             )
-        bits = np.unpackbits(np.stack(heads), axis=-1, bitorder="little")[..., :nk].astype(bool)
-        bits = bits.reshape(batch, -1, nq, nk)
-        return cls.from_dense(bits, block_q, block_k, seqlen_q, seqlen_k, bool(meta.get("causal", True)), *window)
+        rows = np.zeros((batch, len(heads) // batch, nq, ceil_div(nk, 32) * 4), np.uint8)
+        for (b, h), head in zip(np.ndindex(*rows.shape[:2]), heads):
+            rows[b, h, :, : head.shape[1]] = head
+        if nk % 8:
+            rows[..., nk // 8] &= (1 << nk % 8) - 1  # bits past the last block
+        words = rows.reshape(*rows.shape[:3], ceil_div(nk, 32), 4).view("<u4")[..., 0]
+        return cls(words, block_q, block_k, seqlen_q, seqlen_k, causal, *window)

@@ -19,6 +19,7 @@ from . import jit, timing
 from .errors import ArgumentError
 from .jit import KernelSpec
 from .plans import NATIVE_INT4_ARCHS, Plan
+from .private_files import make_private, read_private
 from .work import BF16, E4M3, FP16, S4, S8, SPARSE_S8, UNITS, Work
 
 SCHEMA = 1
@@ -172,16 +173,18 @@ def load_or_measure(
 ) -> Ceilings:
     """The ceilings of a GPU that is ``identity`` and has these units, from the cache folder if they are there."""
     key = hashlib.sha256(json.dumps([SCHEMA, *identity]).encode()).hexdigest()[:24]
-    path = jit.cache_dir() / f"ceilings-{key}.json"
-    if not remeasure:
+    folder = jit.private_cache_dir()
+    path = folder and folder / f"ceilings-{key}.json"
+    if path and not remeasure:
         found = _load(path, units)
         if found is not None:
             return found
     note("measuring what this GPU can do at most (kept for the next time)")
     measured = measure()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        jit.write_file(path, json.dumps(measured.as_json()).encode())
+        if path:
+            make_private(path.parent)
+            jit.write_file(path, json.dumps(measured.as_json()).encode())
     except OSError:  # read-only or full: work without it
         pass
     return measured
@@ -190,7 +193,7 @@ def load_or_measure(
 def _load(path: Any, units: list[str]) -> Ceilings | None:
     """What :func:`load_or_measure` wrote, or None when that is missing or damaged."""
     try:
-        found = Ceilings(**json.loads(path.read_text(encoding="utf-8")))
+        found = Ceilings(**json.loads(read_private(path)))
         rates = [found.bytes_per_s, *(found.operations_per_s[unit] for unit in units)]
         texts = (found.gpu, found.arch, found.source, found.date)
         is_sound = (
@@ -198,6 +201,6 @@ def _load(path: Any, units: list[str]) -> Ceilings | None:
             and set(found.operations_per_s) <= set(UNITS)
             and all(isinstance(text, str) for text in texts)
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return found if is_sound else None

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import io
 import math
+import os
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, BinaryIO, Callable, Iterable, Iterator
 
 import numpy as np
-from safetensors import SafetensorError, deserialize, safe_open
 
 from .arrays import BFLOAT16, LAYOUTS, as_arrays
 from .errors import FileFormatError, SalekitError
+from .untrusted_files import Npz, open_plain, parse_json
 
 SAMPLE = "data/qkv_sample_layer15_4k.safetensors"
 NAMES = ("q", "k", "v")
+MAX_HEADER_BYTES = 8 * 2**20  # of a safetensors file: some 80,000 tensors
 _DTYPES = {"F16": np.dtype(np.float16), "BF16": BFLOAT16}
+_BITS = {  # of all dtypes that the format has
+    4: ("F4",),
+    6: ("F6_E2M3", "F6_E3M2"),
+    8: ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E5M2FNUZ", "F8_E4M3FNUZ"),
+    16: ("I16", "U16", "F16", "BF16"),
+    32: ("I32", "U32", "F32"),
+    64: ("I64", "U64", "F64", "C64"),
+}
+_BITS_OF = {name: bits for bits, names in _BITS.items() for name in names}
 
 
 def load_sample() -> dict[str, np.ndarray]:
@@ -25,8 +36,8 @@ def load_sample() -> dict[str, np.ndarray]:
 
     4,096 tokens of public-domain prose through layer 15 of Qwen2.5-Coder-1.5B, after RoPE.
     """
-    data = resources.files("salekit").joinpath(SAMPLE).read_bytes()
-    q, k, v, _ = _parse_safetensors(data, SAMPLE)
+    data = np.frombuffer(resources.files("salekit").joinpath(SAMPLE).read_bytes(), np.uint8)
+    q, k, v, _ = _of_safetensors(*_parse_safetensors(io.BytesIO(data), data.size, lambda: data, SAMPLE), SAMPLE)
     return {"q": q, "k": k, "v": v}
 
 
@@ -36,7 +47,9 @@ def load_qkv(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict
     The file holds tensors named q, k and v. Its metadata (safetensors: the header's; npz: JSON in an entry
     ``__meta__``, which may be missing) says ``layout`` = "bshd" (default) or "bhsd". In an npz a 2-byte void dtype,
     which is how NumPy writes ml_dtypes.bfloat16, is bfloat16. Pickles are never loaded.
-    Raises FileFormatError, with the path, when the file is missing, truncated, or not this.
+    The arrays of a safetensors file stay in it until they are used: a file that is cut meanwhile ends the process.
+    Raises FileFormatError, with the path, when the file is missing, truncated, or not this, in bounded memory: see
+    docs/edges.md.
     """
     path = Path(path)
     try:
@@ -71,9 +84,9 @@ def iter_layers(
             names = list(entries)
             read = lambda keys: {key: _safetensors_array(str(path), key, entries[key]) for key in keys}  # noqa: E731
         elif path.suffix == ".npz":
-            names = []
-            _, metadata = _npz_entries(path, lambda key: False, names)
-            read = lambda keys: _npz_entries(path, keys.__contains__)[0]  # noqa: E731
+            with Npz(path) as archive:
+                names, metadata = archive.names, archive.metadata()
+            read = lambda keys: _npz_tensors(path, keys)  # noqa: E731
         else:
             raise FileFormatError(f"{path}: got the suffix {path.suffix!r}; wants .safetensors or .npz")
         layers: dict[str, dict[str, str]] = {}  # by layer and tensor, the entry
@@ -102,14 +115,63 @@ def _layer_of(key: str) -> tuple[str, str] | None:
     return (str(int(match[1] or 0)), match[2]) if match else None
 
 
-def _parse_safetensors(data: bytes, name: str):
+def _map_safetensors(path: Path) -> tuple[dict[str, Any], Any]:
+    """(entries, metadata) of a file; their data stay there until they are used."""
+    with open_plain(path) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        return _parse_safetensors(file, num_bytes, lambda: np.memmap(file, np.uint8, "r"), str(path))
+
+
+def _parse_safetensors(
+    file: BinaryIO, num_bytes: int, whole: Callable[[], np.ndarray], name: str
+) -> tuple[dict[str, Any], Any]:
+    """({tensor: {dtype, shape, data}}, metadata) of a file of so many bytes, which ``whole`` gives, checked as the
+    format has it: the tensors' bytes lie one after another, without a gap, from the header's end to the file's."""
+
+    def wrong(what: str) -> FileFormatError:
+        return FileFormatError(f"{name}: is not a whole safetensors file: {what}")
+
+    size = int.from_bytes(file.read(8), "little")
+    if num_bytes < 8 or size > num_bytes - 8:
+        raise wrong(f"it has {num_bytes} bytes and a header of {size if num_bytes >= 8 else 'none'}")
+    if size > MAX_HEADER_BYTES:
+        raise wrong(f"its header has {size} bytes; wants at most {MAX_HEADER_BYTES}")
     try:
-        entries = dict(deserialize(data))
-        # deserialize() has checked the header; it does not return the metadata.
-        header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError) as error:
-        raise FileFormatError(f"{name}: is not a whole safetensors file: {error}") from error
-    return _of_safetensors(entries, header.get("__metadata__") or {}, name)
+        text = file.read(size).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise wrong(f"its header is not UTF-8: {error.reason}") from error
+    if not text.startswith("{"):
+        raise wrong("its header is not a JSON object")
+    header = parse_json(text, f"{name}: the header of a safetensors file")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise wrong("its metadata are not texts")
+    data, entries, ends = whole()[8 + size :], {}, []
+    for key, entry in header.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise wrong(f"{key}: wants a dtype, a shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _BITS_OF:
+            raise wrong(f"{key}: got dtype {dtype!r}")
+        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise wrong(f"{key}: got shape {shape!r} and data_offsets {offsets!r}")
+        first, end = offsets
+        if math.prod(shape) * _BITS_OF[dtype] != 8 * (end - first):
+            raise wrong(f"{key}: got {end - first} bytes for {dtype} of shape {shape}")
+        entries[key] = {"dtype": dtype, "shape": shape, "data": data[first:end]}
+        ends.append((first, end, key))
+    place = 0
+    for first, end, key in sorted(ends):
+        if first != place:
+            raise wrong(f"{key}: starts at byte {first}; the tensor before it ends at {place}")
+        place = end
+    if place != data.size:
+        raise wrong(f"its tensors have {place} bytes, {data.size} are there")
+    return entries, metadata
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(x) is int and 0 <= x < 2**63 for x in values)
 
 
 def _of_safetensors(entries: dict[str, Any], metadata: Any, name: str):
@@ -117,63 +179,32 @@ def _of_safetensors(entries: dict[str, Any], metadata: Any, name: str):
     return _check(tensors, metadata, list(entries), name)
 
 
-def _map_safetensors(path: Path) -> tuple[dict[str, Any], Any]:
-    """(entries as ``deserialize`` gives them, metadata); their data stay in the file until they are used."""
-    with open(path, "rb") as file:
-        try:
-            with safe_open(path, framework="numpy") as checked:  # the header, and that the file is whole
-                metadata = checked.metadata() or {}
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        except (SafetensorError, ValueError) as error:
-            raise FileFormatError(f"{path}: is not a whole safetensors file: {error}") from error
-    data = np.memmap(path, np.uint8, "r")[8 + size:]
-    entries = {}
-    for key, entry in header.items():
-        if key != "__metadata__":
-            first, end = entry["data_offsets"]
-            entries[key] = {"dtype": entry["dtype"], "shape": entry["shape"], "data": data[first:end]}
-    return entries, metadata
-
-
 def _safetensors_array(name: str, key: str, entry: dict[str, Any]) -> np.ndarray:
     dtype = _DTYPES.get(entry["dtype"])
     if dtype is None:
         raise FileFormatError(f"{name}: {key}: got dtype {entry['dtype']}; wants {' or '.join(_DTYPES)}")
-    if math.prod(entry["shape"]):
+    try:
         return np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
-    return np.empty(entry["shape"], dtype)
+    except ValueError as error:  # more axes than NumPy has, or an empty array that is too large
+        raise FileFormatError(f"{name}: {key}: got shape {entry['shape']}: {error}") from error
 
 
 def _load_npz(path: Path):
-    found: list[str] = []
-    tensors, metadata = _npz_entries(path, lambda key: key in NAMES, found)
-    return _check(tensors, metadata, found, str(path))
+    with Npz(path) as archive:
+        tensors = _as_tensors(archive.arrays(name for name in NAMES if name in archive.names))
+        return _check(tensors, archive.metadata(), archive.names, str(path))
 
 
-def _npz_entries(path: Path, wanted: Callable[[str], bool], found: list[str] | None = None):
-    """(arrays of the wanted names, metadata); ``found`` gets all names."""
-    found = [] if found is None else found
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise FileFormatError(f"{path}: is not an npz archive")
-        with archive:
-            found += archive.files
-            tensors = {key: archive[key] for key in found if wanted(key)}
-            metadata = json.loads(str(archive["__meta__"][()])) if "__meta__" in found else {}
-    except FileFormatError:
-        raise
-    except FileNotFoundError as error:
-        raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from error
-    except Exception as error:  # NumPy's parsers of damaged headers raise a dozen unrelated types
-        raise FileFormatError(f"{path}: is not a whole npz file: {error}") from error
-    for key, x in tensors.items():
-        if not isinstance(x, np.ndarray):
-            raise FileFormatError(f"{path}: {key}: is not an array")
-        if x.dtype.kind == "V" and x.dtype.itemsize == 2:
-            tensors[key] = x.view(BFLOAT16)
-    return tensors, metadata
+def _npz_tensors(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    with Npz(path) as archive:
+        return _as_tensors(archive.arrays(names))
+
+
+def _as_tensors(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """With what NumPy writes for bfloat16 as that."""
+    return {
+        key: x.view(BFLOAT16) if x.dtype.kind == "V" and x.dtype.itemsize == 2 else x for key, x in tensors.items()
+    }
 
 
 def _check_names(tensors: dict, found: list, name: str) -> None:

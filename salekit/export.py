@@ -39,6 +39,7 @@ from .plans import (
     default_softmax_scale,
     resolve_estimator,
 )
+from .untrusted_files import read_json
 
 SCHEMA = 1
 KIND = "salekit-export"
@@ -166,12 +167,12 @@ def _earlier_files(folder: Path) -> list[str]:
     """What earlier exports to this folder wrote, by their lists."""
     names: list[str] = []
     for path in sorted(folder.glob("salekit_*.json")):
+        content = read_json(path)
         try:
-            content = json.loads(path.read_text())
-            files = content["files"] if content["kind"] == KIND else []
-        except (ValueError, KeyError, TypeError) as error:
+            files = list(content["files"]) if content["kind"] == KIND else []
+        except (KeyError, TypeError) as error:
             raise FileFormatError(f"{path}: is not the list of an export: {error}") from None
-        if not all(isinstance(name, str) and re.fullmatch(r"(cubins/)?[\w.-]+", name) for name in files):
+        if not all(isinstance(name, str) and re.fullmatch(r"(cubins/)?[\w-][\w.-]*", name) for name in files):
             raise FileFormatError(f"{path}: lists files outside of its folder")
         names += files
     return names

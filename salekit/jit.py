@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
 import re
+import shutil
+import stat
 import tempfile
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from . import guards, programs
-from .errors import CompileError, GpuError
+from . import forks, guards, memory, programs
+from .errors import ArgumentError, CacheError, CacheWarning, CompileError, GpuError
 from .plans import arch_of
+from .private_files import make_private, read_private, why_not_private
 
 CACHE_VERSION = 1
 FLAGS = ("-std=c++17", "--ptxas-options=-v")
 CACHING_NVRTC = (12, 9)  # from this version on NVRTC keeps machine code itself, and then gives no log
+OLDEST_NVRTC = (12, 2)  # 12.0 does not take the kernels' inline assembly
 DEFAULT_CACHE_BYTES = 512 * 2**20
+_UNFINISHED = ".new-"  # how a file is called until it is whole
+_UNFINISHED_SECONDS = 3600  # nothing takes that long to write
+_OWN_NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.cubin|[0-9a-f]{64}\.json|\.new-.*")
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
 INSTALL_HINT = 'install CuPy and NVRTC with: pip install "salekit[cuda12]" (or "salekit[cuda13]" for a CUDA 13 driver)'
 
@@ -65,13 +75,12 @@ class KernelInfo:
 
 @dataclass(frozen=True)
 class Compiled:
+    """A cubin, in a file and as bytes: another process may remove the file to make room."""
+
     path: Path
     lowered_name: str
     info: KernelInfo
-
-    @property
-    def cubin(self) -> bytes:
-        return self.path.read_bytes()
+    cubin: bytes = field(default=b"", repr=False)
 
 
 # --- sources -------------------------------------------------------------------------------------------------------
@@ -131,6 +140,21 @@ def nvrtc_version() -> tuple[int, int]:
 
 def _flags() -> tuple[str, ...]:
     return FLAGS + (("--no-cache",) if nvrtc_version() >= CACHING_NVRTC else ())
+
+
+def check_nvrtc(arch: str) -> None:
+    """CompileError when NVRTC is older than the kernels, or than ``arch``."""
+    known, version = _nvrtc().getSupportedArchs(), nvrtc_version()
+    if version < OLDEST_NVRTC:
+        problem = "is too old for salekit's kernels"
+    elif int(re.sub(r"\D", "", arch)) not in known:
+        problem = f"does not know {arch} (it knows sm_{min(known)} to sm_{max(known)})"
+    else:
+        return
+    raise CompileError(
+        f"NVRTC {version[0]}.{version[1]} {problem}; install a newer one: "
+        'pip install --upgrade nvidia-cuda-nvrtc-cu12 (or "salekit[cuda13]" for a CUDA 13 driver)'
+    )
 
 
 def _unit(spec: KernelSpec) -> str:
@@ -203,6 +227,21 @@ def _text(name) -> str:
 
 
 # --- cache ---------------------------------------------------------------------------------------------------------
+_locks: dict[str, threading.Lock] = {}
+_locks_guard = threading.Lock()
+
+
+def _renew_locks() -> None:
+    """In a forked child: a thread that is not there may have held them."""
+    global _locks_guard
+    _locks_guard = threading.Lock()
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
+
+
 def cache_dir() -> Path:
     """``SALEKIT_CACHE_DIR``, else ``salekit`` in the user's cache folder."""
     chosen = os.environ.get("SALEKIT_CACHE_DIR")
@@ -212,9 +251,37 @@ def cache_dir() -> Path:
     return Path(base) / "salekit"
 
 
-@lru_cache(maxsize=1)
-def _private_dir() -> Path:
-    return Path(tempfile.mkdtemp(prefix="salekit-"))
+def private_cache_dir() -> Path | None:
+    """:func:`cache_dir`, or None when another user could write there: what it holds is then neither read nor added to.
+    A CacheWarning says so, once."""
+    folder = Path(os.path.abspath(cache_dir()))
+    problem = why_not_private(folder)
+    if problem is None:
+        return folder
+    _warn(
+        f"the kernel cache {folder} is not used, for {problem}, and whoever can write a compiled kernel can run code "
+        "here; kernels are compiled anew in each process until it is private (chmod go-w), or SALEKIT_CACHE_DIR names "
+        "a folder that is"
+    )
+    return None
+
+
+@lru_cache(maxsize=None)
+def _warn(text: str) -> None:
+    warnings.warn(text, CacheWarning, stacklevel=2)
+
+
+_process_dirs: list[Path] = []  # at most one
+
+
+def _process_dir() -> Path:
+    """A folder of this process alone, removed when it ends."""
+    with _locks_guard:
+        if not _process_dirs:
+            folder, owner = Path(tempfile.mkdtemp(prefix="salekit-")), os.getpid()
+            atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+            _process_dirs.append(folder)
+        return _process_dirs[0]
 
 
 @lru_cache(maxsize=None)
@@ -238,86 +305,123 @@ def cache_key(spec: KernelSpec, arch: str) -> str:
 
 
 def _load_entry(folder: Path, key: str) -> Compiled | None:
-    """The entry of this key, or None when there is none or it is damaged. The cubin's name carries its own hash."""
+    """The entry of this key, or None when there is none or it is damaged. The cubin's name carries its own hash, and
+    the record its key and a hash of itself: whatever is changed or moved to another's place is not believed."""
     try:
-        record = json.loads((folder / f"{key}.json").read_text())
+        record = json.loads(read_private(folder / f"{key}.json"))
+        if record["key"] != key or record.pop("record_sha256") != _record_hash(record):
+            return None
         path = folder / f"{key[:16]}-{record['cubin_sha256']}.cubin"
-        if hashlib.sha256(path.read_bytes()).hexdigest() != record["cubin_sha256"]:
+        cubin = read_private(path)
+        if hashlib.sha256(cubin).hexdigest() != record["cubin_sha256"]:
             return None
         info = KernelInfo(**{**record["info"], "warnings": tuple(record["info"]["warnings"])})
-        now = time.time()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    now = time.time()
+    with suppress(OSError):  # a cache that can only be read
         for used in (path, folder / f"{key}.json"):
             os.utime(used, (now, now))
-        return Compiled(path, record["lowered_name"], info)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return Compiled(path, record["lowered_name"], info, cubin)
+
+
+def _record_hash(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a file that appears at once, whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_UNFINISHED)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with suppress(OSError):
+            os.unlink(temporary)
         raise
 
 
 def _store_entry(folder: Path, key: str, cubin: bytes, lowered: str, info: KernelInfo) -> Compiled:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private(folder)
+    if problem := why_not_private(folder):  # it may have come into being since it was looked at
+        raise PermissionError(problem)
     sha = hashlib.sha256(cubin).hexdigest()
     path = folder / f"{key[:16]}-{sha}.cubin"
     write_file(path, cubin)
-    record = {"lowered_name": lowered, "cubin_sha256": sha, "info": asdict(info)}
+    record = {"key": key, "lowered_name": lowered, "cubin_sha256": sha, "info": asdict(info)}
+    record["record_sha256"] = _record_hash(record)
     write_file(folder / f"{key}.json", json.dumps(record).encode())
-    _trim(folder)
-    return Compiled(path, lowered, info)
+    _trim(folder, {path.name, f"{key}.json"})
+    return Compiled(path, lowered, info, cubin)
 
 
-def _trim(folder: Path) -> None:
-    """Remove the entries used longest ago until the cache fits its bound."""
-    bound = int(os.environ.get("SALEKIT_CACHE_MAX_BYTES", DEFAULT_CACHE_BYTES))
+def _store(key: str, cubin: bytes, lowered: str, info: KernelInfo) -> Compiled:
+    """Into the cache, or else into a folder of this process. CacheError when it can be written to neither."""
+    folder = private_cache_dir()
+    if folder is not None:
+        try:
+            return _store_entry(folder, key, cubin, lowered, info)
+        except OSError as error:  # read-only or full
+            _warn(
+                f"the kernel cache {folder} cannot be written ({error.strerror or error}); kernels that it does not "
+                "hold are compiled anew in each process. Make room there, or set SALEKIT_CACHE_DIR"
+            )
+    try:
+        return _store_entry(_process_dir(), key, cubin, lowered, info)
+    except OSError as error:
+        raise CacheError(
+            f"compiled kernels can be written neither to the cache, {cache_dir()}, nor to a temporary folder "
+            f"({error.strerror or error}); make room, or set SALEKIT_CACHE_DIR or TMPDIR to a folder of yours alone"
+        ) from None
+
+
+def _cache_bound() -> int:
+    text = os.environ.get("SALEKIT_CACHE_MAX_BYTES", str(DEFAULT_CACHE_BYTES))
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise ArgumentError(f"SALEKIT_CACHE_MAX_BYTES: got {text!r}; wants a number of bytes")
+    return int(text)
+
+
+def _trim(folder: Path, keep: set[str]) -> None:
+    """Remove the entries used longest ago until the cache fits its bound, but not what ``keep`` names, and files that
+    processes which are long gone left unfinished. Files of other names are not the cache's."""
+    bound = _cache_bound()
     files = []
     for path in folder.iterdir():
-        try:
-            status = path.stat()
-        except OSError:
-            continue
-        files.append((status.st_mtime, status.st_size, path))
+        with suppress(OSError):
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode) or not _OWN_NAME.fullmatch(path.name):
+                continue
+            if path.name.startswith(_UNFINISHED):
+                if time.time() - status.st_mtime > _UNFINISHED_SECONDS:
+                    path.unlink()
+                continue
+            files.append((status.st_mtime, status.st_size, path))
     total = sum(size for _, size, _ in files)
     for _, size, path in sorted(files, key=lambda item: item[0]):
         if total <= bound:
             return
-        try:
-            path.unlink()
-            total -= size
-        except OSError:
-            pass
-
-
-_locks: dict[str, threading.Lock] = {}
-_locks_guard = threading.Lock()
+        if path.name not in keep:
+            with suppress(OSError):
+                path.unlink()
+                total -= size
 
 
 def compile_kernel(spec: KernelSpec, arch: str, cache: bool = True) -> Compiled:
     """Compile for ``arch``, or take it from the cache. Needs no GPU. Raises CompileError with the compiler's log,
-    GpuError when CuPy or NVRTC is missing."""
+    GpuError when CuPy or NVRTC is missing, CacheError when there is no place to write to."""
     key = cache_key(spec, arch)
     with _locks_guard:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:
-        folder = cache_dir()
-        if cache:
-            entry = _load_entry(folder, key)
+        for folder in (private_cache_dir(), *_process_dirs) if cache else ():
+            entry = _load_entry(folder, key) if folder else None
             if entry is not None:
                 return entry
+        check_nvrtc(arch)
         built = _compile(spec, arch)
-        try:
-            return _store_entry(folder, key, *built)
-        except OSError:  # read-only or full: work without it
-            return _store_entry(_private_dir(), key, *built)
+        return _store(key, *built)
 
 
 def precompile(specs, arch: str, cache: bool = True) -> list[Compiled]:
@@ -340,6 +444,7 @@ def _arch_of_device(device: int) -> str:
 
 def device_arch() -> str:
     """The -arch of CuPy's current device. Raises GpuError without a GPU or with one older than sm_80."""
+    forks.check()
     try:
         import cupy
 
@@ -365,6 +470,18 @@ def multiprocessors() -> int:
     return _multiprocessors_of_device(cupy.cuda.runtime.getDevice())
 
 
+def _present(compiled: Compiled) -> Path:
+    """A file of this cubin; another process may have made room in the cache since."""
+    if compiled.path.exists():
+        return compiled.path
+    path = _process_dir() / compiled.path.name
+    try:
+        write_file(path, compiled.cubin)
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be written ({error.strerror or error})") from None
+    return path
+
+
 class Kernel:
     """A loaded kernel. Call it with grid, block (threads) and arguments; it runs on CuPy's current stream or is noted
     by the program that this thread records."""
@@ -373,10 +490,21 @@ class Kernel:
         import cupy
 
         self.name, self.info = name, compiled.info
-        self._module = cupy.RawModule(path=str(compiled.path))
-        self._function = self._module.get_function(compiled.lowered_name)
-        if self.info.dynamic_shared_bytes > 48 * 1024:
-            self._function.max_dynamic_shared_size_bytes = self.info.dynamic_shared_bytes
+        try:
+            self._module = cupy.RawModule(path=str(_present(compiled)))
+            self._function = self._module.get_function(compiled.lowered_name)
+            if self.info.dynamic_shared_bytes > 48 * 1024:
+                self._function.max_dynamic_shared_size_bytes = self.info.dynamic_shared_bytes
+        except cupy.cuda.driver.CUDADriverError as error:
+            if memory.is_short(error):
+                size = len(compiled.cubin)
+                raise memory.explained(error, size, "a kernel's code", "Free memory") from None
+            version = cupy.cuda.runtime.driverGetVersion()
+            raise GpuError(
+                f"the driver (CUDA {version // 1000}.{version % 1000 // 10}) does not load {compiled.lowered_name}, "
+                f"compiled by NVRTC {'.'.join(map(str, nvrtc_version()))}: {error}; update the driver, or install an "
+                "NVRTC that is no newer than it"
+            ) from error
 
     def __call__(self, grid, block, args: tuple) -> None:
         grid = grid if isinstance(grid, tuple) else (grid,)
@@ -408,6 +536,7 @@ _loaded: dict[tuple, Kernel] = {}
 
 def get_kernel(spec: KernelSpec, arch: str | None = None) -> Kernel:
     """The kernel for CuPy's current device, compiled at most once and loaded once per device."""
+    forks.check()
     import cupy
 
     key = (spec, cupy.cuda.runtime.getDevice())

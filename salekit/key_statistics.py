@@ -180,7 +180,8 @@ def _combine(
 def _concatenate(parts: list) -> Any:
     if not arrays.is_cuda(parts[0]):
         return np.concatenate(parts)
-    whole = arrays.import_cupy().ndarray((sum(x.shape[0] for x in parts), *parts[0].shape[1:]), parts[0].dtype)
+    shape = (sum(x.shape[0] for x in parts), *parts[0].shape[1:])
+    whole = arrays.allocate(arrays.import_cupy().ndarray, shape, parts[0].dtype)
     at = 0
     for part in parts:
         whole[at : at + part.shape[0]].data.copy_from_device_async(part.data, part.nbytes)

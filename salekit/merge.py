@@ -101,7 +101,7 @@ def _check_lse(name: str, lse: Any, shape: tuple) -> None:
 
 
 def _empty(shape: tuple, dtype: Any, device: int | None) -> Any:
-    return np.empty(shape, dtype) if device is None else arrays.import_cupy().ndarray(shape, dtype)
+    return np.empty(shape, dtype) if device is None else arrays.allocate(arrays.import_cupy().ndarray, shape, dtype)
 
 
 def _launch(a: Any, lse_a: Any, b: Any, lse_b: Any, out: Any, lse: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, jit, pipeline, programs, workspaces
+from . import arrays, jit, memory, pipeline, programs, workspaces
 from .attention_plan import _kind_of_thresholds, attend_nothing, check_statistics, recorded_statistics
 from .errors import ArgumentError, DtypeError
 from .plans import Plan, ceil_div
@@ -326,6 +326,22 @@ def run_gpu(
     sequences: Sequences, thresholds: Any, return_lse: bool, out: Any, k_statistics: Any, device: int
 ) -> tuple[Any, Any]:
     """A checked call with CuPy arrays; q's GPU and the call's stream are current."""
+    arguments = (sequences, thresholds, return_lse, out, k_statistics, device)
+    found = None
+    try:
+        found = _run_gpu(*arguments)
+    except Exception as error:
+        if not memory.is_short(error):
+            raise
+    if found is None:
+        advice = "Free memory, or pass fewer sequences at a time, whose largest lengths size the workspace"
+        found = memory.once_more(lambda: _run_gpu(*arguments), 0, "packed sequences and their workspace", advice)
+    return found
+
+
+def _run_gpu(
+    sequences: Sequences, thresholds: Any, return_lse: bool, out: Any, k_statistics: Any, device: int
+) -> tuple[Any, Any]:
     cupy, plan, q = arrays.import_cupy(), sequences.plan, sequences.q
     thresholds = check_thresholds(thresholds, plan.num_heads, q)
     check_statistics(k_statistics, plan, device)
@@ -361,11 +377,7 @@ def run_gpu(
     addresses += [lse.data.ptr] if return_lse else []
     program = _programs.get(key)
     program = program or _programs.add(key, SequencesProgram(key, sequences, device, out.strides))
-    try:
-        program.submit(device, addresses, values, sinks)
-    except cupy.cuda.memory.OutOfMemoryError:
-        workspaces.clear_workspaces()
-        program.submit(device, addresses, values, sinks)
+    program.submit(device, addresses, values, sinks)
     return out, lse
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ArgumentError, DtypeError, FileFormatError
+from .errors import ArgumentError, DtypeError, FileFormatError, escaped, shortened
+from .untrusted_files import read_json
 
 SCHEMA = 1
 SCHEMA_LAYERS = 3  # what :func:`save_thresholds` writes
 OLDER_LAYERS = 2  # the same without fits
 LOG2_RANGE = (-20.0, 12.0)  # of a tau that is calibrated or follows from a fit
+_MOST_COEFFICIENT = 1e6  # of a fit in a file; exponents beyond it are no tau at any length
 REACH = 4.0  # a fit is followed to this many times the longest length at most, and to this part of the shortest
 
 
@@ -180,12 +183,7 @@ def load_thresholds(
     Raises FileFormatError, with the path, when it is missing, malformed or holds anything else; ArgumentError when
     layer, estimator, block or skipped are not the file's.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path}: is not JSON: {error}") from error
+    content = read_json(path)
     if isinstance(content, dict) and content.get("schema") in (OLDER_LAYERS, SCHEMA_LAYERS):
         return _of_layer(path, content, layer, seqlen, estimator, block, skipped)
     values = content
@@ -207,20 +205,18 @@ def _of_layer(path, content: dict, layer, seqlen, estimator, block, skipped) -> 
         ("skipped", skipped, content.get("skipped", "drop")),
     ):
         if want is not None and got != (list(want) if name == "block" else want):
-            raise ArgumentError(f"{name}: {path} was calibrated with {got!r}, not with {want!r}")
+            raise ArgumentError(f"{name}: {path} was calibrated with {shortened(repr(got))}, not with {want!r}")
+    held = shortened(escaped(", ".join(layers)))
     if layer is None and len(layers) > 1:
-        raise ArgumentError(f"layer: {path} holds layers {', '.join(layers)}; wants one of them")
+        raise ArgumentError(f"layer: {path} holds layers {held}; wants one of them")
     name = next(iter(layers)) if layer is None else str(layer)
     if name not in layers:
-        raise ArgumentError(f"layer: got {layer!r}; {path} holds {', '.join(layers)}")
+        raise ArgumentError(f"layer: got {layer!r}; {path} holds {held}")
     if not isinstance(layers[name], dict) or not layers[name]:
         raise FileFormatError(f"{path}: layer {name} holds no lengths")
-    try:
-        lengths = sorted(int(length) for length in layers[name])
-    except ValueError as error:
-        raise FileFormatError(f"{path}: layer {name}: {error}") from error
-    if not _alike(layers[name]) or lengths[0] < 1:
+    if not all(re.fullmatch("[1-9][0-9]{0,9}", length) for length in layers[name]) or not _alike(layers[name]):
         raise FileFormatError(f"{path}: layer {name}: lengths differ in their heads, or are not lengths")
+    lengths = sorted(map(int, layers[name]))
     found = np.stack([_numbers(path, layers[name][str(length)]) for length in lengths])
     if seqlen is None or len(lengths) == 1:
         return found[-1]
@@ -243,7 +239,7 @@ def _fit_of(path, content: dict, layer: str, by_length: dict[int, np.ndarray]) -
 
 
 def _is_coefficient(x: Any) -> bool:
-    return x is None or (isinstance(x, (int, float)) and not isinstance(x, bool) and bool(np.isfinite(x)))
+    return x is None or (type(x) in (int, float) and abs(x) < _MOST_COEFFICIENT)  # which NaN is not
 
 
 def _alike(by_length: dict) -> bool:

@@ -191,7 +191,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         code = INVALID_ARGUMENT
     elif isinstance(error, GpuError):
         code = FAILED_PRECONDITION
-    elif type(error).__name__ == "OutOfMemoryError":  # CuPy's, which may not be installed
+    elif isinstance(error, MemoryError):
         code = RESOURCE_EXHAUSTED
         text += "; the workspace is outside XLA's memory: leave it more, with XLA_PYTHON_CLIENT_MEM_FRACTION"
     return code, text
