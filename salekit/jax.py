@@ -157,7 +157,7 @@ def _as_sinks(sink_logits: Any, plan: Plan) -> jax.Array:
         return jnp.asarray(arrays.check_sink_logits(sink_logits, plan, np.empty(0)))
     if not isinstance(sink_logits.dtype, np.dtype):
         raise DtypeError(f"sink_logits: got dtype {sink_logits.dtype}; wants real numbers")
-    arrays.check_sink_logits(arrays.stand_in(sink_logits.shape, sink_logits.dtype, None), plan, np.empty(0))
+    arrays.check_sink_logits(np.zeros(sink_logits.shape, sink_logits.dtype), plan, np.empty(0))  # has values, too
     return sink_logits.astype(jnp.float32)
 
 
