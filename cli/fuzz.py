@@ -20,22 +20,39 @@ PROGRESS_SECONDS = 5.0
 
 @click.command("fuzz")
 @click.option("--cases", type=click.IntRange(1), default=None, help=f"How many cases; {CASES} without --minutes.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=None,
-              help="A soak of so long, long inputs among them; watches the GPU's memory.")
-@click.option("--seed", type=click.IntRange(0, 2**62), default=None, help="Of all that is drawn; printed. Default: random.")
-@click.option("--workers", type=click.IntRange(1, 128), default=1, show_default=True,
-              help="Processes, which share the GPU; one core each.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=None,
+    help="A soak of so long, long inputs among them; watches the GPU's memory.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**62), default=None, help="Of all that is drawn; printed. Default: random."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 128),
+    default=1,
+    show_default=True,
+    help="Processes, which share the GPU; one core each.",
+)
 @options.backend
 @options.as_json
-@click.option("-o", "--output", type=click.Path(file_okay=False), default="fuzz-failures", show_default=True,
-              help="Folder for failing cases; made when there is one.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False),
+    default="fuzz-failures",
+    show_default=True,
+    help="Folder for failing cases; made when there is one.",
+)
 @click.pass_context
 def fuzz(context: click.Context, **settings: Any) -> None:
     """Make random calls that try to break the library, and check every one.
 
-    Shapes, layouts, strides, options, thresholds and values are drawn from the seed; out, lse and mask are compared with
-    float64 attention and with the twin within bounds that follow from roundings (docs/fuzz.md). A failing case is made
-    small and written to a file that "salekit validate --input FILE" replays. Exit 5 when one fails.
+    Shapes, layouts, strides, options, thresholds and values are drawn from the seed; out, lse and mask are compared
+    with float64 attention and with the twin within bounds that follow from roundings (docs/fuzz.md). A failing case
+    is made small and written to a file that "salekit validate --input FILE" replays. Exit 5 when one fails.
     """
     report = run_fuzz(**settings)
     if settings["as_json"]:
@@ -47,7 +64,14 @@ def fuzz(context: click.Context, **settings: Any) -> None:
 
 
 def run_fuzz(
-    *, cases: int | None, minutes: float | None, seed: int | None, workers: int, backend: str, output: str | None, **_: Any
+    *,
+    cases: int | None,
+    minutes: float | None,
+    seed: int | None,
+    workers: int,
+    backend: str,
+    output: str | None,
+    **_: Any,
 ) -> dict[str, Any]:
     """The report as a JSON object. Raises SalekitError children and click.UsageError."""
     from salekit import timing
@@ -59,8 +83,10 @@ def run_fuzz(
     cuda = choose_cuda(backend)
     seed = secrets.randbelow(2**32) if seed is None else seed
     what = f"{cases} cases" if minutes is None else f"{minutes:g} minutes"
-    render.note(f"fuzz: seed {seed}, {what}, {workers} {'worker' if workers == 1 else 'workers'}; "
-                + ("GPU kernels" if cuda else "no GPU in use: the NumPy twin"))
+    render.note(
+        f"fuzz: seed {seed}, {what}, {workers} {'worker' if workers == 1 else 'workers'}; "
+        + ("GPU kernels" if cuda else "no GPU in use: the NumPy twin")
+    )
     last = time.monotonic()
 
     def progress(report: Any) -> None:
@@ -93,8 +119,12 @@ def memory_verdict(live_bytes: list[int], passes: list[int]) -> dict[str, Any] |
     several passes over the same cases, what it was after the second, when all kernels and plans had been there."""
     if not live_bytes or len(passes) < 2:
         return None
-    return {"samples": len(live_bytes), "live_bytes": max(live_bytes), "used_after_passes": passes,
-            "passed": max(live_bytes) == 0 and passes[-1] <= passes[1]}
+    return {
+        "samples": len(live_bytes),
+        "live_bytes": max(live_bytes),
+        "used_after_passes": passes,
+        "passed": max(live_bytes) == 0 and passes[-1] <= passes[1],
+    }
 
 
 # --- a case from a file --------------------------------------------------------------------------------------------
@@ -105,8 +135,10 @@ def replay(file: str, cuda: bool) -> dict[str, Any]:
     from salekit.fuzz.checking import check_case
 
     case, given, failed = load(file)
-    render.note(f"validate: {Path(file).name}, a fuzz case ({case.describe()}); "
-                + ("GPU kernels" if cuda else "no GPU in use: the NumPy twin"))
+    render.note(
+        f"validate: {Path(file).name}, a fuzz case ({case.describe()}); "
+        + ("GPU kernels" if cuda else "no GPU in use: the NumPy twin")
+    )
     if failed:
         render.note(f"validate: it was written because of {failed}")
     started = time.perf_counter()
@@ -131,11 +163,20 @@ def replay(file: str, cuda: bool) -> dict[str, Any]:
 def print_replay(report: dict[str, Any]) -> None:
     where = report["gpu"]["name"] if report["gpu"] else "NumPy twin, no GPU in use"
     rows = [
-        [check["stage"], check["compared"], _show(check["error"]), _show(check["bound"]), "ok" if check["passed"] else "FAILED"]
+        [
+            check["stage"],
+            check["compared"],
+            _show(check["error"]),
+            _show(check["bound"]),
+            "ok" if check["passed"] else "FAILED",
+        ]
         for check in report["checks"]
     ]
-    render.table(f"salekit validate: {where}; {report['input']}, a fuzz case",
-                 ["stage", "what is compared", "error", "bound", "verdict"], rows)
+    render.table(
+        f"salekit validate: {where}; {report['input']}, a fuzz case",
+        ["stage", "what is compared", "error", "bound", "verdict"],
+        rows,
+    )
     render.note("all verdicts ok" if report["passed"] else "a verdict FAILED")
 
 
@@ -147,26 +188,44 @@ def print_tables(report: dict[str, Any]) -> None:
         for group, values in report["groups"].items()
         for first, (value, counts) in zip((True, *(False,) * len(values)), values.items())
     ]
-    render.table(f"salekit fuzz: {where}; seed {report['seed']}, {report['cases']} cases, {report['pairs']:.2g} pairs of a row "
-                 f"and a key, {report['seconds']:.0f} s", ["drawn", "", "cases", "failed"], rows)
+    render.table(
+        f"salekit fuzz: {where}; seed {report['seed']}, {report['cases']} cases, {report['pairs']:.2g} pairs of a row "
+        f"and a key, {report['seconds']:.0f} s",
+        ["drawn", "", "cases", "failed"],
+        rows,
+    )
     rows = [
-        [check["stage"], check["compared"], str(check["cases"]), _show(check["worst_share_of_bound"]), _show(check["error"]),
-         _show(check["bound"]), str(check["case"])]
+        [
+            check["stage"],
+            check["compared"],
+            str(check["cases"]),
+            _show(check["worst_share_of_bound"]),
+            _show(check["error"]),
+            _show(check["bound"]),
+            str(check["case"]),
+        ]
         for check in report["checks"]
     ]
-    render.table("the worst of each check, as a share of its bound",
-                 ["stage", "what is compared", "cases", "share", "error", "bound", "in case"], rows)
+    render.table(
+        "the worst of each check, as a share of its bound",
+        ["stage", "what is compared", "cases", "share", "error", "bound", "in case"],
+        rows,
+    )
     if report["backend"] == "cuda":
         render.text(f"bits other than the twin's that roundings explain: {report['blocks_in_doubt']}")
     if report["memory"]:
         memory = report["memory"]
         used = ", ".join(f"{used / 2**20:.0f}" for used in memory["used_after_passes"])
-        render.text(f"memory: {memory['live_bytes']} bytes in use between cases ({memory['samples']} times); after passes over "
-                    f"the same cases {used} MiB of the GPU: {'ok' if memory['passed'] else 'FAILED'}")
+        render.text(
+            f"memory: {memory['live_bytes']} bytes in use between cases ({memory['samples']} times); after passes over "
+            f"the same cases {used} MiB of the GPU: {'ok' if memory['passed'] else 'FAILED'}"
+        )
     for failed in report["failed_cases"]:
         render.text(f"case {failed['case']} FAILED: {failed['drawn']}")
         for check in failed["checks"]:
-            render.text(f"  {check['stage']}: {check['compared']}: error {_show(check['error'])}, bound {_show(check['bound'])}")
+            render.text(
+                f"  {check['stage']}: {check['compared']}: error {_show(check['error'])}, bound {_show(check['bound'])}"
+            )
         render.text(f"  shrunk: {failed['shrunk']}")
         render.text(f"  salekit validate --input {failed['file']}")
     render.note("all cases ok" if report["passed"] else "a case FAILED" if report["failures"] else "memory FAILED")

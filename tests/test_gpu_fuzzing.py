@@ -40,15 +40,19 @@ def test_a_wrong_answer_is_found(monkeypatch):
 
     from salekit.fuzz import calls
 
-    case = cases.Case(seed=5, lengths=((300, 333),), num_heads=4, num_kv_heads=2, head_dim=128, dtype="bfloat16",
-                      thresholds=(0.05,))
+    case = cases.Case(
+        seed=5, lengths=((300, 333),), num_heads=4, num_kv_heads=2, head_dim=128, dtype="bfloat16", thresholds=(0.05,)
+    )
     (answer,), _ = calls.make_calls(case, cases.make_arrays(case), True)
     assert not checking.check_answers(case, [answer], None, True).failed
     lse = answer.lse + np.float32(1e-3)
     out = np.roll(answer.out, 1, axis=1)
     words = answer.mask.words.copy()
     words[0, 1, 2, 0] ^= 0xE
-    for changes, name in ((dict(lse=lse), "lse"), (dict(out=out, again=out), "out"),
-                          (dict(mask=dataclasses.replace(answer.mask, words=words)), "bits")):
+    for changes, name in (
+        (dict(lse=lse), "lse"),
+        (dict(out=out, again=out), "out"),
+        (dict(mask=dataclasses.replace(answer.mask, words=words)), "bits"),
+    ):
         failed = checking.check_answers(case, [dataclasses.replace(answer, **changes)], None, True).failed
         assert name in {check.compared.split()[0] for check in failed}

@@ -32,7 +32,9 @@ SHARP = Case(seed=5, lengths=((300, 333),), num_heads=4, num_kv_heads=2, dtype="
 
 # --- properties ----------------------------------------------------------------------------------------------------
 def lengths():
-    edges = st.builds(lambda edge, off: max(0, edge + off), st.sampled_from((32, 64, 128, 256, 384)), st.integers(-1, 1))
+    edges = st.builds(
+        lambda edge, off: max(0, edge + off), st.sampled_from((32, 64, 128, 256, 384)), st.integers(-1, 1)
+    )
     return st.one_of(edges, st.integers(0, MOST))
 
 
@@ -51,8 +53,13 @@ def some_cases(draw, kinds=("call", "dense"), pool=True):
     exact = dict(
         softcap=draw(st.sampled_from((0.0, 0.0, 1.0, 30.0))),
         window_size=draw(st.sampled_from(((), (), (1,), (64,), (200, 90), (33, -1), (-1, 5), (0, 0)))),
-        sink_logits=tuple(draw(st.one_of(st.just([]), st.lists(
-            st.sampled_from((-math.inf, -3.0, 0.0, 5.0)), min_size=heads, max_size=heads)))),
+        sink_logits=tuple(
+            draw(
+                st.one_of(
+                    st.just([]), st.lists(st.sampled_from((-math.inf, -3.0, 0.0, 5.0)), min_size=heads, max_size=heads)
+                )
+            )
+        ),
     )
     low = dict(attend="int8-fp8") if head_dim in (64, 128) else {}
     pooled = dict(skipped="pool") if pool and kind == "call" and head_dim in (64, 128) else {}
@@ -61,26 +68,47 @@ def some_cases(draw, kinds=("call", "dense"), pool=True):
     if kind == "chunked":
         rows = pairs[0][0]
         pairs = [(rows, max(pairs[0]))]
-        cuts = tuple(sorted(min(rows, cut) for cut in draw(st.lists(st.sampled_from((1, 64, 128, 129, 256)), max_size=3))))
+        cuts = tuple(
+            sorted(min(rows, cut) for cut in draw(st.lists(st.sampled_from((1, 64, 128, 129, 256)), max_size=3)))
+        )
     tiny = 2.0**-24 if dtype == "float16" else 1e-39
     scale = st.sampled_from((1.0, 1.0, 1.0, tiny, 1e-3, 30.0, 6e4))
     spot = st.builds(Spot, st.sampled_from("qkv"), st.sampled_from(cases.BAD_VALUES), *(st.integers(0, 2**20),) * 4)
     return Case(
-        seed=draw(st.integers(0, 2**32)), kind=kind, lengths=tuple(pairs), batch=draw(st.integers(1, 2)), num_heads=heads,
-        num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, layout=draw(st.sampled_from(("bshd", "bhsd"))),
+        seed=draw(st.integers(0, 2**32)),
+        kind=kind,
+        lengths=tuple(pairs),
+        batch=draw(st.integers(1, 2)),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        layout=draw(st.sampled_from(("bshd", "bhsd"))),
         strides=draw(st.sampled_from(("contiguous", "padded") if packed else cases.STRIDES)),
-        out=draw(st.sampled_from(cases.OUTS)), causal=kind == "chunked" or draw(st.booleans()),
-        estimator=draw(st.sampled_from(ESTIMATORS)), block=draw(st.sampled_from(BLOCKS)),
-        query_stride=draw(st.sampled_from((1, 2, 4))), full_rows=draw(st.sampled_from((0, 1, 100, 1024))),
-        sink=draw(st.sampled_from((0, 1, 32, 100))), local=draw(st.sampled_from((0, 16, 128, 300))),
+        out=draw(st.sampled_from(cases.OUTS)),
+        causal=kind == "chunked" or draw(st.booleans()),
+        estimator=draw(st.sampled_from(ESTIMATORS)),
+        block=draw(st.sampled_from(BLOCKS)),
+        query_stride=draw(st.sampled_from((1, 2, 4))),
+        full_rows=draw(st.sampled_from((0, 1, 100, 1024))),
+        sink=draw(st.sampled_from((0, 1, 32, 100))),
+        local=draw(st.sampled_from((0, 16, 128, 300))),
         dense_below=draw(st.sampled_from((0, 0, 0, 128))),
-        thresholds=tuple(draw(st.one_of(st.lists(taus(), min_size=1, max_size=1),
-                                        st.lists(taus(), min_size=heads, max_size=heads)))),
-        page_size=draw(st.sampled_from((16, 64, 256))), cuts=cuts, statistics=kind == "chunked" and draw(st.booleans()),
-        distribution=draw(st.sampled_from(cases.DISTRIBUTIONS)), scales=tuple(draw(scale) for _ in range(3)),
-        offset=draw(st.sampled_from((0.0, 1.0, 20.0))), outliers=draw(st.sampled_from((0, 0, 2))),
-        constant_rows=draw(st.booleans()), duplicated_keys=draw(st.booleans()), zero_rows=draw(st.booleans()),
-        spots=tuple(draw(st.one_of(st.just([]), st.just([]), st.lists(spot, max_size=3)))), **more,
+        thresholds=tuple(
+            draw(st.one_of(st.lists(taus(), min_size=1, max_size=1), st.lists(taus(), min_size=heads, max_size=heads)))
+        ),
+        page_size=draw(st.sampled_from((16, 64, 256))),
+        cuts=cuts,
+        statistics=kind == "chunked" and draw(st.booleans()),
+        distribution=draw(st.sampled_from(cases.DISTRIBUTIONS)),
+        scales=tuple(draw(scale) for _ in range(3)),
+        offset=draw(st.sampled_from((0.0, 1.0, 20.0))),
+        outliers=draw(st.sampled_from((0, 0, 2))),
+        constant_rows=draw(st.booleans()),
+        duplicated_keys=draw(st.booleans()),
+        zero_rows=draw(st.booleans()),
+        spots=tuple(draw(st.one_of(st.just([]), st.just([]), st.lists(spot, max_size=3)))),
+        **more,
     )
 
 
@@ -121,8 +149,10 @@ def test_cases_follow_from_seed_and_index_alone():
     drawn = [cases.draw(3, index) for index in range(40)]
     code = "from salekit.fuzz import draw; print([hash(draw(3, i).describe()) for i in range(39, -1, -1)])"
     environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    first, second = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stdout
-                     for _ in range(2))
+    first, second = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stdout
+        for _ in range(2)
+    )
     assert first == second and first.startswith("[")
     assert len({case.seed for case in drawn}) == 40 and cases.draw(4, 0) != drawn[0]
     for case in drawn[:8]:
@@ -135,13 +165,28 @@ def test_everything_is_drawn():
     for name, choices in cases._CHOICES.items():
         assert {getattr(case, name) for case in drawn} == set(choices), name
     for holds in (
-        lambda c: c.softcap, lambda c: len(c.window_size) == 1, lambda c: len(c.window_size) == 2, lambda c: c.sink_logits,
-        lambda c: len(c.thresholds) > 1, lambda c: math.inf in c.thresholds, lambda c: 0.0 in c.thresholds,
-        lambda c: 0 in c.lengths[0], lambda c: 1 in c.lengths[0], lambda c: max(c.lengths[0]) > 4500,
-        lambda c: c.lengths[0][0] > c.lengths[0][1] > 0, lambda c: c.batch > 1, lambda c: c.num_heads >= 16,
-        lambda c: min(c.scales) < 1e-6, lambda c: max(c.scales) == cases.LARGEST, lambda c: c.outliers,
-        lambda c: c.constant_rows, lambda c: c.duplicated_keys, lambda c: c.dense_below, lambda c: c.statistics,
-        lambda c: any(spot.tensor == "v" for spot in c.spots), lambda c: c.pairs > cases.MAX_PAIRS,
+        lambda c: c.softcap,
+        lambda c: len(c.window_size) == 1,
+        lambda c: len(c.window_size) == 2,
+        lambda c: c.sink_logits,
+        lambda c: len(c.thresholds) > 1,
+        lambda c: math.inf in c.thresholds,
+        lambda c: 0.0 in c.thresholds,
+        lambda c: 0 in c.lengths[0],
+        lambda c: 1 in c.lengths[0],
+        lambda c: max(c.lengths[0]) > 4500,
+        lambda c: c.lengths[0][0] > c.lengths[0][1] > 0,
+        lambda c: c.batch > 1,
+        lambda c: c.num_heads >= 16,
+        lambda c: min(c.scales) < 1e-6,
+        lambda c: max(c.scales) == cases.LARGEST,
+        lambda c: c.outliers,
+        lambda c: c.constant_rows,
+        lambda c: c.duplicated_keys,
+        lambda c: c.dense_below,
+        lambda c: c.statistics,
+        lambda c: any(spot.tensor == "v" for spot in c.spots),
+        lambda c: c.pairs > cases.MAX_PAIRS,
     ):
         assert 3 <= sum(map(bool, map(holds, drawn))) < 1400
     assert max(max(map(max, case.lengths)) for case in drawn) <= cases.MAX_LENGTH
@@ -182,8 +227,16 @@ def scaled_key(answer, key, factor):
 
 
 @pytest.mark.parametrize("on_gpu", (False, True), ids=("twin's bounds", "kernels' bounds"))
-@pytest.mark.parametrize("options", ({}, {"dtype": "float16", "causal": False}, {"softcap": 20.0, "window_size": (200, 90)},
-                                     {"sink_logits": (0.0, 1.0, -math.inf, 2.0)}, {"head_dim": 256, "estimator": "int4"}))
+@pytest.mark.parametrize(
+    "options",
+    (
+        {},
+        {"dtype": "float16", "causal": False},
+        {"softcap": 20.0, "window_size": (200, 90)},
+        {"sink_logits": (0.0, 1.0, -math.inf, 2.0)},
+        {"head_dim": 256, "estimator": "int4"},
+    ),
+)
 def test_wrong_outputs_are_found(options, on_gpu):
     case = SHARP.replace(**options)
     answer = answer_of(case)
@@ -193,7 +246,9 @@ def test_wrong_outputs_are_found(options, on_gpu):
         assert "lse" in failed(case, wrong, on_gpu), f"the scores of key {key} are off by 1%"
     keys = answer.plan.seqlen_k - 1
     shorter = np.concatenate((answer.k.astype(np.float32)[:, :keys], np.full_like(answer.k[:, :1], -np.inf)), axis=1)
-    assert failed(case, rerun(case, answer, k=np.where(np.isinf(shorter), -1e4 * np.sign(answer.q.sum()), shorter)), on_gpu)
+    assert failed(
+        case, rerun(case, answer, k=np.where(np.isinf(shorter), -1e4 * np.sign(answer.q.sum()), shorter)), on_gpu
+    )
     assert {"out", "lse"} <= failed(case, rerun(case, answer, k=np.roll(answer.k, 1, 2)), on_gpu), "another head's keys"
     assert "out" in failed(case, rerun(case, answer, v=np.roll(answer.v, 1, 2)), on_gpu), "another head's values"
     value = answer.v.copy()
@@ -213,7 +268,9 @@ def test_a_lost_last_key_is_found(on_gpu):
     keys = answer.plan.seqlen_k - 1
     bits = answer.mask.to_dense()[..., : -(-keys // 32)]
     mask = BlockMask.from_dense(bits, 128, 32, answer.plan.seqlen_q, keys, True)
-    wrong = rerun(SHARP, answer, k=answer.k[:, :-1], v=answer.v[:, :-1], mask=mask, plan=answer.plan.replace(seqlen_k=keys))
+    wrong = rerun(
+        SHARP, answer, k=answer.k[:, :-1], v=answer.v[:, :-1], mask=mask, plan=answer.plan.replace(seqlen_k=keys)
+    )
     assert {"out", "lse"} <= failed(SHARP, wrong, on_gpu)
 
 
@@ -244,13 +301,17 @@ def test_wrong_bits_are_found(estimator, on_gpu):
 
 
 def test_what_is_not_finite_has_to_be_where_it_belongs():
-    case = SHARP.replace(thresholds=(0.0,), spots=(
-        Spot("v", "nan", 0, 32, 1, 5), Spot("k", "inf", 0, 200, 0, 3), Spot("q", "nan", 0, 77, 3, 1)))
+    case = SHARP.replace(
+        thresholds=(0.0,),
+        spots=(Spot("v", "nan", 0, 32, 1, 5), Spot("k", "inf", 0, 200, 0, 3), Spot("q", "nan", 0, 77, 3, 1)),
+    )
     answer = answer_of(case)
     assert not failed(case, answer, True) and np.isnan(answer.out).any()
     bad = np.argwhere(np.isnan(answer.out))
     good = np.argwhere(np.isfinite(answer.out))
-    for place, value in [(tuple(x), 0.5) for x in bad[::len(bad) // 7]] + [(tuple(x), np.nan) for x in good[::len(good) // 7]]:
+    for place, value in [(tuple(x), 0.5) for x in bad[:: len(bad) // 7]] + [
+        (tuple(x), np.nan) for x in good[:: len(good) // 7]
+    ]:
         out = answer.out.copy()
         out[place] = value
         assert "elements" in failed(case, dataclasses.replace(answer, out=out, again=out), True), place
@@ -272,8 +333,15 @@ def kernel_means(share: float):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_other_roundings_are_told_from_mistakes(estimator, monkeypatch):
     """A mean within its bound changes bits that are in doubt alone; a limit of another tau, others."""
-    case = SHARP.replace(estimator=estimator, lengths=((1000, 1000),), head_dim=128, dtype="float16", block=(64, 32),
-                         thresholds=(0.05, 0.1, 0.2, 0.4), distribution="clustered")
+    case = SHARP.replace(
+        estimator=estimator,
+        lengths=((1000, 1000),),
+        head_dim=128,
+        dtype="float16",
+        block=(64, 32),
+        thresholds=(0.05, 0.1, 0.2, 0.4),
+        distribution="clustered",
+    )
     given, real = cases.make_arrays(case), reference.row_limits
     mistakes = {
         "means": kernel_means(0.9),
@@ -303,11 +371,12 @@ def test_decisions_agree_with_block_scores():
         scores = salekit.block_scores(quantized, m, l, plan).astype(np.float64) - math.log(0.1)
         decisions = Decisions(answer.q, answer.k, plan, np.full(4, 0.1))
         for head, block in ((0, 0), (1, 2), (3, 3)):
-            low, high = decisions.of_block(0, head, block)
+            low, own, high = decisions.of_block(0, head, block)
             some = np.isfinite(scores[0, head, block])
             assert some.any() or block == 0
             assert (np.isposinf(low) == np.isposinf(scores[0, head, block]))[~some].all()
-            assert ((low <= scores[0, head, block]) & (scores[0, head, block] <= high))[some].all()
+            for x in (own, scores[0, head, block]):
+                assert ((low <= x) & (x <= high))[some].all()
             if some.any():  # a code of the best pair may be on a tie, an int4 correction may be
                 assert np.median(high[some] - low[some]) < 0.02
 
@@ -331,14 +400,19 @@ def failing(tmp_path, monkeypatch):
     """A file of a case that failed because of a planted mistake, and the result."""
     with monkeypatch.context() as patch:
         lose_a_key(patch)
-        result = next(result for result in (running.run_case(11, index, False, str(tmp_path)) for index in range(40))
-                      if result.failed and result.case.kind == "call")
+        result = next(
+            result
+            for result in (running.run_case(11, index, False, str(tmp_path)) for index in range(40))
+            if result.failed and result.case.kind == "call"
+        )
     return result
 
 
 def test_a_failing_case_shrinks_and_is_replayed(failing, monkeypatch):
     small = failing.shrunk
-    assert small.lengths[0][1] in range(100, 140) and small.num_heads <= 3 and small.num_kv_heads == 1 and small.batch == 1
+    assert (
+        small.lengths[0][1] in range(100, 140) and small.num_heads <= 3 and small.num_kv_heads == 1 and small.batch == 1
+    )
     assert small.pairs < failing.case.pairs and small.head_dim == 64 and small.layout == "bshd" and not small.spots
     arguments = ["validate", "--input", failing.file, "--backend", "numpy"]
     good = CliRunner().invoke(cli, arguments)
@@ -374,27 +448,30 @@ def edited(path, edit_meta=None, **entries):
     np.savez(path, **{name: x for name, x in content.items() if x is not None})
 
 
-@pytest.mark.parametrize("edit, entries, words", (
-    (lambda meta: meta["case"].pop("kind"), {}, "kind: missing"),
-    (lambda meta: meta["case"].update(colour=3), {}, "colour: not known"),
-    (lambda meta: meta["case"].update(schema=9), {}, "schema 9"),
-    (lambda meta: meta.update(case=[1]), {}, "schema"),
-    (lambda meta: meta["case"].update(block=[64, 33]), {}, "block: got"),
-    (lambda meta: meta["case"].update(batch=-1), {}, "batch: got"),
-    (lambda meta: meta["case"].update(batch=True), {}, "batch: got"),
-    (lambda meta: meta["case"].update(causal=1), {}, "causal: got"),
-    (lambda meta: meta["case"].update(thresholds=0.5), {}, "thresholds: got"),
-    (lambda meta: meta["case"].update(thresholds=["nan"]), {}, "thresholds: got"),
-    (lambda meta: meta["case"].update(thresholds=[1, 2]), {}, "thresholds: wants one, or one a head"),
-    (lambda meta: meta["case"].update(num_kv_heads=3), {}, "num_heads"),
-    (lambda meta: meta["case"].update(lengths=[[1, 2, 3]]), {}, "lengths: got"),
-    (lambda meta: meta["case"].update(lengths=[]), {}, "lengths: wants"),
-    (lambda meta: meta["case"].update(lengths=[[70, 71]]), {}, "k0: got uint16"),
-    (lambda meta: meta["case"].update(spots=[["x", "nan", 0, 0, 0, 0]]), {}, "spots: got"),
-    (lambda meta: meta["case"].update(cuts=[5, 3]), {}, "cuts"),
-    (None, {"v0": None}, "v0: got none"),
-    (None, {"k0": np.zeros((1, 70, 2, 64), np.float16)}, "k0: got float16"),
-))
+@pytest.mark.parametrize(
+    "edit, entries, words",
+    (
+        (lambda meta: meta["case"].pop("kind"), {}, "kind: missing"),
+        (lambda meta: meta["case"].update(colour=3), {}, "colour: not known"),
+        (lambda meta: meta["case"].update(schema=9), {}, "schema 9"),
+        (lambda meta: meta.update(case=[1]), {}, "schema"),
+        (lambda meta: meta["case"].update(block=[64, 33]), {}, "block: got"),
+        (lambda meta: meta["case"].update(batch=-1), {}, "batch: got"),
+        (lambda meta: meta["case"].update(batch=True), {}, "batch: got"),
+        (lambda meta: meta["case"].update(causal=1), {}, "causal: got"),
+        (lambda meta: meta["case"].update(thresholds=0.5), {}, "thresholds: got"),
+        (lambda meta: meta["case"].update(thresholds=["nan"]), {}, "thresholds: got"),
+        (lambda meta: meta["case"].update(thresholds=[1, 2]), {}, "thresholds: wants one, or one a head"),
+        (lambda meta: meta["case"].update(num_kv_heads=3), {}, "num_heads"),
+        (lambda meta: meta["case"].update(lengths=[[1, 2, 3]]), {}, "lengths: got"),
+        (lambda meta: meta["case"].update(lengths=[]), {}, "lengths: wants"),
+        (lambda meta: meta["case"].update(lengths=[[70, 71]]), {}, "k0: got uint16"),
+        (lambda meta: meta["case"].update(spots=[["x", "nan", 0, 0, 0, 0]]), {}, "spots: got"),
+        (lambda meta: meta["case"].update(cuts=[5, 3]), {}, "cuts"),
+        (None, {"v0": None}, "v0: got none"),
+        (None, {"k0": np.zeros((1, 70, 2, 64), np.float16)}, "k0: got float16"),
+    ),
+)
 def test_malformed_files_are_refused(edit, entries, words, tmp_path):
     case, path = SHARP.replace(lengths=((70, 70),)), tmp_path / "case.npz"
     cases.save(path, case, cases.make_arrays(case), "")
@@ -434,7 +511,9 @@ def test_the_command(tmp_path, monkeypatch):
     assert "seed 6" in good.output and "all cases ok" in good.output and not (tmp_path / "x").exists()
     lose_a_key(monkeypatch)
     monkeypatch.setattr(running, "SHRINK_SECONDS", 0.0)
-    bad = runner.invoke(cli, ["fuzz", "--cases", "6", "--seed", "11", "--backend", "numpy", "-o", str(tmp_path), "--json"])
+    bad = runner.invoke(
+        cli, ["fuzz", "--cases", "6", "--seed", "11", "--backend", "numpy", "-o", str(tmp_path), "--json"]
+    )
     report = json.loads(bad.stdout)
     assert bad.exit_code == 5 and not report["passed"] and report["cases"] == 6 and report["seed"] == 11
     assert report["failures"] == len(report["failed_cases"]) >= 1
@@ -476,7 +555,8 @@ def test_processes_give_the_same_results_and_may_die(monkeypatch, tmp_path):
     alone = running.run_many(9, on_gpu=False, cases=2).to_json()
     shared = running.run_many(9, on_gpu=False, cases=2, workers=2).to_json()
     assert {key: x for key, x in alone.items() if key != "seconds"} == {
-        key: x for key, x in shared.items() if key != "seconds"}
+        key: x for key, x in shared.items() if key != "seconds"
+    }
 
 
 def test_memory_verdicts():

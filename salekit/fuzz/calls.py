@@ -40,7 +40,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Packed:
-    """What a packed or paged call gave: out [total_q, num_heads, head_dim], lse [num_heads, total_q], bounds of rows."""
+    """What a packed or paged call gave: out [total_q, num_heads, head_dim], lse [num_heads, total_q]."""
 
     out: np.ndarray
     lse: np.ndarray
@@ -104,21 +104,34 @@ def _call(case: Case, q, k, v, on_gpu: bool, statistics: Any = None) -> Answer:
         again = salekit.sparse_attention(*placed, **options)
         mask = mask.to_numpy()
     plan_options = {key: x for key, x in of_plan.items() if case.kind != "dense"} or {
-        key: x for key, x in of_plan.items()}
+        key: x for key, x in of_plan.items()
+    }
     order = LAYOUTS[case.layout]
     plan = salekit.make_plan(*placed, layout=case.layout, **plan_options)
     host, untouched = _result(result, out, whole, place)
     host = host.transpose(order)
     return Answer(
-        q, k, v, plan, host, _off(lse), mask, _off(again).transpose(order), untouched, slice(0, q.shape[1]),
+        q,
+        k,
+        v,
+        plan,
+        host,
+        _off(lse),
+        mask,
+        _off(again).transpose(order),
+        untouched,
+        slice(0, q.shape[1]),
         None if statistics is None else _statistics_off(statistics),
     )
 
 
 def thresholds_of(case: Case, on_gpu: bool) -> Any:
     if len(case.thresholds) == 1:
-        return case.thresholds[0] if not (on_gpu and case.on_device) else _on(
-            np.full(case.num_heads, case.thresholds[0], np.float32), True)
+        return (
+            case.thresholds[0]
+            if not (on_gpu and case.on_device)
+            else _on(np.full(case.num_heads, case.thresholds[0], np.float32), True)
+        )
     return _on(np.array(case.thresholds, np.float32), True) if on_gpu and case.on_device else list(case.thresholds)
 
 
@@ -224,8 +237,10 @@ def _packed(case: Case, given: dict[str, list[np.ndarray]], on_gpu: bool) -> Pac
         k, v, table = _pages(case, k, v, keys, first_keys)
         more = dict(block_table=_on(table, on_gpu), seqlens_k=_on(keys.astype(np.int32), on_device))
         sums_k = None
-    placed = [_on(x, on_gpu) if case.strides != "padded" or case.kind == "paged" and i else _on_view(x, on_gpu)
-              for i, x in enumerate((q, k, v))]
+    placed = [
+        _on(x, on_gpu) if case.strides != "padded" or case.kind == "paged" and i else _on_view(x, on_gpu)
+        for i, x in enumerate((q, k, v))
+    ]
     out, whole, place = _output(case.replace(layout="bshd"), q[None], on_gpu)
     out = None if out is None else out[0]
     result, lse = salekit.sparse_attention_varlen(

@@ -13,16 +13,7 @@ import numpy as np
 
 from ..arrays import BFLOAT16, LAYOUTS
 from ..errors import FileFormatError
-from ..plans import (
-    BLOCKS,
-    DTYPES,
-    ESTIMATORS,
-    HEAD_DIMS,
-    LOW_BIT_HEAD_DIMS,
-    POOLED_HEAD_DIMS,
-    QUERY_STRIDES,
-    SKIPPED,
-)
+from ..plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, LOW_BIT_HEAD_DIMS, POOLED_HEAD_DIMS, QUERY_STRIDES, SKIPPED
 from ..sequences import PAGE_SIZES
 
 SCHEMA = 1
@@ -55,11 +46,11 @@ class Case:
     """One call. Data follow from ``seed`` and the fields under "data"; everything else is passed to the library.
 
     lengths: (rows, keys) of each sequence; one pair, of all batches, but for "varlen" and "paged".
-    kind: "call" is sparse_attention, "dense" dense_attention, "chunked" one sparse_attention a chunk of the rows, cut at
-        ``cuts``, with statistics of all keys when ``statistics``.
-    strides: how q, k and v lie in memory: "padded" with NaN around, "fused" as one array, "reversed" from the last row to
-        the first, "shared" with k and v the same memory for each batch. on_device: whether thresholds, sink logits and
-        lengths are arrays on the GPU.
+    kind: "call" is sparse_attention, "dense" dense_attention, "chunked" one sparse_attention a chunk of the rows, cut
+        at ``cuts``, with statistics of all keys when ``statistics``.
+    strides: how q, k and v lie in memory: "padded" with NaN around, "fused" as one array, "reversed" from the last
+        row to the first, "shared" with k and v the same memory for each batch. on_device: whether thresholds, sink
+        logits and lengths are arrays on the GPU.
     """
 
     seed: int
@@ -165,12 +156,32 @@ def _to_json(x: Any) -> Any:
 
 
 _CHOICES = {
-    "kind": KINDS, "dtype": DTYPES, "layout": tuple(LAYOUTS), "strides": STRIDES, "out": OUTS, "estimator": ESTIMATORS,
-    "attend": ("exact", "int8-fp8"), "block": BLOCKS, "query_stride": QUERY_STRIDES, "skipped": SKIPPED,
-    "page_size": PAGE_SIZES, "distribution": DISTRIBUTIONS, "head_dim": HEAD_DIMS,
+    "kind": KINDS,
+    "dtype": DTYPES,
+    "layout": tuple(LAYOUTS),
+    "strides": STRIDES,
+    "out": OUTS,
+    "estimator": ESTIMATORS,
+    "attend": ("exact", "int8-fp8"),
+    "block": BLOCKS,
+    "query_stride": QUERY_STRIDES,
+    "skipped": SKIPPED,
+    "page_size": PAGE_SIZES,
+    "distribution": DISTRIBUTIONS,
+    "head_dim": HEAD_DIMS,
 }
-_COUNTS = ("seed", "batch", "num_heads", "num_kv_heads", "full_rows", "sink", "local", "dense_below", "outliers",
-           "sampled_rows")
+_COUNTS = (
+    "seed",
+    "batch",
+    "num_heads",
+    "num_kv_heads",
+    "full_rows",
+    "sink",
+    "local",
+    "dense_below",
+    "outliers",
+    "sampled_rows",
+)
 _FLAGS = ("on_device", "causal", "statistics", "constant_rows", "duplicated_keys", "zero_rows")
 _NUMBERS = ("softmax_scale", "softcap", "offset")
 
@@ -229,13 +240,18 @@ def _check(case: Case, name: str) -> None:
     rules = (
         (len(case.lengths) >= 1 if packed else len(case.lengths) == 1, "lengths: wants one pair, or one a sequence"),
         (max(map(max, case.lengths), default=0) <= 2**22, "lengths: wants at most 2**22"),
-        (case.num_kv_heads >= 1 and case.num_heads % case.num_kv_heads == 0, "num_heads: wants a multiple of num_kv_heads"),
+        (
+            case.num_kv_heads >= 1 and case.num_heads % case.num_kv_heads == 0,
+            "num_heads: wants a multiple of num_kv_heads",
+        ),
         (len(case.thresholds) in (1, case.num_heads), "thresholds: wants one, or one a head"),
         (len(case.sink_logits) in (0, case.num_heads), "sink_logits: wants none, or one a head"),
         (len(case.window_size) in (0, 1, 2), "window_size: wants none, one or two"),
         (len(case.scales) == 3, "scales: wants three"),
-        (all(a <= b for a, b in zip((0, *case.cuts), (*case.cuts, case.lengths[0][0] if case.lengths else 0))),
-         "cuts: wants rising rows"),
+        (
+            all(a <= b for a, b in zip((0, *case.cuts), (*case.cuts, case.lengths[0][0] if case.lengths else 0))),
+            "cuts: wants rising rows",
+        ),
         (case.batch <= 64 and case.num_heads <= 64 and len(case.lengths) <= 64, "batch: wants at most 64 of all"),
     )
     for holds, wants in rules:
@@ -259,10 +275,18 @@ def draw(seed: int, index: int, *, long: bool = False) -> Case:
     head_dim = choose(HEAD_DIMS, (35, 7, 44, 7, 7))
     dtype = choose(DTYPES)
     case = Case(
-        seed=int(rng.integers(2**48)), kind=kind, head_dim=head_dim, dtype=dtype,
-        layout=choose(tuple(LAYOUTS)), strides=choose(STRIDES, (40, 30, 10, 10, 10)), out=choose(OUTS, (60, 20, 20)),
-        on_device=chance(0.3), causal=chance(0.7), estimator=choose(ESTIMATORS),
-        block=choose(BLOCKS, (2, 1, 1, 3, 1, 1)), query_stride=choose(QUERY_STRIDES, (6, 2, 2)),
+        seed=int(rng.integers(2**48)),
+        kind=kind,
+        head_dim=head_dim,
+        dtype=dtype,
+        layout=choose(tuple(LAYOUTS)),
+        strides=choose(STRIDES, (40, 30, 10, 10, 10)),
+        out=choose(OUTS, (60, 20, 20)),
+        on_device=chance(0.3),
+        causal=chance(0.7),
+        estimator=choose(ESTIMATORS),
+        block=choose(BLOCKS, (2, 1, 1, 3, 1, 1)),
+        query_stride=choose(QUERY_STRIDES, (6, 2, 2)),
         full_rows=choose((0, 1, 64, 200, 1024), (3, 1, 1, 2, 3)),
         page_size=choose(PAGE_SIZES),
     )
@@ -277,7 +301,9 @@ def draw(seed: int, index: int, *, long: bool = False) -> Case:
 def _draw_options(case: Case, rng, chance, choose) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if chance(0.25):
-        found["sink"], found["local"] = choose(((0, 0), (0, 64), (1, 33), (100, 64), (64, 300), (32, 100_000), (33, 16)))
+        found["sink"], found["local"] = choose(
+            ((0, 0), (0, 64), (1, 33), (100, 64), (64, 300), (32, 100_000), (33, 16))
+        )
     if chance(0.1):
         found["softmax_scale"] = float(2.0 ** rng.integers(-6, 1))
     if chance(0.12):
@@ -286,7 +312,8 @@ def _draw_options(case: Case, rng, chance, choose) -> dict[str, Any]:
         if chance(0.1) and case.head_dim in LOW_BIT_HEAD_DIMS:
             found["attend"] = "int8-fp8"
         return found
-    # Combinations of these are kernels of their own, which take seconds to compile: few, and most of them at 64 and 128.
+    # Combinations of these are kernels of their own, which take seconds to compile: few, and most of them at 64 and
+    # 128.
     feature = choose(("none", "scores", "low", "pool"), (62, 20, 9, 9))
     if case.kind == "dense":
         feature = choose(("none", "scores"), (6, 4))
@@ -326,8 +353,16 @@ def _draw_shape(case: Case, rng, chance, choose, long: bool) -> dict[str, Any]:
         packed = case.kind in ("varlen", "paged")
         lengths = ((rows, keys), (77, 1000)) if packed else ((rows, keys),)
         cuts = (rows // 2 // 128 * 128,) if case.kind == "chunked" else ()
-        return dict(lengths=lengths, batch=1, num_kv_heads=1, num_heads=min(group, 3), cuts=cuts, sampled_rows=16,
-                    statistics=bool(cuts), strides=choose(("contiguous", "padded")))
+        return dict(
+            lengths=lengths,
+            batch=1,
+            num_kv_heads=1,
+            num_heads=min(group, 3),
+            cuts=cuts,
+            sampled_rows=16,
+            statistics=bool(cuts),
+            strides=choose(("contiguous", "padded")),
+        )
     most = MAX_LENGTH if chance(0.35) else 1300
     if case.kind in ("varlen", "paged"):
         lengths = []
@@ -350,7 +385,9 @@ def _draw_shape(case: Case, rng, chance, choose, long: bool) -> dict[str, Any]:
     if case.kind == "chunked":
         rows = found["lengths"][0][0]
         step = choose((128, 1), (3, 1))
-        cuts = sorted({min(rows, int(rng.integers(0, rows + 1)) // step * step) for _ in range(int(rng.integers(1, 4)))})
+        cuts = sorted(
+            {min(rows, int(rng.integers(0, rows + 1)) // step * step) for _ in range(int(rng.integers(1, 4)))}
+        )
         found["cuts"], found["statistics"] = tuple(cuts), chance(0.7)
         found["lengths"] = ((rows, max(rows, found["lengths"][0][1])),)
         found["causal"] = True
@@ -382,7 +419,9 @@ def _draw_data(case: Case, rng, chance, choose) -> dict[str, Any]:
         distribution=choose(DISTRIBUTIONS, (4, 4, 1, 2)),
         offset=choose((0.0, 1.0, 20.0), (6, 3, 1)),
         outliers=choose((0, 1, 4), (7, 2, 1)),
-        constant_rows=chance(0.08), duplicated_keys=chance(0.08), zero_rows=chance(0.08),
+        constant_rows=chance(0.08),
+        duplicated_keys=chance(0.08),
+        zero_rows=chance(0.08),
     )
     if chance(0.3):
         found["scales"] = (scale(), scale(), scale())
@@ -396,7 +435,7 @@ def _draw_data(case: Case, rng, chance, choose) -> dict[str, Any]:
 
 # --- arrays --------------------------------------------------------------------------------------------------------
 def make_arrays(case: Case) -> dict[str, list[np.ndarray]]:
-    """"q", "k", "v": of each sequence [batch, rows, heads, head_dim], contiguous, of the case's dtype.
+    """ "q", "k", "v": of each sequence [batch, rows, heads, head_dim], contiguous, of the case's dtype.
 
     Rows of each sequence, batch and head are drawn from a generator of their own, so that a shorter or smaller case has
     the beginning of a larger one's.
@@ -467,9 +506,7 @@ def save(path: str | Path, case: Case, arrays: dict[str, list[np.ndarray]], chec
     """
     path = Path(path)
     meta = json.dumps({"kind": META, "case": case.to_json(), "check": check})
-    entries = {
-        f"{tensor}{index}": x.view(np.uint16) for tensor, of in arrays.items() for index, x in enumerate(of)
-    }
+    entries = {f"{tensor}{index}": x.view(np.uint16) for tensor, of in arrays.items() for index, x in enumerate(of)}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial.npz")
     try:
         np.savez_compressed(partial, __meta__=np.array(meta), **entries)
@@ -507,8 +544,11 @@ def load(path: str | Path) -> tuple[Case, dict[str, list[np.ndarray]], str]:
     batch = 1 if case.kind in ("varlen", "paged") else case.batch
     arrays: dict[str, list[np.ndarray]] = {"q": [], "k": [], "v": []}
     for index, (rows, keys) in enumerate(case.lengths):
-        for tensor, length, heads in (("q", rows, case.num_heads), ("k", keys, case.num_kv_heads),
-                                      ("v", keys, case.num_kv_heads)):
+        for tensor, length, heads in (
+            ("q", rows, case.num_heads),
+            ("k", keys, case.num_kv_heads),
+            ("v", keys, case.num_kv_heads),
+        ):
             x, shape = entries.get(f"{tensor}{index}"), (batch, length, heads, case.head_dim)
             if x is None or x.dtype != np.uint16 or x.shape != shape:
                 got = "none" if x is None else f"{x.dtype} {x.shape}"

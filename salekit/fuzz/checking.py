@@ -48,8 +48,18 @@ def check_case(case: Case, on_gpu: bool, given: dict[str, list[np.ndarray]] | No
 def _is_lost(error: Exception) -> bool:
     """Whether the GPU cannot be used any more by this process."""
     text = str(error)
-    return any(name in text for name in ("IllegalAddress", "illegal memory access", "LaunchFailure", "CUDA_ERROR_ILLEGAL",
-                                         "unspecified launch failure", "IllegalInstruction", "MisalignedAddress"))
+    return any(
+        name in text
+        for name in (
+            "IllegalAddress",
+            "illegal memory access",
+            "LaunchFailure",
+            "CUDA_ERROR_ILLEGAL",
+            "unspecified launch failure",
+            "IllegalInstruction",
+            "MisalignedAddress",
+        )
+    )
 
 
 def check_answers(case: Case, answers: list[calls.Answer], packed: calls.Packed | None, on_gpu: bool) -> Outcome:
@@ -108,8 +118,14 @@ def _check_answer(case: Case, answer: calls.Answer, on_gpu: bool, add: Callable[
             for check in wrong:
                 add(check)
         else:
-            add(equal("mask", "bits of a dense call with what is visible", answer.mask.to_dense(),
-                      np.broadcast_to(answer.mask.visible(), answer.mask.to_dense().shape)))
+            add(
+                equal(
+                    "mask",
+                    "bits of a dense call with what is visible",
+                    answer.mask.to_dense(),
+                    np.broadcast_to(answer.mask.visible(), answer.mask.to_dense().shape),
+                )
+            )
     for check in check_attention(case, answer, on_gpu):
         add(check)
     return in_doubt
@@ -124,7 +140,9 @@ def check_structure(mask: BlockMask, plan: Plan) -> Check:
     words = np.ascontiguousarray(mask.words)
     if words.shape != plan.words_shape:
         return Check("mask", f"shape of the words ({words.shape})", float("nan"), 0.0, False)
-    bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little").reshape(*words.shape[:3], 32 * words.shape[3])
+    bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little").reshape(
+        *words.shape[:3], 32 * words.shape[3]
+    )
     allowed = np.zeros(bits.shape[2:], bool)
     allowed[:, : mask.num_k_blocks] = mask.visible()
     return equal("mask", "bits outside the visible blocks", (bits.astype(bool) & ~allowed).sum(), 0)
@@ -149,24 +167,23 @@ def check_mask(case: Case, answer: calls.Answer, on_gpu: bool) -> tuple[list[Che
         places = [(b, head, block) for b, head in np.ndindex(*got.shape[:2]) for block in blocks]
     worst, wrong = 0.0, 0
     for b, head, block in places:
-        low, high = decisions.of_block(b, head, block)
-        far, amount = beyond(low, high, got[b, head, block], visible[b, head, block])
+        far, amount = beyond(*decisions.of_block(b, head, block), got[b, head, block], visible[b, head, block])
         worst, wrong = max(worst, far), wrong + amount
-    same = [equal("mask", "bits that no rounding explains", wrong, 0),
-            Check("mask", "distance of a differing score from its limit, in its roundings", worst, 1.0, worst <= 1)]
+    same = [
+        equal("mask", "bits that no rounding explains", wrong, 0),
+        Check("mask", "distance of a differing score from its limit, in its roundings", worst, 1.0, worst <= 1),
+    ]
     return same, int(different.sum()) - wrong if has_twin else 0
 
 
-def beyond(low, high, bits, visible) -> tuple[float, int]:
-    """How far the wrong bits' scores are from their limits, in units of what roundings explain, and how many are wrong."""
+def beyond(low, own, high, bits, visible) -> tuple[float, int]:
+    """Of the bits that are not float64's own: the largest distance from the limit, as a share of what roundings
+    explain; and how many they do not."""
     with np.errstate(all="ignore"):
         wrong = np.where(bits, high <= 0, low > 0) & visible
-        # Of bits on the unlikely side of 0, too, so that a bound's use is seen.
-        middle, half = (low + high) / 2, (high - low) / 2
-        unlikely = (np.where(bits, middle < 0, middle > 0)) & visible & np.isfinite(half)
-        share = np.where(half > 0, np.abs(middle) / half, np.inf)
-    far = float(share[unlikely].max(initial=0.0))
-    return (max(far, float("inf")) if wrong.any() and far <= 1 else far), int(wrong.sum())
+        other = (bits != (own > 0)) & visible
+        share = np.where(own > 0, own / (own - low), -own / (high - own))
+    return float(np.nan_to_num(share[other], nan=0.0).max(initial=0.0)), int(wrong.sum())
 
 
 def twin_mask(case: Case, answer: calls.Answer) -> np.ndarray:
@@ -189,8 +206,13 @@ def sampled(plan: Plan, count: int, block: int) -> np.ndarray | None:
 
 
 def check_attention(
-    case: Case, answer: calls.Answer, on_gpu: bool, out: np.ndarray | None = None, lse: np.ndarray | None = None,
-    compared: str = "float64, same mask", skip: Any = None,
+    case: Case,
+    answer: calls.Answer,
+    on_gpu: bool,
+    out: np.ndarray | None = None,
+    lse: np.ndarray | None = None,
+    compared: str = "float64, same mask",
+    skip: Any = None,
 ) -> list[Check]:
     """out and lse against float64 over the call's own mask. skip(b, head, block): query blocks to leave out."""
     plan = answer.plan
@@ -202,8 +224,10 @@ def check_attention(
         return [Check("attend", f"shapes of out and lse ({out.shape}, {lse.shape})", float("nan"), 0.0, False)]
     if plan.is_empty:
         sinks = np.full(plan.num_heads, -np.inf) if sinks_of(case) is None else sinks_of(case)
-        return [equal("attend", "out of a call without keys", out.astype(np.float32), np.zeros(shape)),
-                equal("attend", "lse of a call without keys", lse, np.broadcast_to(sinks[:, None], lse.shape))]
+        return [
+            equal("attend", "out of a call without keys", out.astype(np.float32), np.zeros(shape)),
+            equal("attend", "lse of a call without keys", lse, np.broadcast_to(sinks[:, None], lse.shape)),
+        ]
     parts: dict[str, list] = {"out": [], "lse": []}
     bad = 0
     for b, head, block in np.ndindex(plan.batch, plan.num_heads, plan.num_q_blocks):
@@ -244,13 +268,21 @@ def _fails(parts: tuple) -> bool:
 
 
 # --- several calls -------------------------------------------------------------------------------------------------
-def _check_packed(case: Case, index: int, answer: calls.Answer, packed: calls.Packed, on_gpu: bool, add: Callable) -> None:
+def _check_packed(
+    case: Case, index: int, answer: calls.Answer, packed: calls.Packed, on_gpu: bool, add: Callable
+) -> None:
     """A packed sequence next to its call alone: over the same mask but where a rounding may have chosen otherwise."""
-    first, last = packed.first_rows[index: index + 2]
+    first, last = packed.first_rows[index : index + 2]
     out, lse = packed.out[None, first:last], packed.lse[None, :, first:last]
     if not on_gpu and not _dense_by_length_differs(case, answer):
-        add(equal("packed", "output bits with the sequence's own call", out.view(np.uint16),
-                  np.ascontiguousarray(answer.out).view(np.uint16)))
+        add(
+            equal(
+                "packed",
+                "output bits with the sequence's own call",
+                out.view(np.uint16),
+                np.ascontiguousarray(answer.out).view(np.uint16),
+            )
+        )
     if _dense_by_length_differs(case, answer):  # the packed call is sparse where this sequence alone is dense
         return
     decisions = Decisions(answer.q, answer.k, answer.plan, thresholds_of(case), None, None, on_gpu)
@@ -258,7 +290,7 @@ def _check_packed(case: Case, index: int, answer: calls.Answer, packed: calls.Pa
     def in_doubt(b: int, head: int, block: int) -> bool:
         if answer.mask is None or answer.plan.is_dense:
             return False
-        low, high = decisions.of_block(b, head, block)
+        low, _, high = decisions.of_block(b, head, block)
         return bool(((low <= 0) & (high > 0) & answer.mask.visible()[block]).any())
 
     for check in check_attention(case, answer, on_gpu, out, lse, "float64, mask of the sequence alone", in_doubt):
@@ -286,5 +318,5 @@ def _check_chunks(case: Case, answers: list[calls.Answer], add: Callable) -> Non
             tested_alike = case.query_stride == 1 or last <= whole.plan.seqlen_q - case.full_rows or chunk is chunks[-1]
             if whole_block and tested_alike:
                 ours, theirs = of_chunk[:, :, block], bits[:, :, first // block_q + block]
-                wrong += int((ours != theirs[..., : ours.shape[-1]]).sum() + theirs[..., ours.shape[-1]:].sum())
+                wrong += int((ours != theirs[..., : ours.shape[-1]]).sum() + theirs[..., ours.shape[-1] :].sum())
     add(equal("chunks", "mask bits with those of one call, from the same statistics", wrong, 0))

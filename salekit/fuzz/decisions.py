@@ -1,9 +1,9 @@
 """Which blocks have to be selected, in float64 from the definitions, and which may go either way by a rounding.
 
-A block is selected when some visible pair of a tested row has an estimated score above the row's limit (docs/algorithm.md).
-``Decisions.of_block`` gives for each key block the largest such difference, a lower and an upper bound on it over all
-roundings: above 0 both, the bit has to be set; below both, clear; otherwise the block is in doubt. What may differ from
-float64, e = 2^-24:
+A block is selected when some visible pair of a tested row has an estimated score above the row's limit
+(docs/algorithm.md). ``Decisions.of_block`` gives for each key block the largest such difference, between a lower and
+an upper bound on it over all roundings: above 0 both, the bit has to be set; below both, clear; otherwise the block is
+in doubt. What may differ from float64, e = 2^-24:
 
 - means: NumPy's are rounded once; the kernels add at most 104 deviations from the first row one by one, e each of
   mean |x| + max |x|. A shift of the mean by d moves amax by d, and a code x by its share of that and 4 roundings of x.
@@ -60,12 +60,16 @@ def _quantize(x: np.ndarray, off: np.ndarray, amax: np.ndarray, limit: int) -> C
 class Decisions:
     """Of one call. q, k: [batch, rows, heads, head_dim], NumPy; thresholds: [num_heads]; k_statistics: NumPy's."""
 
-    def __init__(self, q, k, plan: Plan, thresholds, sink_logits: Any = None, k_statistics: Any = None,
-                 on_gpu: bool = False):
+    def __init__(
+        self, q, k, plan: Plan, thresholds, sink_logits: Any = None, k_statistics: Any = None, on_gpu: bool = False
+    ):
         self.q, self.k, self.plan, self.on_gpu, self.statistics = q, k, plan, on_gpu, k_statistics
         self.thresholds = np.broadcast_to(np.asarray(thresholds, np.float64), (plan.num_heads,))
         self.sinks = np.full(plan.num_heads, -np.inf) if sink_logits is None else np.asarray(sink_logits, np.float64)
-        self._keys, self._mean_query = lru_cache(maxsize=2)(self._read_keys), lru_cache(maxsize=2)(self._read_mean_query)
+        self._keys, self._mean_query = (
+            lru_cache(maxsize=2)(self._read_keys),
+            lru_cache(maxsize=2)(self._read_mean_query),
+        )
 
     def _mean(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean of the rows, and how far the library's may be off."""
@@ -89,14 +93,25 @@ class Decisions:
             else:
                 amax = np.broadcast_to(np.float64(self.statistics.amax[b, kv]), len(keys))
             rms = np.sqrt(np.square(smooth).mean(axis=0))
-            far = np.square(np.abs(smooth).max(axis=0, initial=0) / np.where(rms == 0, 1, rms))
-            rms_off = 200 * U32 * (1 + far) + off / np.where(rms == 0, 1, rms)
+            rms_off = 4 * U32 + off / np.where(rms == 0, 1, rms)
+            if self.on_gpu:  # squares of deviations from the first of each 512 rows, less those of their mean
+                from_first = keys - np.repeat(keys[::512], 512, axis=0)[: len(keys)]
+                rms_off += 104 * U32 * np.square(from_first).mean(axis=0) / np.where(rms == 0, 1, np.square(rms))
             if self.statistics is not None:
                 rms, rms_off = self.statistics.rms[b, kv].astype(np.float64), np.full(plan.head_dim, 4 * U32)
             is_bad = not np.isfinite(amax).all() if self.statistics is not None else not np.isfinite(keys).all()
             codes = _quantize(smooth, off + U32 * np.abs(smooth), amax, 7 if plan.estimator == "int4" else 127)
-        return dict(keys=keys, norms=finite_norms(keys), mean=mean, off=off, smooth=smooth, codes=codes, rms=rms,
-                    rms_off=rms_off, is_bad=is_bad)
+        return dict(
+            keys=keys,
+            norms=finite_norms(keys),
+            mean=mean,
+            off=off,
+            smooth=smooth,
+            codes=codes,
+            rms=rms,
+            rms_off=rms_off,
+            is_bad=is_bad,
+        )
 
     def _read_mean_query(self, b: int, head: int) -> tuple:
         """int4: (mean, its error, the groups' largest of each row, whether any row is not finite)."""
@@ -123,20 +138,20 @@ class Decisions:
         end = plan.seqlen_k if plan.causal else -(-(position + 64 + plan.local) // 32) * 32
         return (keys < -(-plan.sink // 32) * 32) | ((keys >= begin) & (keys < end))
 
-    def of_block(self, b: int, head: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(low, high), float64 [num_k_blocks]; +inf both: an anchor, or what selects everything."""
+    def of_block(self, b: int, head: int, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(low, float64's own, high), [num_k_blocks]; +inf all: an anchor, or what selects everything."""
         plan = self.plan
         rows = np.arange(block * plan.block_q, min((block + 1) * plan.block_q, plan.seqlen_q))
         tested = rows[self.is_tested(rows)]
-        low, high = (np.full(plan.num_k_blocks * plan.block_k, -np.inf) for _ in range(2))
+        found = np.full((3, plan.num_k_blocks * plan.block_k), -np.inf)
         with np.errstate(all="ignore"):
             if tested.size:
                 bounds = self._pairs(b, head, tested)
                 begins, ends = seen_range(plan, tested)
                 keys = np.arange(plan.seqlen_k)
                 sees = (keys >= begins[:, None]) & (keys < ends[:, None])
-                for found, bound in zip((low, high), bounds):
-                    found[: plan.seqlen_k] = np.where(sees, bound, -np.inf).max(axis=0, initial=-np.inf)
+                for best, bound in zip(found, bounds):
+                    best[: plan.seqlen_k] = np.where(sees, bound, -np.inf).max(axis=0, initial=-np.inf)
         for tile in np.unique(rows // 64):
             of_tile = rows[rows // 64 == tile]
             begins, ends = seen_range(plan, of_tile)
@@ -144,8 +159,8 @@ class Decisions:
             for first in range(0, plan.seqlen_k, 32):
                 last = min(first + 32, plan.seqlen_k)
                 if known[first:last].any() and ((begins < last) & (ends > first) & (begins < ends)).any():
-                    low[first], high[first] = np.inf, np.inf
-        return tuple(x.reshape(plan.num_k_blocks, plan.block_k).max(axis=1) for x in (low, high))
+                    found[:, first] = np.inf
+        return tuple(found.reshape(3, plan.num_k_blocks, plan.block_k).max(axis=2))
 
     def _limits(self, b: int, head: int, rows: np.ndarray, of_keys: dict) -> tuple[np.ndarray, np.ndarray]:
         """(low, high) [rows]: what a score has to exceed; -inf both: the row selects everything, +inf: nothing."""
@@ -155,7 +170,9 @@ class Decisions:
         begins, ends = seen_range(plan, rows)
         shift = plan.softmax_scale * (queries @ of_keys["mean"])
         norms = finite_norms(queries)
-        mean_norm, off_norm = (np.linalg.norm(np.nan_to_num(of_keys[name], posinf=0, neginf=0)) for name in ("mean", "off"))
+        mean_norm, off_norm = (
+            np.linalg.norm(np.nan_to_num(of_keys[name], posinf=0, neginf=0)) for name in ("mean", "off")
+        )
         shift_off = plan.softmax_scale * norms * ((plan.head_dim + 2) * U32 * mean_norm + off_norm)
         for tile in np.unique(rows // 64):
             of_tile = rows // 64 == tile
@@ -174,8 +191,11 @@ class Decisions:
             log_sum = top + np.log(total)
             moved = shift[of_tile] if not plan.softcap else np.zeros(of_tile.sum())
             y = log_sum - moved + np.log(tau)
-            off = off + 2 * U32 * keys.size + FEW * (
-                2 + np.abs(top) + np.abs(log_sum) + np.abs(moved) + np.abs(np.log(tau)))
+            off = (
+                off
+                + 2 * U32 * keys.size
+                + FEW * (2 + np.abs(top) + np.abs(log_sum) + np.abs(moved) + np.abs(np.log(tau)))
+            )
             if not plan.softcap:
                 off = off + shift_off[of_tile]
             if self.on_gpu:
@@ -191,8 +211,8 @@ class Decisions:
             found[:, of_tile] = np.where(known & (tau > 0), both, -np.inf)
         return found[0], found[1]
 
-    def _pairs(self, b: int, head: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(low, high) [rows, seqlen_k]: estimated score less limit, of these rows with all keys."""
+    def _pairs(self, b: int, head: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(low, float64's own, high) [rows, seqlen_k]: estimated score less limit, of these rows with all keys."""
         plan, kv = self.plan, head // self.plan.group_size
         of_keys = self._keys(b, kv)
         limit_low, limit_high = self._limits(b, head, rows, of_keys)
@@ -206,6 +226,7 @@ class Decisions:
             score, off = self._products(codes, of_keys["codes"])
             more = self._correction(codes, of_keys, mean_q, off_q)
             low, high, far = score + more[0] - off, score + more[1] + off, more[2]
+            score = score + (more[0] + more[1]) / 2
         else:
             kept, swapped = clean, 0.0
             if plan.estimator == "int8-sp24":
@@ -220,10 +241,10 @@ class Decisions:
         slack = 8 * U32 * (y + np.abs(score))
         low = np.where(doubtful, -np.inf, low - slack - limit_high[:, None])
         high = np.where(doubtful, np.inf, high + slack - limit_low[:, None])
+        own = score - (limit_low + limit_high)[:, None] / 2
         never, always = np.isposinf(limit_low)[:, None], (np.isneginf(limit_high) | bad)[:, None]
-        low, high = (np.where(always, np.inf, np.where(never, -np.inf, x)) for x in (low, high))
-        return np.nan_to_num(low, nan=-np.inf, posinf=np.inf, neginf=-np.inf), np.nan_to_num(
-            high, nan=np.inf, posinf=np.inf, neginf=-np.inf)
+        found = (np.where(always, np.inf, np.where(never, -np.inf, x)) for x in (low, own, high))
+        return tuple(np.where(np.isnan(x), unknown, x) for x, unknown in zip(found, (-np.inf, 0.0, np.inf)))
 
     def _products(self, q: Codes, k: Codes) -> tuple[np.ndarray, np.ndarray]:
         """Scores of the codes and how far they may be off, [rows, seqlen_k]."""
@@ -247,17 +268,17 @@ class Decisions:
         keep = np.zeros(weight.shape, bool)
         np.put_along_axis(keep, order[..., :2], True, axis=-1)
         off = np.nan_to_num(of_keys["rms_off"], nan=1, posinf=1).reshape(-1, 4).max(axis=1)
-        doubtful = (ranked[..., 1] - ranked[..., 2] <= (2 * off + 4 * U32) * ranked[..., 1]) & (ranked[..., 1] > 0)
-        # An exact tie of equal channels keeps the lower one everywhere only when the roots are the same bits.
-        change = np.repeat(doubtful, 4, axis=-1).reshape(len(queries), -1)
+        slack = ((2 * off + 4 * U32) * ranked[..., 1])[..., None]
+        doubtful = ranked[..., 1:2] - ranked[..., 2:3] <= slack
+        change = (doubtful & (np.abs(weight - ranked[..., 1:2]) <= slack) & (weight > 0)).reshape(queries.shape)
         kept = np.where(keep.reshape(queries.shape), queries, 0)
         if not change.any():
             return kept, 0.0
         keys = np.abs(of_keys["codes"].codes) * of_keys["codes"].scale[:, None]
-        moved = np.where(change, np.abs(queries), 0) @ keys.T
+        moved = np.where(change, np.abs(queries), 0) @ keys.T  # a code is 0 or at most twice its value
         # Another largest element gives the row another scale: each code is within half a step of both.
-        largest = np.abs(queries).max(axis=1)
-        step = np.where(change.any(axis=1), largest / 127, 0)
+        largest = np.abs(np.where(change, queries, 0)).max(axis=1)
+        step = np.where(largest >= np.abs(kept).max(axis=1), largest / 127, 0)
         return kept, self.plan.softmax_scale * (2 * moved + step[:, None] * keys.sum(axis=1))
 
     def _correction(self, codes: Codes, of_keys: dict, mean_q, off_q) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

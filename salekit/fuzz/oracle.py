@@ -1,21 +1,22 @@
 """Attention in float64 over a given mask, and how far roundings may move what the library computes.
 
-Bounds are worst cases, not spreads: rounding errors of equal keys or rows are equal, and fuzz cases have both. With u the
-unit roundoff of q's type, e = 2^-24 that of float32 and s the error of a row's scores:
+Bounds are worst cases, not spreads: rounding errors of equal keys or rows are equal, and fuzz cases have both. With u
+the unit roundoff of q's type, e = 2^-24 that of float32 and s the error of a row's scores:
 
-- **s.** A product of 16-bit numbers is exact in float32. NumPy adds head_dim of them one by one, each addition off by e;
-  tensor cores add four or more at once, truncating, 2e each; so s is ``softmax_scale |q| max|k|`` times (head_dim + 2) e or
-  (head_dim / 2 + 4) e, by Cauchy and Schwarz. A softcap passes it on with a slope of at most 1, limits it to what the
-  cap can hold and adds 2^-21 of its own on a GPU (docs/algorithm.md).
-- **lse** moves by s at most (it is the logarithm of a sum of exp), by 16e of its size for exp, log and the products around
-  them, and by e a summed key.
+- **s.** A product of 16-bit numbers is exact in float32. NumPy adds head_dim of them one by one, each addition off by
+  e; tensor cores add four or more at once, truncating, 2e each; so s is ``softmax_scale |q| max|k|`` times (head_dim
+  + 2) e or (head_dim / 2 + 4) e, by Cauchy and Schwarz. A softcap passes it on with a slope of at most 1, limits it
+  to what the cap can hold and adds 2^-21 of its own on a GPU (docs/algorithm.md).
+- **lse** moves by s at most (it is the logarithm of a sum of exp), by 16e of its size for exp, log and the products
+  around them, and by e a summed key.
 - **out** is a mean of values with weights p. A score error of s moves p by a factor of exp(2s); exp, log and sums are
-  off by what lse's are. The kernels round p to 16 bits (u, or 2^-25 where float16 has no smaller numbers), the output is
-  rounded (u). Each counts times ``sum p |v|``, the last times |out|. No error takes the output out of the range of its
-  values: that bounds it where scores are too large to mean anything in float32.
-- **attend="int8-fp8"** is compared with float64 attention over its own 8-bit q, k and v. p is rounded to e4m3 at 2^6 or more
-  times its value relative to the largest (2^-4, or 2^-16 where e4m3 has no smaller numbers), in numerator and sum, and on
-  Hopper sums of p.v fall short by up to 0.4%. A code may be its neighbour where a rounding decides, see ``_Near``.
+  off by what lse's are. The kernels round p to 16 bits (u, or 2^-25 where float16 has no smaller numbers), the output
+  is rounded (u). Each counts times ``sum p |v|``, the last times |out|. No error takes the output out of the range of
+  its values: that bounds it where scores are too large to mean anything in float32.
+- **attend="int8-fp8"** is compared with float64 attention over its own 8-bit q, k and v. p is rounded to e4m3 at 2^6
+  or more times its value relative to the largest (2^-4, or 2^-16 where e4m3 has no smaller numbers), in numerator and
+  sum, and on Hopper sums of p.v fall short by up to 0.4%. A code may be its neighbour where a rounding decides
+  (``_LowBit``).
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ class Attention:
         index = np.arange(self.plan.num_k_blocks)
         return (index >= begins.min() // self.plan.block_k) & (index * self.plan.block_k < ends.max())
 
-    def expect(self, b: int, head: int, block: int, mask: np.ndarray | None, rows: np.ndarray | None = None) -> Expected:
+    def expect(
+        self, b: int, head: int, block: int, mask: np.ndarray | None, rows: np.ndarray | None = None
+    ) -> Expected:
         """Of the query block's rows, or of those among them that are given. mask: bool [num_q_blocks, num_k_blocks]."""
         bits = None if mask is None else mask[block]
         reached = self.reached(mask, block)
@@ -131,9 +134,10 @@ class Attention:
             total = np.where(some, total, 1)[:, None]
             if self.low:
                 rounded = E4M3_ROUNDOFF + E4M3_LEAST * count / total
-                off = E4M3_ROUNDOFF * (spread + np.abs(out)) + E4M3_LEAST * (
-                    np.abs(chosen).sum(axis=0) + cols.size * np.abs(out)
-                ) / total
+                off = (
+                    E4M3_ROUNDOFF * (spread + np.abs(out))
+                    + E4M3_LEAST * (np.abs(chosen).sum(axis=0) + cols.size * np.abs(out)) / total
+                )
                 moved = (moved + off + (SHORT_SUMS if self.on_gpu else 0) * spread) / np.maximum(1 - rounded, 0.1)
                 lse_bound = lse_bound - np.log1p(-np.minimum(rounded[:, 0], 0.9)) + (SHORT_SUMS if self.on_gpu else 0)
                 shift, off = self.low.shift(b, head, rows)
@@ -190,7 +194,7 @@ def seen_range(plan: Plan, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _LowBit:
-    """q, k and v as 8-bit attention has them, from the twin's codes, and how far codes next to a tie may move scores."""
+    """q, k and v in 8 bits, by the twin's codes, and how far codes next to a tie may move scores."""
 
     def __init__(self, q, k, v, plan: Plan):
         self.plan = plan
@@ -205,21 +209,33 @@ class _LowBit:
                 np.linalg.norm(np.nan_to_num(x[:, :, 0], posinf=0, neginf=0), axis=-1) for x in (mean, off)
             )
             smooth = k - mean
-            largest_q = np.abs(q[:, :, ::reference.LOW_BIT_Q_SAMPLE]).reshape(
-                plan.batch, plan.num_kv_heads, -1, plan.head_dim).max(axis=2)
+            largest_q = (
+                np.abs(q[:, :, :: reference.LOW_BIT_Q_SAMPLE])
+                .reshape(plan.batch, plan.num_kv_heads, -1, plan.head_dim)
+                .max(axis=2)
+            )
             largest_k = np.abs(smooth).max(axis=2)
             usable = (largest_q >= 2.0**-100) & (largest_k >= 2.0**-100) & np.isfinite(largest_q * largest_k)
             ratio = np.sqrt(np.where(usable, largest_q, 1) / np.where(usable, largest_k, 1))
             unit = 1 / self.codes.k_scale.astype(np.float64)[..., None]
             x = smooth * ratio[:, :, None] * unit
-            slack = ratio[:, :, None] * unit * off + 16 * U32 * np.abs(x) + 2 * np.abs(x) * np.max(
-                off / np.where(largest_k == 0, 1, largest_k)[:, :, None], axis=-1, keepdims=True)
+            slack = (
+                ratio[:, :, None] * unit * off
+                + 16 * U32 * np.abs(x)
+                + 2
+                * np.abs(x)
+                * np.max(off / np.where(largest_k == 0, 1, largest_k)[:, :, None], axis=-1, keepdims=True)
+            )
             near = np.abs(np.abs(x - np.floor(x)) - 0.5) <= slack
             self.near_k = np.nan_to_num(near.sum(axis=-1) * self.codes.k_scale).max(axis=-1, initial=0)  # [batch, kv]
             group = plan.group_size
             x = q / np.repeat(ratio, group, axis=1)[:, :, None] / self.codes.q_scale
-            slack = np.abs(x) * (32 * U32 + np.repeat(np.max(off[:, :, 0] / np.where(largest_k == 0, 1, largest_k),
-                                                              axis=-1), group, axis=1)[..., None, None])
+            slack = np.abs(x) * (
+                32 * U32
+                + np.repeat(np.max(off[:, :, 0] / np.where(largest_k == 0, 1, largest_k), axis=-1), group, axis=1)[
+                    ..., None, None
+                ]
+            )
             near = np.abs(np.abs(x - np.floor(x)) - 0.5) <= slack
             self.near_q = np.nan_to_num(near.sum(axis=-1) * self.codes.q_scale[..., 0])  # [batch, heads, rows]
             self.rows = q
@@ -257,9 +273,9 @@ def with_pools(own: Expected, attention: Attention, b: int, head: int, block: in
     e_i and d_i. With w_i the share of each, the output is then off by
     ``(sum w_i (exp(e_i) - 1) (|x_i| + |out|) + sum w_i exp(e_i) d_i) / (1 - sum w_i (exp(e_i) - 1))`` at most.
     Of a pool on a GPU: weights and the pooled key are rounded to 16 bits (u each, of the keys' spread and of the key),
-    which moves scores by softmax_scale |q - q'| times that, for the bias makes it good for q' itself; the sum of rounded
-    weights is off by u; the variance is a difference of float32 sums; the mean query may be rounded the other way (2u),
-    which moves the pooled key by softmax_scale times the covariance of the keys. Values as the weights do.
+    which moves scores by softmax_scale |q - q'| times that, for the bias makes it good for q' itself; the sum of
+    rounded weights is off by u; the variance is a difference of float32 sums; the mean query may be rounded the other
+    way (2u), which moves the pooled key by softmax_scale times the covariance of the keys. Values as the weights do.
     """
     from ..skipped_mass import MOST_VARIANCE, POOL_KEYS, mean_query
 
@@ -272,7 +288,8 @@ def with_pools(own: Expected, attention: Attention, b: int, head: int, block: in
         return own
     members = (skipped[:, None] * plan.block_k + np.arange(plan.block_k)).ravel()
     members = members[members < plan.seqlen_k]
-    keys, _, values, _ = attention._keys(b, kv)
+    keys, values = (x[b, :, kv].astype(np.float64) for x in (attention.k, attention.v))
+    values = np.where(np.isfinite(values), values, 0)
     queries = attention.q[b, rows, head].astype(np.float64)
     mean = mean_query(attention.q[b, of_block, head]).astype(np.float64)
     u = UNIT_ROUNDOFF[plan.dtype] if on_gpu else 0.0
@@ -296,12 +313,18 @@ def with_pools(own: Expected, attention: Attention, b: int, head: int, block: in
             step = scale * turned * farthest  # that a score of q' moves relative to its pool's
             key_off = u * (np.linalg.norm(pooled) + np.sqrt(spread)) + np.expm1(2 * step) * np.sqrt(spread)
             spread_off = 3 * u * spread + 260 * U32 * squares + np.expm1(2 * step) * spread
-            second_off = np.minimum(MOST_VARIANCE, scale**2 / 2 * (
-                np.square(distance) * spread_off + 2 * distance * turned * spread) / dim)
+            second_off = np.minimum(
+                MOST_VARIANCE, scale**2 / 2 * (np.square(distance) * spread_off + 2 * distance * turned * spread) / dim
+            )
             off.append(of_floats + u + scale * distance * key_off + step**2 + second_off)
             outs.append(np.broadcast_to(w @ value, own.out.shape))
-            weights_off = 3 * u + np.expm1(2 * step) + np.expm1(2 * U32 * (dim + 2) * scale * reach
-                                                                 * np.linalg.norm(mean)) + FEW + POOL_KEYS * U32
+            weights_off = (
+                3 * u
+                + np.expm1(2 * step)
+                + np.expm1(2 * U32 * (dim + 2) * scale * reach * np.linalg.norm(mean))
+                + FEW
+                + POOL_KEYS * U32
+            )
             outs_off.append(np.broadcast_to(2 * weights_off * (w @ np.abs(value)), own.out.shape))
         logits, off = np.stack(logits), np.stack(off)
         top = logits.max(axis=0)
@@ -314,11 +337,19 @@ def with_pools(own: Expected, attention: Attention, b: int, head: int, block: in
         error = (share * (grown * (np.abs(outs) + np.abs(out)) + (1 + grown) * outs_off)).sum(axis=0)
         u = UNIT_ROUNDOFF[plan.dtype]
         least = LEAST_OUTPUT[plan.dtype] + LEAST_P[plan.dtype] * np.abs(values[members]).sum(axis=0)
-        bound = error / np.maximum(1 - moved, 1e-3) + 2 * u * (np.abs(out) + (share * np.abs(outs))[1:].sum(axis=0)) + least
+        bound = (
+            error / np.maximum(1 - moved, 1e-3) + 2 * u * (np.abs(out) + (share * np.abs(outs))[1:].sum(axis=0)) + least
+        )
         most = max(np.abs(values[members]).max(initial=0), np.abs(np.nan_to_num(own.out)).max(initial=0))
         bound = np.where(moved < 0.5, np.fmin(bound, 2 * most + np.abs(out)), 2 * most + np.abs(out))
         lse_bound = -np.log1p(-np.minimum(moved[:, 0], 1 - 1e-9)) + FEW * (1 + np.abs(lse))
         lse_bound = np.where(moved[:, 0] < 0.5, lse_bound, off.max(axis=0) + FEW * (1 + np.abs(lse)))
     lost = np.isnan(out).any(axis=1) | np.isnan(lse)
-    return Expected(out, bound, lse, _of_the_rest(lse_bound, lost),
-                    own.must_be_bad | lost[:, None], own.may_be_bad | lost[:, None])
+    return Expected(
+        out,
+        bound,
+        lse,
+        _of_the_rest(lse_bound, lost),
+        own.must_be_bad | lost[:, None],
+        own.may_be_bad | lost[:, None],
+    )

@@ -94,15 +94,25 @@ class Report:
                 for group, values in self.by_group.items()
             },
             "checks": [
-                {"stage": stage, "compared": compared, "cases": self.checks[stage, compared],
-                 "worst_share_of_bound": _number(share), "error": _number(check.error), "bound": _number(check.bound),
-                 "case": index}
+                {
+                    "stage": stage,
+                    "compared": compared,
+                    "cases": self.checks[stage, compared],
+                    "worst_share_of_bound": _number(share),
+                    "error": _number(check.error),
+                    "bound": _number(check.bound),
+                    "case": index,
+                }
                 for (stage, compared), (share, check, index) in sorted(self.worst.items())
             ],
             "failed_cases": [
-                {"case": result.index, "file": result.file, "drawn": result.case.describe(),
-                 "shrunk": None if result.shrunk is None else result.shrunk.describe(),
-                 "checks": [{key: _number(x) for key, x in asdict(check).items()} for check in result.failed]}
+                {
+                    "case": result.index,
+                    "file": result.file,
+                    "drawn": result.case.describe(),
+                    "shrunk": None if result.shrunk is None else result.shrunk.describe(),
+                    "checks": [{key: _number(x) for key, x in asdict(check).items()} for check in result.failed],
+                }
                 for result in self.failures
             ],
         }
@@ -113,8 +123,11 @@ def _number(x: Any) -> Any:
 
 
 def groups_of(case: Case) -> dict[str, str]:
-    scores = [name for name, on in (("softcap", case.softcap), ("window", case.window_size), ("sinks", case.sink_logits))
-              if on]
+    scores = [
+        name
+        for name, on in (("softcap", case.softcap), ("window", case.window_size), ("sinks", case.sink_logits))
+        if on
+    ]
     data = "not finite" if case.spots else "other scales" if case.scales != (1.0, 1.0, 1.0) else case.distribution
     own = dict(scores=" ".join(scores) or "plain", data=data)
     return {name: own[name] if name in own else str(getattr(case, name)) for name in GROUPS}
@@ -162,7 +175,7 @@ def write_failure(
 
 # --- memory --------------------------------------------------------------------------------------------------------
 def live_bytes() -> int:
-    """Bytes of CuPy's pool that are in use in this process when salekit has given back its workspaces: 0, if nothing leaks."""
+    """Bytes of CuPy's pool that this process uses when salekit has given back its workspaces: 0, if nothing leaks."""
     from .. import workspaces
     from ..arrays import import_cupy
 
@@ -172,7 +185,7 @@ def live_bytes() -> int:
 
 
 def memory_passes(seed: int) -> list[int]:
-    """Bytes of the GPU that are in use after each of three passes over the same cases, more of them than plans are kept.
+    """Bytes of the GPU in use after each of three passes over the same cases, more of them than plans are kept.
 
     The first loads kernels. Nothing else may use the GPU meanwhile.
     """
@@ -194,8 +207,14 @@ def memory_passes(seed: int) -> list[int]:
 
 # --- many cases ----------------------------------------------------------------------------------------------------
 def run_many(
-    seed: int, *, on_gpu: bool, cases: int | None = None, minutes: float | None = None, workers: int = 1,
-    folder: str | None = None, progress: Callable[[Report], None] | None = None,
+    seed: int,
+    *,
+    on_gpu: bool,
+    cases: int | None = None,
+    minutes: float | None = None,
+    workers: int = 1,
+    folder: str | None = None,
+    progress: Callable[[Report], None] | None = None,
 ) -> Report:
     """Cases 0, 1, ... of the seed, as many as ``cases`` says, or a soak for ``minutes`` with long ones among them.
 

@@ -82,9 +82,30 @@ def _steps(case: Case) -> Iterator[dict]:
     if case.kind in ("chunked", "dense"):
         yield dict(kind="call", cuts=(), statistics=False)
     defaults = Case(seed=0)
-    for name in ("strides", "layout", "out", "on_device", "dtype", "head_dim", "statistics", "skipped", "attend", "softcap",
-                 "window_size", "sink_logits", "softmax_scale", "query_stride", "full_rows", "sink", "local",
-                 "dense_below", "block", "estimator", "causal", "page_size"):
+    for name in (
+        "strides",
+        "layout",
+        "out",
+        "on_device",
+        "dtype",
+        "head_dim",
+        "statistics",
+        "skipped",
+        "attend",
+        "softcap",
+        "window_size",
+        "sink_logits",
+        "softmax_scale",
+        "query_stride",
+        "full_rows",
+        "sink",
+        "local",
+        "dense_below",
+        "block",
+        "estimator",
+        "causal",
+        "page_size",
+    ):
         if getattr(case, name) != getattr(defaults, name):
             yield {name: getattr(defaults, name)}
     if len(case.thresholds) > 1:
