@@ -283,7 +283,8 @@ mutate("attend_sm90", "slot-of-mask", "wrong bound", "a tile is masked when its 
 mutate("attend_sm90", "no-wait-for-q", "dropped wait", "scores are taken before a work item's queries are there",
        "      mbarrier_wait(&ring.q_full, q_phase);\n", "", ATTEND.format("sm90 and (more_work or batch_and_groups)"))
 mutate("attend_sm90", "unscaled-lse", "lost scale", "lse has the maximum of raw scores",
-       "fmaf(top, FEATURES & SINKS ? 1.f : value_scale, logf(sum));", "top + logf(sum);",
+       "fmaf(top, FEATURES & SINKS ? 1.f : value_scale, sum == 0.f ? 0.f : logf(sum));",
+       "top + (sum == 0.f ? 0.f : logf(sum));",
        ATTEND.format("sm90 and random_masks"))
 mutate("attend_sm90", "window-row", "wrong row", "whether a tile needs the window is asked of the first row",
        "visible_begin<WINDOWED>(first_row + ATTEND_BLOCK_Q - 1))", "visible_begin<WINDOWED>(first_row))",
