@@ -23,7 +23,7 @@ from pathlib import Path
 from . import forks, guards, memory, programs
 from .errors import ArgumentError, CacheError, CacheWarning, CompileError, GpuError
 from .plans import arch_of
-from .private_files import make_private, read_private, why_not_private
+from .private_files import make_new, make_private, read_private, why_not_private
 
 CACHE_VERSION = 1
 FLAGS = ("-std=c++17", "--ptxas-options=-v")
@@ -278,7 +278,7 @@ def _process_dir() -> Path:
     """A folder of this process alone, removed when it ends."""
     with _locks_guard:
         if not _process_dirs:
-            folder, owner = Path(tempfile.mkdtemp(prefix="salekit-")), os.getpid()
+            folder, owner = make_new("salekit-"), os.getpid()
             atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
             _process_dirs.append(folder)
         return _process_dirs[0]
@@ -343,9 +343,6 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def _store_entry(folder: Path, key: str, cubin: bytes, lowered: str, info: KernelInfo) -> Compiled:
-    make_private(folder)
-    if problem := why_not_private(folder):  # it may have come into being since it was looked at
-        raise PermissionError(problem)
     sha = hashlib.sha256(cubin).hexdigest()
     path = folder / f"{key[:16]}-{sha}.cubin"
     write_file(path, cubin)
@@ -361,6 +358,9 @@ def _store(key: str, cubin: bytes, lowered: str, info: KernelInfo) -> Compiled:
     folder = private_cache_dir()
     if folder is not None:
         try:
+            make_private(folder)
+            if problem := why_not_private(folder):  # it may have come into being since it was looked at
+                raise PermissionError(problem)
             return _store_entry(folder, key, cubin, lowered, info)
         except OSError as error:  # read-only or full
             _warn(

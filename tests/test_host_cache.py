@@ -549,6 +549,19 @@ def test_the_temporary_folder_has_to_be_private_too(cache, monkeypatch, tmp_path
         jit.compile_kernel(SPEC, ARCH)
 
 
+def test_where_root_is_not_known(cache, monkeypatch):
+    """In a user namespace / and /tmp are nobody's: no cache can be trusted, the process's own folder can."""
+    real, looked = private_files._problem, []
+
+    def problem(folder, is_last):
+        looked.append(folder)
+        return real(folder, is_last) if folder != Path("/") else f"{folder} belongs to another user (uid 65534)"
+
+    monkeypatch.setattr(private_files, "_problem", problem)
+    message = refused(cache, monkeypatch, "/ belongs to another user .uid 65534")
+    assert Path("/") in looked and str(cache) in message
+
+
 @pytest.mark.parametrize("state", ["shared", "full"])
 def test_the_command_line_says_it_in_one_line(tmp_path, state):
     """And goes on: the warning on stderr, the result on stdout."""
