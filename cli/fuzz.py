@@ -226,8 +226,11 @@ def print_tables(report: dict[str, Any]) -> None:
             render.text(
                 f"  {check['stage']}: {check['compared']}: error {_show(check['error'])}, bound {_show(check['bound'])}"
             )
-        render.text(f"  shrunk: {failed['shrunk']}")
-        render.text(f"  salekit validate --input {failed['file']}")
+        if failed["file"]:
+            render.text(f"  shrunk: {failed['shrunk']}")
+            render.text(f"  salekit validate --input {failed['file']}")
+        else:
+            render.text("  not written, for this check failed in enough others")
     render.note("all cases ok" if report["passed"] else "a case FAILED" if report["failures"] else "memory FAILED")
 
 

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import ml_dtypes
 import numpy as np
@@ -16,10 +17,10 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from salekit.cli.main import cli
 
 from salekit import reference
 from salekit.block_mask import BlockMask
-from salekit.cli.main import cli
 from salekit.errors import FileFormatError
 from salekit.fuzz import calls, cases, checking, oracle, running, shrinking
 from salekit.fuzz.cases import Case, Spot
@@ -395,6 +396,11 @@ def lose_a_key(monkeypatch):
     monkeypatch.setattr(reference, "attend", attend)
 
 
+@pytest.fixture(autouse=True)
+def nothing_written(monkeypatch):
+    monkeypatch.setattr(running, "_written", Counter())
+
+
 @pytest.fixture
 def failing(tmp_path, monkeypatch):
     """A file of a case that failed because of a planted mistake, and the result."""
@@ -520,6 +526,10 @@ def test_the_command(tmp_path, monkeypatch):
     for case in report["failed_cases"]:
         assert cases.load(case["file"])[0].kind and case["checks"] and case["shrunk"]
     assert sum(counts["cases"] for counts in report["groups"]["kind"].values()) == 6
+    monkeypatch.setattr(running, "MOST_WRITTEN", 0)
+    arguments = ["fuzz", "--cases", "5", "--seed", "11", "--backend", "numpy", "-o", str(tmp_path / "none")]
+    more = runner.invoke(cli, arguments)
+    assert more.exit_code == 5 and "not written" in more.output and not (tmp_path / "none").exists()
     assert runner.invoke(cli, ["fuzz", "--cases", "3", "--minutes", "1"]).exit_code == 2
 
 

@@ -21,6 +21,7 @@ from .shrinking import shrink
 
 LONG_EVERY = 40  # of a soak's cases one is long
 SHRINK_SECONDS = 20.0
+MOST_WRITTEN = 3  # failures of one check that a process shrinks and writes: a systematic one fails in a thousand cases
 PASS_CASES = 120  # of memory_passes; attention_plan.MAX_PLANS and some
 PASS_PAIRS = 2_000_000
 MEASURED_EVERY = 16  # cases of a soak after which a process looks at its memory
@@ -30,7 +31,7 @@ GROUPS = ("kind", "estimator", "attend", "skipped", "dtype", "head_dim", "layout
 
 @dataclass(frozen=True)
 class Result:
-    """Of one case. file: where it was written when it failed; shrunk: as it was written."""
+    """Of one case. file: where it was written when it failed, unless MOST_WRITTEN were; shrunk: as it was written."""
 
     index: int
     case: Case
@@ -155,11 +156,17 @@ def name_of(check: Check) -> tuple[str, str]:
     return check.stage, CALLED if check.compared.startswith(CALLED) else check.compared
 
 
+_written: Counter = Counter()  # by check, in this process
+
+
 def write_failure(
     seed: int, index: int, case: Case, failed: list[Check], on_gpu: bool, folder: str | None
-) -> tuple[str | None, Case]:
-    """(the file, or None without a folder; the case in it)."""
+) -> tuple[str | None, Case | None]:
+    """(the file, or None without a folder; the case in it). Neither when this check has failed often enough."""
     name = name_of(failed[0])
+    _written[name] += 1
+    if _written[name] > MOST_WRITTEN:
+        return None, None
 
     def fails(smaller: Case) -> bool:
         return name in map(name_of, check_case(smaller, on_gpu).failed)
