@@ -10,7 +10,8 @@ their mass (Jensen's inequality), so the estimate exceeds it by a factor of exp(
 costs is measured in docs/skipped-mass.md.
 
 A call with ``skipped="pool"`` has one pool for what is skipped of POOL_KEYS neighbours. q' is the mean of the block's
-rows without a NaN or an infinity, rounded to q's type; elements of k and v that are not finite count as 0.
+rows without a NaN or an infinity, rounded to q's type; elements of k and v that are not finite count as 0, and rows of
+q that are not finite have no pools.
 """
 
 from __future__ import annotations
@@ -127,12 +128,13 @@ def attend_with_pools(
                 pools = pool(mean, keys, values, blocks, mask.block_k, blocks_each)
                 s = pools.scores(scale * q[b, rows, head].astype(np.float32), mean)
                 own = lse[b, head, rows][:, None]
+                finite = np.isfinite(q[b, rows, head]).all(axis=1)
                 top = np.fmax(s.max(axis=1, keepdims=True), own)
                 p, keep = np.exp(s - top), np.exp(own - top)
                 total = p.sum(axis=1, keepdims=True) + keep
                 merged = (p @ pools.value + keep * out[b, rows, head].astype(np.float32)) / total
-                out[b, rows, head] = merged.astype(q.dtype)
-                lse[b, head, rows] = (top + np.log(total))[:, 0]
+                out[b, rows[finite], head] = merged[finite].astype(q.dtype)
+                lse[b, head, rows[finite]] = (top + np.log(total))[finite, 0]
     return out, lse
 
 

@@ -1,7 +1,7 @@
 // Adds the pools of skipped keys to an attention's output: out and lse over the selected keys become those over selected
 // keys and pools (docs/skipped-mass.md).
 //
-// A pool joins a row's softmax like a key, its score raised by bias + min(MOST_SECOND_ORDER, |q - q'|^2 * spread), q' the
+// A row of q that is not finite keeps its output. A pool joins any other row's softmax like a key, its score raised by bias + min(MOST_SECOND_ORDER, |q - q'|^2 * spread), q' the
 // mean query of the row's block. q, out [batch, seqlen_q, num_heads, HEAD_DIM] views; lse float32 [batch, num_heads,
 // seqlen_q], natural log; mean, pools and terms as pool_skipped leaves them.
 // Grid: the mean queries of the launch's strips, the last ones first; a CTA of BLOCK_Q threads has the rows of one block,
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(BLOCK_Q, 256 / BLOCK_Q)
       const float base = top == -INFINITY ? 0.f : top;
       const float ours = ex2(before - base), theirs = ex2(pools - base);
       const float inverse = 1.f / (ours + theirs);  // of NaN if the row is
-      const bool unchanged = pools == -INFINITY;
+      const bool unchanged = pools == -INFINITY || !isfinite(smem.rows_smem[row]);
       const float add = unchanged ? 0.f : theirs * inverse / sum;
       __syncwarp();
       if (lane % 4 == 0) {

@@ -355,6 +355,7 @@ def _draw_shape(case: Case, rng, chance, choose, long: bool) -> dict[str, Any]:
         cuts = (rows // 2 // 128 * 128,) if case.kind == "chunked" else ()
         return dict(
             lengths=lengths,
+            causal=case.causal or bool(cuts),
             batch=1,
             num_kv_heads=1,
             num_heads=min(group, 3),

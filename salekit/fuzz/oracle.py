@@ -344,6 +344,11 @@ def with_pools(own: Expected, attention: Attention, b: int, head: int, block: in
         bound = np.where(moved < 0.5, np.fmin(bound, 2 * most + np.abs(out)), 2 * most + np.abs(out))
         lse_bound = -np.log1p(-np.minimum(moved[:, 0], 1 - 1e-9)) + FEW * (1 + np.abs(lse))
         lse_bound = np.where(moved[:, 0] < 0.5, lse_bound, off.max(axis=0) + FEW * (1 + np.abs(lse)))
+    finite = np.isfinite(queries).all(axis=1)
+    out, bound, lse, lse_bound = (
+        np.where(finite.reshape(-1, *[1] * (x.ndim - 1)), x, before)
+        for x, before in ((out, own.out), (bound, own.out_bound), (lse, own.lse), (lse_bound, own.lse_bound))
+    )
     lost = np.isnan(out).any(axis=1) | np.isnan(lse)
     return Expected(
         out,
