@@ -17,6 +17,10 @@ FOUND = {
     "pool beside a NaN key": Case(
         seed=78264230432903, lengths=((2, 3),), skipped="pool", spots=(Spot("k", "nan", 211147, 447560, 156214, 347205),)
     ),
+    # An infinite row of q times the key 0 of a pool that nothing is in.
+    "infinite query and an empty pool": Case(
+        seed=90962189398769, lengths=ONE, skipped="pool", spots=(Spot("q", "inf", 117043, 290907, 259005, 6127),)
+    ),
     # A call without query rows looked at sink logits that are on the GPU.
     "no rows, sinks on the GPU": Case(seed=236153473019032, lengths=((0, 1),), on_device=True, sink_logits=(3.5,)),
     "nothing, sinks on the GPU": Case(seed=213288004942196, lengths=((0, 0),), on_device=True, sink_logits=(-0.03,)),
