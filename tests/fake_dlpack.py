@@ -30,7 +30,7 @@ class _Versioned(ctypes.Structure):
     ]
 
 
-_new = ctypes.pythonapi.PyCapsule_New
+_new = ctypes.PyDLL(None).PyCapsule_New  # pythonapi is one for all, and so are its argtypes
 _new.restype, _new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 

@@ -65,13 +65,14 @@ struct RowStatistics {
       float best = top[r];
 #pragma unroll
       for (int n = 0; n < 4; ++n) best = fmaxf(best, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
-      const float base = best == -INFINITY ? 0.f : best * scale_log2;
+      // Rounded up: no score exceeds 1 then, and where no maximum moves a sum is times exactly 1.
+      const float base = best == -INFINITY ? 0.f : __fmul_ru(best, scale_log2);
       float parts[2] = {0, 0};
 #pragma unroll
       for (int n = 0; n < 4; ++n)
 #pragma unroll
         for (int c = 0; c < 2; ++c) parts[c] += ex2(fmaf(s[n][2 * r + c], scale_log2, -base));
-      sum[r] = fmaf(sum[r], ex2(fmaf(top[r], scale_log2, -base)), parts[0] + parts[1]);
+      sum[r] = fmaf(sum[r], ex2(__fmul_ru(top[r], scale_log2) - base), parts[0] + parts[1]);
       top[r] = best;
     }
   }
@@ -246,8 +247,8 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 2)
           shift[r] += __shfl_xor_sync(~0u, shift[r], step);
           best = fmaxf(best, __shfl_xor_sync(~0u, best, step));
         }
-        const float base = best == -INFINITY ? 0.f : best * scale_log2;
-        float total = statistics[h].sum[r] * ex2(fmaf(statistics[h].top[r], scale_log2, -base));
+        const float base = best == -INFINITY ? 0.f : __fmul_ru(best, scale_log2);
+        float total = statistics[h].sum[r] * ex2(__fmul_ru(statistics[h].top[r], scale_log2) - base);
 #pragma unroll
         for (int step = 1; step < 4; step *= 2) total += __shfl_xor_sync(~0u, total, step);
         const int out_row = row + 8 * r * stride;

@@ -115,8 +115,9 @@ struct RowStatistics {
       float best = top[r];
 #pragma unroll
       for (int i = FIRST; i < 8; ++i) best = fmaxf(best, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
-      const float base = best == -INFINITY ? 0.f : best * scale_log2;
-      float even = sum[r] * ex2(fmaf(top[r], scale_log2, -base)), odd = 0;
+      // Rounded up: no score exceeds 1 then, and where no maximum moves a sum is times exactly 1.
+      const float base = best == -INFINITY ? 0.f : __fmul_ru(best, scale_log2);
+      float even = sum[r] * ex2(__fmul_ru(top[r], scale_log2) - base), odd = 0;
 #pragma unroll
       for (int i = FIRST; i < 8; ++i) {
         even += ex2(fmaf(s[4 * i + 2 * r], scale_log2, -base));
@@ -330,8 +331,8 @@ __global__ void __launch_bounds__(ANCHOR_THREADS, 1)
         shift[r] += __shfl_xor_sync(~0u, shift[r], step);
         best = fmaxf(best, __shfl_xor_sync(~0u, best, step));
       }
-      const float base = best == -INFINITY ? 0.f : best * scale_log2;
-      float total = statistics.sum[r] * ex2(fmaf(statistics.top[r], scale_log2, -base));
+      const float base = best == -INFINITY ? 0.f : __fmul_ru(best, scale_log2);
+      float total = statistics.sum[r] * ex2(__fmul_ru(statistics.top[r], scale_log2) - base);
 #pragma unroll
       for (int step = 1; step < 4; step *= 2) total += __shfl_xor_sync(~0u, total, step);
       const int in_product = warp % 4 * 16 + lane / 4 + 8 * r, head_offset = in_product >> rows_log2;

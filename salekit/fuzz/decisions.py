@@ -11,7 +11,7 @@ in doubt. What may differ from float64, e = 2^-24:
 - pruning (int8-sp24): the second and third largest weights of four may change places where they are as near as the root
   mean squares are uncertain.
 - correction (int4): rint of a quotient that is off by its float32 sum; taken at both ends.
-- limit: where m is beyond 2^30, anything on a GPU; elsewhere m + ln(l) moves by the error of the anchors' scores (see ``oracle``) and by 16e of its size; float32 quotients
+- limit: where m is beyond 2^29, anything on a GPU; elsewhere m + ln(l) moves by the error of the anchors' scores (see ``oracle``) and by 16e of its size; float32 quotients
   y / (softmax_scale sq sk) by 8e of y. Softcap: the uncapped limit at both ends.
 """
 
@@ -29,7 +29,7 @@ from .oracle import CAP_ERROR, finite_norms, seen_range
 TINY = 2.0**-100  # a group whose largest is below this is a zero group
 LEAST_UNIT = 2.0**-120  # a smaller step between scores is not held by float32 with all its bits
 CLAMP = 2.0**29  # half of what integer scores and limits are clamped to
-LARGEST_SCORE = 2.0**30  # from about here on the kernels' exp(s - m) may overflow by the rounding of m log2(e)
+LARGEST_SCORE = 2.0**29  # from about here on the kernels' exp(s - m) may overflow by the rounding of m log2(e)
 
 
 class Codes(NamedTuple):
