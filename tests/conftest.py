@@ -1,4 +1,5 @@
-"""Marker ``gpu``: skipped without a usable GPU; ``alone``: skipped in a worker of pytest-xdist, for it times the GPU.
+"""Marker ``gpu``: skipped without a usable GPU; ``alone``: skipped in a worker of pytest-xdist, for it times
+or fills the GPU.
 
 A clean run of all ``gpu`` tests leaves bench/results/gpu-suite.json.
 """
@@ -36,7 +37,7 @@ def gpu_problem() -> str | None:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU that salekit supports")
-    config.addinivalue_line("markers", "alone: times the GPU, so nothing else may use it")
+    config.addinivalue_line("markers", "alone: times or fills the GPU, so nothing else may use it")
     config.stash[_COUNTS] = {"passed": 0, "failed": 0, "skipped": 0}
     config.stash[_START] = time.time()
 
@@ -53,7 +54,7 @@ def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):
         for item in items:
             if item.get_closest_marker("alone"):
-                item.add_marker(pytest.mark.skip(reason="times the GPU: run it without workers"))
+                item.add_marker(pytest.mark.skip(reason="wants the GPU alone: run it without workers"))
 
 
 class _Counter:

@@ -168,6 +168,7 @@ def test_gpu_workload_densities_follow_the_targets():
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_timing_sees_the_work():
     import cupy
 

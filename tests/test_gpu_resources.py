@@ -23,7 +23,7 @@ from salekit import workspaces
 from salekit.errors import OutOfMemoryError
 from salekit.workloads import llm_like_qkv
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 cp = pytest.importorskip("cupy")
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
