@@ -56,7 +56,8 @@ mutate("anchor_statistics_sm90", "sink-twice", "key counted twice", "sink keys i
        "masked = key < sequence.sink_end || key + SLOT_KEYS > least_limit;", "masked = key + SLOT_KEYS > least_limit;",
        ANCHORS)
 mutate("anchor_statistics_sm90", "no-rescale", "rescale forgotten", "the sum so far stays relative to the old maximum",
-       "float even = sum[r] * ex2(fmaf(top[r], scale_log2, -base)), odd = 0;", "float even = sum[r], odd = 0;", ANCHORS)
+       "float even = sum[r] * ex2(__fmul_ru(top[r], scale_log2) - base), odd = 0;", "float even = sum[r], odd = 0;",
+       ANCHORS)
 mutate("anchor_statistics_sm90", "row-stride", "wrong stride", "tested rows are taken for neighbours",
        "((1 << rows_log2) - 1)) * stride;", "((1 << rows_log2) - 1));", ANCHORS)
 mutate("anchor_statistics_sm90", "top-left", "wrong causal offset", "local slots begin as if the first row were key 0",

@@ -15,6 +15,7 @@ from ..arrays import BFLOAT16, LAYOUTS
 from ..errors import FileFormatError
 from ..plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, LOW_BIT_HEAD_DIMS, POOLED_HEAD_DIMS, QUERY_STRIDES, SKIPPED
 from ..sequences import PAGE_SIZES
+from ..untrusted_files import Npz
 
 SCHEMA = 1
 META = "salekit-fuzz-case"  # what a file's metadata say that it is
@@ -525,20 +526,14 @@ def is_case_file(path: str | Path) -> bool:
 
 
 def _meta(path: str | Path) -> dict:
-    with np.load(path, allow_pickle=False) as file:
-        return json.loads(str(file["__meta__"][()]))
+    with Npz(path) as file:
+        return file.metadata()
 
 
 def load(path: str | Path) -> tuple[Case, dict[str, list[np.ndarray]], str]:
     """(case, arrays, check) as :func:`save` was given them. FileFormatError, with the path, for anything else."""
-    try:
-        meta = _meta(path)
-        with np.load(path, allow_pickle=False) as file:
-            entries = {name: file[name] for name in file.files if name != "__meta__"}
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # NumPy's parsers of damaged files raise a dozen unrelated types
-        raise FileFormatError(f"{path}: is not a whole npz file: {error}") from error
+    with Npz(path) as file:
+        meta, entries = file.metadata(), file.arrays(file.names)
     if not isinstance(meta, dict) or meta.get("kind") != META:
         raise FileFormatError(f"{path}: is not a fuzz case")
     case = Case.from_json(meta.get("case"), str(path))
