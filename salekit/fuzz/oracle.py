@@ -336,7 +336,7 @@ def with_pools(own: Expected, attention: Attention, b: int, head: int, block: in
         moved = (share * grown).sum(axis=0)
         error = (share * (grown * (np.abs(outs) + np.abs(out)) + (1 + grown) * outs_off)).sum(axis=0)
         u = UNIT_ROUNDOFF[plan.dtype]
-        least = LEAST_OUTPUT[plan.dtype] + LEAST_P[plan.dtype] * np.abs(values[members]).sum(axis=0)
+        least = 3 * LEAST_OUTPUT[plan.dtype] + LEAST_P[plan.dtype] * np.abs(values[members]).sum(axis=0)
         bound = (
             error / np.maximum(1 - moved, 1e-3) + 2 * u * (np.abs(out) + (share * np.abs(outs))[1:].sum(axis=0)) + least
         )

@@ -176,7 +176,7 @@ def write_failure(
         return None, smaller
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = Path(folder) / f"fuzz-{seed}-{index}.npz"
-    save(file, smaller, make_arrays(smaller), ": ".join(name))
+    save(file, smaller, make_arrays(smaller), f"{failed[0].stage}: {failed[0].compared}")
     return str(file), smaller
 
 
