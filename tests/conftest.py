@@ -7,11 +7,15 @@ A clean run of all ``gpu`` tests leaves bench/results/gpu-suite.json.
 from __future__ import annotations
 
 import json
+import os
 import time
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
+
+# Before anything imports NumPy: the twin's products are small, and threads that wait for more take the cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "bench" / "results" / "gpu-suite.json"
