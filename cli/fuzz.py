@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -155,28 +154,14 @@ def replay(file: str, cuda: bool) -> dict[str, Any]:
         "command": timing.command_line(),
         "gpu": timing.gpu_info() if cuda else None,
         "seconds": round(time.perf_counter() - started, 2),
-        "checks": [{key: _finite(x) for key, x in asdict(check).items()} for check in outcome.checks],
+        "checks": [check.to_json() for check in outcome.checks],
         "heads": [],
     }
 
 
 def print_replay(report: dict[str, Any]) -> None:
     where = report["gpu"]["name"] if report["gpu"] else "NumPy twin, no GPU in use"
-    rows = [
-        [
-            check["stage"],
-            check["compared"],
-            _show(check["error"]),
-            _show(check["bound"]),
-            "ok" if check["passed"] else "FAILED",
-        ]
-        for check in report["checks"]
-    ]
-    render.table(
-        f"salekit validate: {where}; {report['input']}, a fuzz case",
-        ["stage", "what is compared", "error", "bound", "verdict"],
-        rows,
-    )
+    render.verdicts(f"salekit validate: {where}; {report['input']}, a fuzz case", report["checks"])
     render.note("all verdicts ok" if report["passed"] else "a verdict FAILED")
 
 
@@ -199,9 +184,9 @@ def print_tables(report: dict[str, Any]) -> None:
             check["stage"],
             check["compared"],
             str(check["cases"]),
-            _show(check["worst_share_of_bound"]),
-            _show(check["error"]),
-            _show(check["bound"]),
+            render.number(check["worst_share_of_bound"]),
+            render.number(check["error"]),
+            render.number(check["bound"]),
             str(check["case"]),
         ]
         for check in report["checks"]
@@ -223,22 +208,11 @@ def print_tables(report: dict[str, Any]) -> None:
     for failed in report["failed_cases"]:
         render.text(f"case {failed['case']} FAILED: {failed['drawn']}")
         for check in failed["checks"]:
-            render.text(
-                f"  {check['stage']}: {check['compared']}: error {_show(check['error'])}, bound {_show(check['bound'])}"
-            )
+            error, bound = (render.number(check[name]) for name in ("error", "bound"))
+            render.text(f"  {check['stage']}: {check['compared']}: error {error}, bound {bound}")
         if failed["file"]:
             render.text(f"  shrunk: {failed['shrunk']}")
             render.text(f"  salekit validate --input {failed['file']}")
         else:
             render.text("  not written, for this check failed in enough others")
     render.note("all cases ok" if report["passed"] else "a case FAILED" if report["failures"] else "memory FAILED")
-
-
-def _finite(x: Any) -> Any:
-    return None if isinstance(x, float) and not abs(x) < float("inf") else x
-
-
-def _show(x: float | None) -> str:
-    if x is None:
-        return "not finite"
-    return "0" if x == 0 else f"{x:.3g}"

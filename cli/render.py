@@ -113,3 +113,24 @@ def picture(colours: np.ndarray) -> None:
 def terminal_width() -> int:
     """Columns to draw in."""
     return _console().width
+
+
+def verdicts(title: str, checks: list[dict[str, Any]]) -> None:
+    """A table of checks as ``Check.to_json`` gives them."""
+    rows = [
+        [
+            check["stage"],
+            check["compared"],
+            number(check["error"]),
+            number(check["bound"]),
+            "ok" if check["passed"] else "FAILED",
+        ]
+        for check in checks
+    ]
+    table(title, ["stage", "what is compared", "error", "bound", "verdict"], rows)
+
+
+def number(x: float | None) -> str:
+    if x is None:
+        return "not finite"
+    return "0" if x == 0 else f"{x:.3g}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -143,14 +142,9 @@ def run_validate(
         },
         "float64_rows_per_head": len(sample_rows(plan)),
         "seconds": round(time.perf_counter() - started, 2),
-        "checks": [_finite(asdict(check)) for check in checks],
+        "checks": [check.to_json() for check in checks],
         "heads": heads,
     }
-
-
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN or infinity."""
-    return {name: None if isinstance(x, float) and not np.isfinite(x) else x for name, x in record.items()}
 
 
 def choose_cuda(backend: str) -> bool:
@@ -618,22 +612,12 @@ def _print_tables(report: dict[str, Any]) -> None:
         return print_replay(report)
     plan = report["plan"]
     where = report["gpu"]["name"] if report["gpu"] else "NumPy twin, no GPU in use"
-    rows = [
-        [
-            check["stage"],
-            check["compared"],
-            _show(check["error"]),
-            _show(check["bound"]),
-            "ok" if check["passed"] else "FAILED",
-        ]
-        for check in report["checks"]
-    ]
     title = (
         f"salekit validate: {where}; {report['input']}, {plan['seqlen_k']} tokens, {plan['estimator']}, "
         f"tau {report['tau']}, blocks {plan['block_q']}x{plan['block_k']}"
         + (", skipped blocks pooled" if report["skipped"] == "pool" else "")
     )
-    render.table(title, ["stage", "what is compared", "error", "bound", "verdict"], rows)
+    render.verdicts(title, report["checks"])
     extra = {"pooled_output_error": "with pools", "low_bit_error": "low-bit error"}
     extra = {name: title for name, title in extra.items() if report["heads"] and report["heads"][0][name] is not None}
     rows = [
@@ -654,9 +638,3 @@ def _print_tables(report: dict[str, Any]) -> None:
         rows,
     )
     render.note("all verdicts ok" if report["passed"] else "a verdict FAILED")
-
-
-def _show(x: float | None) -> str:
-    if x is None:
-        return "not finite"
-    return "0" if x == 0 else f"{x:.3g}"

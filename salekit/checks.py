@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,14 @@ class Check:
     error: float
     bound: float
     passed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: json_number(x) for name, x in asdict(self).items()}
+
+
+def json_number(x: Any) -> Any:
+    """JSON has no NaN or infinity: None."""
+    return None if isinstance(x, float) and not abs(x) < float("inf") else x
 
 
 def within(stage: str, compared: str, got: Any, want: Any, bound: Any) -> Check:

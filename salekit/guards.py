@@ -26,9 +26,13 @@ _guarded: "weakref.WeakSet[_Guarded]" = weakref.WeakSet()
 _lock = threading.Lock()
 
 
+def _is_asked_for() -> bool:
+    return os.environ.get("SALEKIT_GUARD", "") not in ("", "0")
+
+
 def is_on() -> bool:
     """Whether what is recorded and allocated from now on has bands."""
-    return bool(_switched_on) or os.environ.get("SALEKIT_GUARD", "") not in ("", "0")
+    return bool(_switched_on) or _is_asked_for()
 
 
 @contextmanager
@@ -48,7 +52,7 @@ def switched_on() -> Iterator[None]:
 @lru_cache(maxsize=1)
 def install() -> None:
     """Make CuPy's allocator of this process one with bands, if that is asked for by ``SALEKIT_GUARD``."""
-    if os.environ.get("SALEKIT_GUARD", "") not in ("", "0"):
+    if _is_asked_for():
         import cupy
 
         cupy.cuda.set_allocator(allocate)

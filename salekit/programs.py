@@ -357,9 +357,8 @@ class Program:
         for port, array in enumerate(ports, start=WORKSPACE + 1):
             recorder.symbols[(array.data.ptr - _FIRST_SYMBOL) >> _SYMBOL_SHIFT].port = port
         in_workspace = [x for x in recorder.symbols if x.port == WORKSPACE and x.first >= 0]
-        self._bands = guards.is_on()
-        self._guarded = in_workspace if self._bands else []
-        self.workspace_bytes = _layout_with_bands(in_workspace) if self._bands else _layout(in_workspace)
+        self._guarded = in_workspace if guards.is_on() else None
+        self.workspace_bytes = _layout(in_workspace) if self._guarded is None else _layout_with_bands(in_workspace)
         # for each port: (word of the image, what to add to the port's address, operation, deferred argument or None)
         self._places: list[list[tuple]] = [[] for _ in range(WORKSPACE + 1 + len(ports))]
         for word, address, operation, symbol in zip(where.tolist(), addresses, operations, symbols):
@@ -408,7 +407,7 @@ class Program:
 
         is_captured: whether the stream is in capture mode, which wants the launches themselves.
         """
-        if self._bands and not is_captured:
+        if self._guarded is not None and not is_captured:
             self._submit_guarded(gpu, stream)
             return
         if not is_captured and len(self.operations) >= self._min_graph:

@@ -78,7 +78,7 @@ def test_a_write_beyond_a_piece_of_workspace_is_found(memory, where):
 
 def test_without_the_mode_there_are_no_bands():
     program = programs.Program(recorded((100, 512)), [])
-    assert program.workspace_bytes == 1024 and not program._guarded
+    assert program.workspace_bytes == 1024 and program._guarded is None
 
 
 @pytest.mark.gpu

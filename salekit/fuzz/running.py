@@ -8,12 +8,12 @@ import os
 import time
 import traceback
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from ..checks import Check
+from ..checks import Check, json_number
 from . import calls
 from .cases import Case, draw, make_arrays, save
 from .checking import CALLED, check_case, ratio
@@ -72,7 +72,7 @@ class Report:
             counts["cases"] += 1
             counts["failed"] += bool(result.failed)
         for check in result.checks:
-            name = (check.stage, CALLED if check.compared.startswith(CALLED) else check.compared)
+            name = name_of(check)
             self.checks[name] += 1
             of_check = ratio(check)
             # Of equals the first case's, whichever came first.
@@ -99,9 +99,9 @@ class Report:
                     "stage": stage,
                     "compared": compared,
                     "cases": self.checks[stage, compared],
-                    "worst_share_of_bound": _number(share),
-                    "error": _number(check.error),
-                    "bound": _number(check.bound),
+                    "worst_share_of_bound": json_number(share),
+                    "error": json_number(check.error),
+                    "bound": json_number(check.bound),
                     "case": index,
                 }
                 for (stage, compared), (share, check, index) in sorted(self.worst.items())
@@ -112,15 +112,11 @@ class Report:
                     "file": result.file,
                     "drawn": result.case.describe(),
                     "shrunk": None if result.shrunk is None else result.shrunk.describe(),
-                    "checks": [{key: _number(x) for key, x in asdict(check).items()} for check in result.failed],
+                    "checks": [check.to_json() for check in result.failed],
                 }
                 for result in self.failures
             ],
         }
-
-
-def _number(x: Any) -> Any:
-    return None if isinstance(x, float) and not abs(x) < float("inf") else x
 
 
 def groups_of(case: Case) -> dict[str, str]:
