@@ -48,12 +48,13 @@ def test_twin_bench_with_pools(no_gpu, tmp_path):
     assert plain["settings"]["skipped"] == "drop" and report["settings"]["skipped"] == "pool"
     [result], [without] = report["results"], plain["results"]
     assert set(result["times"]) == STAGES | {"attend-selected"} and result["density"] == without["density"] < 0.9
-    # The rate is of the selected blocks' attention: the same pairs, without the time of the pools.
+    # The rate is of the selected blocks' attention: the same pairs, without the time of the pools. A report rounds
+    # times to 10 ns and the twin takes a millisecond and more, so the products agree to about 1e-5.
     flops = [
         r["rates"]["attend_tflops"] * r["times"][name]["median_ms"]
         for r, name in ((result, "attend-selected"), (without, "attend"))
     ]
-    assert flops[0] == pytest.approx(flops[1])
+    assert flops[0] == pytest.approx(flops[1], rel=1e-4)
     text = run(*arguments, "--skipped", "pool").stdout
     assert "skipped blocks pooled" in text and "no pools" in text
 
