@@ -32,6 +32,7 @@ TARGET = "salekit_attention"
 ATTRIBUTE = "config"
 SCHEMA = 1
 _MAX_STREAMS = 64
+_MAX_CALLS = 256  # kinds of calls, each with the addresses of its buffers
 _MAX_ARRAYS = 1024  # buffers that calls have had, each with its CuPy array
 
 
@@ -125,41 +126,63 @@ def _check_result(target: Any, shape: tuple, dtype: Any) -> None:
 
 
 # --- on a GPU ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A call's plan and what it runs on. The arrays own nothing, so they serve every call with such buffers there."""
+
+    plan: AttentionPlan
+    arguments: tuple  # of AttentionPlan._run
+    sinks: Any
+    lse: Any
+    words: Any
+
+    def run(self) -> None:
+        self.plan._run(*self.arguments, sink_logits=self.sinks, lse_out=self.lse, words_out=self.words)
+
+
 _streams: workspaces.RecentlyUsed[Any] = workspaces.RecentlyUsed(_MAX_STREAMS)
+_prepared: workspaces.RecentlyUsed[_Prepared] = workspaces.RecentlyUsed(_MAX_CALLS)
 _arrays: workspaces.RecentlyUsed[Any] = workspaces.RecentlyUsed(_MAX_ARRAYS)
 _plans: workspaces.RecentlyUsed[AttentionPlan] = workspaces.RecentlyUsed(MAX_PLANS)
 
 
 def run_on_gpu(call: Call) -> None:
-    """Launch the call on XLA's stream; the workspace is that of the stream, from CuPy's memory."""
+    """Launch the call on XLA's stream; the workspace is that of the stream, from CuPy's memory.
+
+    A program calls again with the same buffers more often than not: then one lookup finds all that the call needs.
+    """
     config = _config_of(call)
     cuda = arrays.import_cupy().cuda
     device = cuda.runtime.pointerGetAttributes(call.addresses[0]).device  # XLA's ordinals need not be CUDA's
     with cuda.Device(device), _stream(device, call.stream()):
-        kinds = call.operands + call.results
-        buffers = [_array(device, kind, address) for kind, address in zip(kinds, call.addresses)]
-        q, k, v, *others = buffers[: config.num_operands]
-        out, *extras = buffers[config.num_operands :]
-        plan = _plan(device, call, config, q, k, v)
-        lse = extras.pop(0) if config.return_lse else None
-        words = extras.pop() if config.return_mask else None
-        thresholds, sinks = config.thresholds_and_sinks(others)
-        wanted = (config.return_lse, config.return_mask)
-        where = dict(lse_out=lse, words_out=words)
-        plan._run(q, k, v, thresholds, *wanted, out, None, sink_logits=sinks, **where)
+        kind = (device, call.operands, call.results, call.attributes[ATTRIBUTE.encode()])
+        key = (kind, tuple(call.addresses))
+        prepared = _prepared.get(key)
+        if prepared is None:
+            prepared = _prepared.add(key, _prepare(device, call, config, kind))
+        prepared.run()
 
 
-def _plan(device: int, call: Call, config: Config, q: Any, k: Any, v: Any) -> AttentionPlan:
-    key = (device, call.operands, call.results, call.attributes[ATTRIBUTE.encode()])
-    found = _plans.get(key)
+def _prepare(device: int, call: Call, config: Config, kind: tuple) -> _Prepared:
+    buffers = [_array(device, each, address) for each, address in zip(call.operands + call.results, call.addresses)]
+    (q, k, v, *others), (out, *extras) = buffers[: config.num_operands], buffers[config.num_operands :]
+    plan = _plan(kind, call, config, q, k, v)
+    lse = extras.pop(0) if config.return_lse else None
+    words = extras.pop() if config.return_mask else None
+    thresholds, sinks = config.thresholds_and_sinks(others)
+    return _Prepared(plan, (q, k, v, thresholds, config.return_lse, config.return_mask, out, None), sinks, lse, words)
+
+
+def _plan(kind: tuple, call: Call, config: Config, q: Any, k: Any, v: Any) -> AttentionPlan:
+    found = _plans.get(kind)
     if found is None:
         found = plan_of(q, k, v, config.layout, config.options)
         shapes = [(found.plan.batch, found.plan.num_heads, found.plan.seqlen_q)] * config.return_lse
         shapes += [found.plan.words_shape] * config.return_mask
-        for kind, shape in zip(call.results[1:], shapes):
-            if kind[1:] != shape:
-                raise ArgumentError(f"result: got shape {kind[1:]}; wants {shape}")
-        _plans.add(key, found)
+        for got, shape in zip(call.results[1:], shapes):
+            if got[1:] != shape:
+                raise ArgumentError(f"result: got shape {got[1:]}; wants {shape}")
+        _plans.add(kind, found)
     return found
 
 

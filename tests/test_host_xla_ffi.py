@@ -376,7 +376,7 @@ def test_what_a_gpu_call_passes_on(monkeypatch):
     monkeypatch.setattr(xla_attention.arrays, "import_cupy", lambda: fake)
     monkeypatch.setattr(xla_attention, "_stream", lambda *stream: nullcontext(streams.append(stream)))
     monkeypatch.setattr(xla_attention, "plan_of", plan_of)
-    for cache in ("_plans", "_arrays"):
+    for cache in ("_plans", "_arrays", "_prepared"):
         monkeypatch.setattr(xla_attention, cache, xla_attention.workspaces.RecentlyUsed(16))
     base = 0x7F0000000000
     shapes = [(16, (1, 70, 2, 64)), (16, (1, 70, 1, 64)), (16, (1, 70, 1, 64)), (11, (2,)), (11, (2,))]
@@ -396,6 +396,14 @@ def test_what_a_gpu_call_passes_on(monkeypatch):
         assert (got.dtype, got.shape, got.data.ptr) == (xla_ffi.DTYPES[code], shape, address)
         assert got.flags.c_contiguous
     assert all(a is b for a, b in zip(runs[0], runs[2]) if isinstance(a, cupy.ndarray))  # made once
+
+    # A buffer elsewhere is another array, also where all the others stay; the plan is the same.
+    moved = [(*results[0][:2], base + 65536 * 9), *results[1:]]
+    for where in (moved, results, moved):
+        frame = xla.frame(operands, where, attributes)
+        assert xla_attention.handlers()["CUDA"](ctypes.addressof(frame)) is None, xla.errors
+        assert runs[-1][6].data.ptr == where[0][2] and runs[-1][0] is q and len(plans) == 1
+    assert runs[-1][6] is runs[-3][6] and runs[-2][6] is out
 
     frame = xla.frame([*operands[:3], operands[4]], results, config(thresholds=0.25, **kind))
     assert xla_attention.handlers()["CUDA"](ctypes.addressof(frame)) is None, xla.errors
