@@ -304,10 +304,15 @@ def plan_of(q: Any, k: Any, v: Any, layout: str, options: dict) -> AttentionPlan
 
 
 def _key(q: Any, k: Any, v: Any, layout: str, options: dict) -> tuple:
-    """Equal for two calls only when the same checks pass: types count, because True == 1 == 1.0."""
-    values = (layout, *options.values())
+    """Equal for two calls only when the same checks pass."""
+    return _kind_of(q, k, v), key_of_options(options, layout)
+
+
+def key_of_options(options: dict, *more: Any) -> tuple:
+    """Equal for options, and what comes with them, only when they mean the same: types count, as True == 1 == 1.0."""
+    values = (*more, *options.values())
     pairs = (*options.get("block", ()), *_sides(options.get("window_size")))
-    return _kind_of(q, k, v), values, tuple(options), tuple(map(type, values)), tuple(map(type, pairs))
+    return values, tuple(options), tuple(map(type, values)), tuple(map(type, pairs))
 
 
 def _sides(window: Any) -> tuple:

@@ -389,7 +389,7 @@ class Program:
         if values is last or not parameters or (isinstance(values, float) and values == last):
             return
         is_array = isinstance(values, np.ndarray)
-        if group and is_array and isinstance(last, np.ndarray) and values.tobytes() == last.tobytes():
+        if is_array and isinstance(last, np.ndarray) and values.tobytes() == last.tobytes():
             return
         start = 0
         for parameter, operation in zip(parameters, self._parameter_operations[group]):

@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from . import arrays, jit, memory, pipeline, programs, workspaces
-from .attention_plan import _kind_of_thresholds, attend_nothing, check_statistics, recorded_statistics
+from .attention_plan import (
+    _kind_of_thresholds,
+    attend_nothing,
+    check_statistics,
+    key_of_options,
+    recorded_statistics,
+)
 from .errors import ArgumentError, DtypeError
 from .plans import Plan, ceil_div
 from .reference import LOW_BIT_Q_SAMPLE
@@ -66,13 +72,17 @@ class Sequences:
 
     def located(self) -> np.ndarray:
         """int32 [5, batch], of lengths on the host, as locate_sequences.cu makes them of those on the GPU."""
-        first_q, rows_q = self.cu_seqlens_q[:-1], np.diff(self.cu_seqlens_q)
+        located = np.zeros((_LOCATED_ROWS, self.cu_seqlens_q.shape[0] - 1), np.int32)
+        rows_q, rows_k, first_q, first_k, samples = located
+        first_q[:] = self.cu_seqlens_q[:-1]
+        np.subtract(self.cu_seqlens_q[1:], first_q, out=rows_q)
         if self.is_paged:
-            rows_k, first_k = self.seqlens_k, np.zeros_like(self.seqlens_k)
+            rows_k[:] = self.seqlens_k
         else:
-            rows_k, first_k = np.diff(self.cu_seqlens_k), self.cu_seqlens_k[:-1]
-        rows = [rows_q, rows_k, first_q, first_k, -(-rows_q // LOW_BIT_Q_SAMPLE)]
-        return np.ascontiguousarray(np.stack(rows), np.int32)
+            first_k[:] = self.cu_seqlens_k[:-1]
+            np.subtract(self.cu_seqlens_k[1:], first_k, out=rows_k)
+        np.floor_divide(rows_q + (LOW_BIT_Q_SAMPLE - 1), LOW_BIT_Q_SAMPLE, out=samples)
+        return located
 
 
 # --- checks --------------------------------------------------------------------------------------------------------
@@ -98,6 +108,14 @@ def check_sequences(
     sink_logits: Any = None,
 ) -> Sequences:
     """Everything but thresholds, statistics and out; inside ``on_stream``."""
+    given = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqlens_k, block_table)
+    kind, plan = _remembered(given, device, options, max_seqlen_q, max_seqlen_k)
+    if plan is not None:  # only values are new
+        k, v = (k[None], v[None]) if block_table is None else (k, v)
+        sinks = arrays.check_sink_logits(sink_logits, plan, q)
+        sequences = Sequences(q[None], k, v, *given[3:], sinks, plan, isinstance(cu_seqlens_q, np.ndarray))
+        check_values(sequences, debug)
+        return sequences
     q, k, v = (arrays.import_array(name, x, device) for name, x in zip("qkv", (q, k, v)))
     _check_axes("q", q, 3, "[total_q, num_heads, head_dim]")
     is_paged = block_table is not None
@@ -141,7 +159,35 @@ def check_sequences(
     of_k = (None, given) if is_paged else (given, None)
     sequences = Sequences(q, k, v, cu_seqlens_q, *of_k, block_table, sink_logits, plan, is_on_host)
     check_values(sequences, debug)
+    if kind is not None:
+        _checked.add(kind, plan)
     return sequences
+
+
+_checked: workspaces.RecentlyUsed[Plan] = workspaces.RecentlyUsed(MAX_PROGRAMS)
+
+
+def _remembered(given: tuple, device: int | None, options: dict, *longest: Any) -> tuple[tuple | None, Plan | None]:
+    """(kind, plan) of a call on a GPU: kinds are equal only when the same checks pass, but for those of values, of sink
+    logits and of what is not here; plan is that of a call of the kind that has passed them, or None. kind: None where
+    an argument is no array of CuPy's or, for lengths, NumPy's."""
+    if device is None:
+        return None, None
+    array, kinds = arrays.import_cupy().ndarray, []
+    for x in given:
+        if type(x) is array:
+            kinds.append((x.data.device_id, x.dtype, x.shape, x.strides, x.data.ptr % arrays.ALIGNMENT == 0))
+        elif type(x) is np.ndarray:
+            kinds.append((x.dtype, x.shape, x.strides))
+        elif x is None:
+            kinds.append(None)
+        else:
+            return None, None
+    try:
+        kind = (device, *kinds, key_of_options(options, *longest))
+        return kind, _checked.get(kind)
+    except TypeError:  # an option is wrong, or a list
+        return None, None
 
 
 def check_values(sequences: Sequences, debug: bool) -> None:
@@ -159,11 +205,11 @@ def check_values(sequences: Sequences, debug: bool) -> None:
         _check_sums("cu_seqlens_k", _on_host(sequences.cu_seqlens_k), total, plan.seqlen_k, "max_seqlen_k")
         return
     lengths = _on_host(sequences.seqlens_k)
-    for index, length in enumerate(lengths):
-        if not 0 <= length <= plan.seqlen_k:
-            raise ArgumentError(
-                f"seqlens_k: got {length} for sequence {index}; wants 0 to max_seqlen_k = {plan.seqlen_k}"
-            )
+    if lengths.min(initial=0) < 0 or lengths.max(initial=0) > plan.seqlen_k:
+        index = int(np.argmax((lengths < 0) | (lengths > plan.seqlen_k)))
+        raise ArgumentError(
+            f"seqlens_k: got {lengths[index]} for sequence {index}; wants 0 to max_seqlen_k = {plan.seqlen_k}"
+        )
     if arrays.is_cuda(sequences.block_table) and not debug:
         return
     num_pages, page_size = sequences.k.shape[:2]
@@ -236,12 +282,14 @@ def _check_table(table: Any, k: Any, batch: int, max_seqlen_k: int, device: int 
 def _check_sums(name: str, sums: np.ndarray, total: int, longest: int, longest_name: str) -> None:
     if sums[0] != 0:
         raise ArgumentError(f"{name}: starts at {sums[0]}; wants 0")
-    lengths = np.diff(sums.astype(np.int64))
-    for index in np.flatnonzero(lengths < 0):
+    wide = sums.astype(np.int64)
+    lengths = wide[1:] - wide[:-1]
+    if lengths.min(initial=0) < 0:
+        index = int(np.argmax(lengths < 0))
         raise ArgumentError(f"{name}: decreases from {sums[index]} to {sums[index + 1]} at [{index + 1}]")
     if sums[-1] > total:
         raise ArgumentError(f"{name}: ends at {sums[-1]}; wants at most {total}, the rows that there are")
-    if lengths.size and lengths.max() > longest:
+    if lengths.max(initial=0) > longest:
         index = int(lengths.argmax())
         wanted = f"at least {lengths[index]}, the length of sequence {index}"
         raise ArgumentError(f"{longest_name}: got {longest}; wants {wanted}")
@@ -253,6 +301,10 @@ def _on_host(x: Any) -> np.ndarray:
 
 def check_out(out: Any, q: Any, device: int | None) -> Any:
     """``out`` as a view like q, [1, total_q, num_heads, head_dim]."""
+    if type(out) is type(q) and device is not None and out.flags.c_contiguous:  # most are: it is quick to see
+        place = (out.data.device_id, out.data.ptr % arrays.ALIGNMENT)
+        if place == (device, 0) and out.dtype == q.dtype and out.shape == q.shape[1:]:
+            return out[None]
     view = arrays.import_array("out", out, device)
     _check_axes("out", view, 3, "[total_q, num_heads, head_dim]")
     return arrays.check_out(view[None], q, "bshd")

@@ -26,9 +26,11 @@ def gpu(fake, monkeypatch):  # noqa: F811
     monkeypatch.setattr(sequences.programs, "bind_context", lambda device: None)
     monkeypatch.setattr(workspaces, "is_capturing", lambda stream: False)
     monkeypatch.setattr(workspaces, "use", lambda device, stream, captured, size, given, launch: launch(WORKSPACE))
-    sequences._programs.clear()
+    for cache in (sequences._programs, sequences._checked):
+        cache.clear()
     yield fake
-    sequences._programs.clear()
+    for cache in (sequences._programs, sequences._checked):
+        cache.clear()
 
 
 def checked(
@@ -361,6 +363,77 @@ def test_lengths_and_pages_have_to_be_where_q_is(gpu):
         check(sums, None, table=np.zeros((3, 12), np.int32), k=pages, seqlens=gpu_array(OF_K, (3,), np.int32))
     with pytest.raises(ArgumentError, match="q: got an address that is 2 past"):
         sequences.check_sequences(gpu_array(Q + 2, (500, 4, 128)), k, k, sums, sums, 300, 300, None, None, 0, False, {})
+
+
+def _changes(paged, on_host):
+    """Of a call that is right: by name, arguments in place of its own. Some are right as well."""
+    q, keys = (500, 4, 128), (40, 32, 2, 128) if paged else (700, 2, 128)
+    many, of_k = 4 if not paged else 3, "seqlens_k" if paged else "cu_seqlens_k"
+    right = [300, 0, 1] if paged else [0, 300, 300, 301]
+    int8 = np.dtype(np.int8)
+    changes = [
+        dict(q=gpu_array(Q + 2, q)), dict(q=gpu_array(Q + 32, q)), dict(q=gpu_array(Q, (400, 4, 128))),
+        dict(q=gpu_array(Q, (500, 6, 128))), dict(q=gpu_array(Q, (500, 3, 128))), dict(q=gpu_array(Q, (500, 4, 64))),
+        dict(q=gpu_array(Q, q, np.dtype(np.float32))), dict(q=gpu_array(Q, q, strides=(1024, 258, 2))),
+        dict(q=gpu_array(Q, (1, *q))), dict(q=gpu_array(Q, (0, 4, 128))),
+        dict(k=gpu_array(K + 8, keys)), dict(k=gpu_array(K, keys, int8)), dict(k=gpu_array(K, (*keys[:-1], 96))),
+        dict(v=gpu_array(V, (41, *keys[1:]))), dict(v=gpu_array(V, keys, strides=(*[0] * (len(keys) - 1), 4))),
+        dict(k=np.zeros(keys, np.float16)), dict(v=None), dict(cu_seqlens_q=None), {of_k: None},
+        {of_k: np.array(right, np.int64)}, {of_k: np.array(right, np.int32)}, {of_k: right},
+        {of_k: gpu_array(OF_K, (many,), np.int32)}, {of_k: gpu_array(OF_K, (many,), int8)},
+        {of_k: gpu_array(OF_K, (many + 1,), np.int32)}, {of_k: gpu_array(OF_K, (many,), np.int32, (8,))},
+        dict(cu_seqlens_q=np.array([0, 200, 500], np.int32)), dict(cu_seqlens_q=np.array([1, 200, 200, 500], np.int32)),
+        dict(cu_seqlens_q=np.array([0, 300, 200, 500], np.int32)), dict(cu_seqlens_q=[0, 200, 300, 500]),
+        dict(cu_seqlens_q=np.array([0, 200, 200, 501], np.int32)),
+        dict(cu_seqlens_q=np.array([0, 2**31 - 1, -(2**31), 500], np.int32)), dict(max_seqlen_q=299),
+        dict(max_seqlen_k=True), dict(max_seqlen_k=300.0), dict(max_seqlen_k=np.int64(300)), dict(max_seqlen_k=385),
+        dict(causal=1), dict(causal=False), dict(causal=np.True_), dict(block=[128, 32]), dict(block=(64, 32)),
+        dict(block=(128.0, 32)), dict(block=128), dict(sink=32.0), dict(window_size=(7, 0)), dict(window_size=(7, True)),
+        dict(window_size={7: 0}), dict(skipped="pool"), dict(softmax_scale=float("nan")), dict(query_stride=4),
+        dict(sink_logits=HOST_SINKS), dict(sink_logits=np.array([0, np.nan, 0, 0])), dict(sink_logits=[1.0]),
+        dict(sink_logits=gpu_array(SINKS, (4,), np.float32)), dict(sink_logits=gpu_array(SINKS, (4,), int8)),
+        dict(block_table=gpu_array(TABLE, (3, 9), np.int32)), dict(block_table=gpu_array(TABLE, (2, 12), np.int32)),
+        dict(block_table=gpu_array(TABLE, (3, 12), int8)), dict(block_table=np.zeros((3, 12), np.int32)), {},
+    ]
+    if paged:
+        changes += [{of_k: np.array(x, np.int32)} for x in ([300, -1, 1], [300, 301, 1], [0, 0, 0])]
+    else:
+        changes += [{of_k: np.array(x, np.int32)} for x in ([0, 301, 301, 301], [0, 300, 600, 701], [0, 0, 0, 0])]
+    return changes
+
+
+@pytest.mark.parametrize("paged", (False, True))
+@pytest.mark.parametrize("on_host", (False, True))
+def test_calls_like_one_before_are_checked_alike(gpu, paged, on_host):
+    """What a call is or raises does not depend on the calls before it."""
+    names = "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k block_table seqlens_k".split()
+    call = checked(paged, on_host, longest=(300, 300))
+    own = {name: getattr(call, name, 300) for name in names}
+    own["q"] = gpu_array(Q, (500, 4, 128))
+    own["k"], own["v"] = (gpu_array(at, (40, 32, 2, 128) if paged else (700, 2, 128)) for at in (K, V))
+
+    def outcome(change):
+        given = {**own, **{name: x for name, x in change.items() if name in own}}
+        more = {name: x for name, x in change.items() if name not in own and name != "sink_logits"}
+        try:
+            found = sequences.check_sequences(
+                *given.values(), 0, False, dict(dense_below=0, causal=True) | more, change.get("sink_logits"))
+        except (ArgumentError, DtypeError) as error:
+            return type(error), str(error)
+        arrays_of = [x for x in vars(found).values() if hasattr(x, "shape")]
+        places = [x.tolist() if isinstance(x, np.ndarray) else x.data.ptr for x in arrays_of]
+        return found.plan, found.is_on_host, [(x.dtype, x.shape, x.strides) for x in arrays_of], places
+
+    wants = []
+    for change in _changes(paged, on_host):
+        sequences._checked.clear()
+        wants.append(outcome(change))
+    assert sum(isinstance(want[0], plans.Plan) for want in wants) >= 12 < sum(want[0] is ArgumentError for want in wants)
+    sequences._checked.clear()
+    for _ in range(3):  # each after all of the others
+        for change, want in zip(_changes(paged, on_host), wants):
+            assert outcome(change) == want, change
+    assert 6 < len(sequences._checked) < 30
 
 
 def test_planned_calls_take_statistics(gpu):
