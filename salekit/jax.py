@@ -119,6 +119,8 @@ def _check_names(function: Any, options: dict) -> None:
 
 
 def _as_jax(name: str, x: Any) -> jax.Array:
+    if x is None:  # NaN to older versions of JAX
+        raise DtypeError(f"{name}: got NoneType; wants a JAX or NumPy array")
     try:
         return jnp.asarray(x)
     except Exception as error:  # of whatever protocol x has

@@ -1,4 +1,4 @@
-"""XLA's custom calls in Python: of its FFI (``xla/ffi/api/c_api.h``, API 0.1 to 0.3), what a handler needs.
+"""XLA's custom calls in Python: of its FFI (``xla/ffi/api/c_api.h``, API 0.1 to 0.5), what a handler needs.
 
 XLA calls a handler with the address of a call frame, from a thread of its own; ctypes takes Python's lock for it. A
 handler has the stage "execute" alone, and no trait that would let XLA record it into a command buffer (a CUDA graph of
@@ -20,7 +20,7 @@ import numpy as np
 
 from .errors import DtypeError
 
-API_VERSION = (0, 3)  # the newest that this follows: later minor versions append, and say so in their sizes
+API_VERSION = (0, 5)  # the newest that this follows: later minor versions append, and say so in their sizes
 OLDEST_VERSION = (0, 1)
 
 _POINTER, _SIZE, _INT64 = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
@@ -52,7 +52,7 @@ Api = _structure(
     ("api_version", ApiVersion),
     ("internal_api", _POINTER),
     ("XLA_FFI_Error_Create", _POINTER),
-    ("XLA_FFI_Error_GetMessage", _POINTER),
+    ("XLA_FFI_Error_GetDetails", _POINTER),  # before 0.5 XLA_FFI_Error_GetMessage, which fills in no errc
     ("XLA_FFI_Error_Destroy", _POINTER),
     ("XLA_FFI_Handler_Register", _POINTER),
     ("XLA_FFI_Stream_Get", _POINTER),
@@ -71,12 +71,14 @@ CallFrame = _structure(
 )
 Buffer = _structure("Buffer", ("dtype", ctypes.c_int), ("data", _POINTER), ("rank", _INT64), ("dims", _POINTER))
 ErrorCreateArgs = _structure("ErrorCreateArgs", ("message", ctypes.c_char_p), ("errc", ctypes.c_int))
-ErrorGetMessageArgs = _structure("ErrorGetMessageArgs", ("error", _POINTER), ("message", ctypes.c_char_p))
+ErrorGetDetailsArgs = _structure(
+    "ErrorGetDetailsArgs", ("error", _POINTER), ("message", ctypes.c_char_p), ("errc", ctypes.c_int)
+)
 ErrorDestroyArgs = _structure("ErrorDestroyArgs", ("error", _POINTER))
 StreamGetArgs = _structure("StreamGetArgs", ("ctx", _POINTER), ("stream", _POINTER))
 
 
-class ExtensionBase(ctypes.Structure):
+class InternalExtension(ctypes.Structure):
     _fields_ = [("struct_size", _SIZE), ("type", ctypes.c_int), ("next", _POINTER)]
 
 
@@ -85,7 +87,7 @@ class Metadata(ctypes.Structure):
 
 
 class MetadataExtension(ctypes.Structure):
-    _fields_ = [("extension_base", ExtensionBase), ("metadata", _POINTER)]
+    _fields_ = [("extension_base", InternalExtension), ("metadata", _POINTER)]
 
 
 class ByteSpan(ctypes.Structure):
@@ -211,9 +213,9 @@ def _api_function(api: int, name: str) -> Any:
 def _check(api: int, error: int | None) -> None:
     """FfiError with what an XLA_FFI_Error says, which is destroyed."""
     if error:
-        message = ErrorGetMessageArgs(ctypes.sizeof(ErrorGetMessageArgs), None, error, None)
-        _api_function(api, "XLA_FFI_Error_GetMessage")(ctypes.addressof(message))
-        text = (message.message or b"").decode("utf-8", "replace")
+        details = ErrorGetDetailsArgs(ctypes.sizeof(ErrorGetDetailsArgs), None, error)
+        _api_function(api, "XLA_FFI_Error_GetDetails")(ctypes.addressof(details))
+        text = (details.message or b"").decode("utf-8", "replace")
         destroy = ErrorDestroyArgs(ctypes.sizeof(ErrorDestroyArgs), None, error)
         _api_function(api, "XLA_FFI_Error_Destroy")(ctypes.addressof(destroy))
         raise FfiError(text)
@@ -251,7 +253,7 @@ def _answer_metadata(frame: tuple[int, ...]) -> None:
 
 def _is_metadata_query(frame: tuple[int, ...]) -> bool:
     extension = frame[_EXTENSION]
-    return bool(extension) and ExtensionBase.from_address(extension).type == _METADATA_EXTENSION
+    return bool(extension) and InternalExtension.from_address(extension).type == _METADATA_EXTENSION
 
 
 def make_handler(execute: Callable[[Call], None], explain: Callable[[BaseException], tuple[int, str]]) -> Any:

@@ -482,6 +482,15 @@ def test_tracers_outside_salekit_jax():
             jax.jit(call)(Q)
 
 
+def test_an_error_of_xla_s_own(monkeypatch):
+    """XLA's text comes back: a program on the CPU has no GPU stream to ask for."""
+    from salekit import xla_attention
+
+    monkeypatch.setattr(xla_attention, "run_on_host", lambda call: call.stream())
+    with pytest.raises(Exception, match=r"INTERNAL.*FfiError: \w"):
+        jax.block_until_ready(jax.jit(lambda q: salekit_jax.dense_attention(q, K, V))(Q))
+
+
 def test_an_error_inside_a_running_program(monkeypatch):
     from salekit import xla_attention
 

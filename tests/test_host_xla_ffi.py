@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 import sys
@@ -25,10 +26,10 @@ STRUCTURES = {
     "XLA_FFI_CallFrame": xla_ffi.CallFrame,
     "XLA_FFI_Buffer": xla_ffi.Buffer,
     "XLA_FFI_Error_Create_Args": xla_ffi.ErrorCreateArgs,
-    "XLA_FFI_Error_GetMessage_Args": xla_ffi.ErrorGetMessageArgs,
+    "XLA_FFI_Error_GetDetails_Args": xla_ffi.ErrorGetDetailsArgs,
     "XLA_FFI_Error_Destroy_Args": xla_ffi.ErrorDestroyArgs,
     "XLA_FFI_Stream_Get_Args": xla_ffi.StreamGetArgs,
-    "XLA_FFI_Extension_Base": xla_ffi.ExtensionBase,
+    "XLA_FFI_InternalExtension": xla_ffi.InternalExtension,
     "XLA_FFI_Metadata": xla_ffi.Metadata,
     "XLA_FFI_Metadata_Extension": xla_ffi.MetadataExtension,
     "XLA_FFI_ByteSpan": xla_ffi.ByteSpan,
@@ -42,6 +43,10 @@ CONSTANTS = {
     "XLA_FFI_Error_Code_FAILED_PRECONDITION": xla_ffi.FAILED_PRECONDITION,
     "XLA_FFI_Error_Code_INTERNAL": xla_ffi.INTERNAL,
 }
+OLDER_NAMES = {
+    "XLA_FFI_Error_GetDetails": "XLA_FFI_Error_GetMessage",
+    "XLA_FFI_InternalExtension": "XLA_FFI_Extension_Base",
+}
 DTYPE_NAMES = {"F16": np.float16, "F32": np.float32, "BF16": ml_dtypes.bfloat16, "U32": np.uint32}
 
 
@@ -50,11 +55,18 @@ def test_structures_are_those_of_the_header(tmp_path):
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("needs a C compiler")
-    expressions = {
-        f"{name}.{field[0]}": f"offsetof({name}, {field[0]})"
-        for name, structure in STRUCTURES.items()
-        for field in structure._fields_
-    }
+    header = (Path(ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
+    is_older = "XLA_FFI_Error_GetDetails" not in header
+
+    def named(text):
+        for newer, older in OLDER_NAMES.items():
+            text = re.sub(rf"\b{newer}(_Args)?\b", rf"{older}\1", text) if is_older else text
+        return text
+
+    fields = [(name, field[0]) for name, structure in STRUCTURES.items() for field in structure._fields_]
+    missing = {("XLA_FFI_Error_GetDetails_Args", "errc")} if is_older else set()
+    fields = [field for field in fields if field not in missing]
+    expressions = {f"{name}.{field}": named(f"offsetof({name}, {field})") for name, field in fields}
     expressions.update({name: name for name in CONSTANTS})
     expressions.update({f"XLA_FFI_DataType_{name}": f"XLA_FFI_DataType_{name}" for name in DTYPE_NAMES})
     lines = "\n".join(f'printf("{name} %zu\\n", (size_t)({text}));' for name, text in expressions.items())
@@ -68,11 +80,7 @@ def test_structures_are_those_of_the_header(tmp_path):
     subprocess.run([compiler, "-w", "-I", ffi.include_dir(), str(source), "-o", str(program)], check=True)
     printed = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
     found = {name: int(value) for name, value in (line.split() for line in printed.splitlines())}
-    want = {
-        f"{name}.{field[0]}": getattr(structure, field[0]).offset
-        for name, structure in STRUCTURES.items()
-        for field in structure._fields_
-    }
+    want = {f"{name}.{field}": getattr(STRUCTURES[name], field).offset for name, field in fields}
     want.update(CONSTANTS)
     for code, dtype in xla_ffi.DTYPES.items():
         name, = (name for name, each in DTYPE_NAMES.items() if np.dtype(each) == dtype)
@@ -97,7 +105,7 @@ class FakeXla:
         self._all.append(self)
         functions = {
             "XLA_FFI_Error_Create": self._create,
-            "XLA_FFI_Error_GetMessage": self._get_message,
+            "XLA_FFI_Error_GetDetails": self._get_details,
             "XLA_FFI_Error_Destroy": self._destroy,
             "XLA_FFI_Stream_Get": self._stream_get,
         }
@@ -115,8 +123,8 @@ class FakeXla:
         self.errors[handle] = (args.errc, args.message)
         return handle
 
-    def _get_message(self, address):
-        args = xla_ffi.ErrorGetMessageArgs.from_address(address)
+    def _get_details(self, address):
+        args = xla_ffi.ErrorGetDetailsArgs.from_address(address)
         self._keep.append(self.errors[args.error][1])
         args.message = self._keep[-1]
 
@@ -168,7 +176,7 @@ class FakeXla:
 
     def metadata_query(self, struct_size=ctypes.sizeof(xla_ffi.Metadata), with_api=True):
         metadata = xla_ffi.Metadata(struct_size=struct_size, traits=99)
-        base = xla_ffi.ExtensionBase(ctypes.sizeof(xla_ffi.MetadataExtension), xla_ffi._METADATA_EXTENSION, None)
+        base = xla_ffi.InternalExtension(ctypes.sizeof(xla_ffi.MetadataExtension), xla_ffi._METADATA_EXTENSION, None)
         extension = xla_ffi.MetadataExtension(base, ctypes.addressof(metadata))
         frame = xla_ffi.CallFrame(struct_size=ctypes.sizeof(xla_ffi.CallFrame))
         frame.extension_start = ctypes.addressof(extension)
