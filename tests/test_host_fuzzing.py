@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -572,6 +573,25 @@ def test_processes_give_the_same_results_and_may_die(monkeypatch, tmp_path):
     assert {key: x for key, x in alone.items() if key != "seconds"} == {
         key: x for key, x in shared.items() if key != "seconds"
     }
+
+
+@pytest.mark.parametrize("seconds, want", [(900.0, 120), (30.0, 11), (0.0, 1)])
+def test_memory_passes_end_in_time(monkeypatch, seconds, want):
+    """Each case takes a second in the first pass, which decides how many the others take."""
+    from types import SimpleNamespace
+
+    from salekit import arrays
+
+    clock, made, free = itertools.count(), [], iter((70, 60, 60))
+    runtime = SimpleNamespace(memGetInfo=lambda: (next(free), 100))
+    cuda = SimpleNamespace(runtime=runtime, Device=lambda: SimpleNamespace(synchronize=lambda: None))
+    pool = SimpleNamespace(used_bytes=lambda: 0, free_all_blocks=lambda: None)
+    monkeypatch.setattr(arrays, "import_cupy", lambda: SimpleNamespace(cuda=cuda, get_default_memory_pool=lambda: pool))
+    monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(running, "draw", lambda seed, index: SHARP.replace(seed=index, lengths=((100, 100),)))
+    monkeypatch.setattr(running.calls, "make_calls", lambda case, given, on_gpu: made.append(case.seed))
+    assert running.memory_passes(1, seconds) == [30, 40, 40]
+    assert made == 3 * list(range(want))
 
 
 def test_memory_verdicts():

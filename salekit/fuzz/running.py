@@ -24,6 +24,7 @@ SHRINK_SECONDS = 20.0
 MOST_WRITTEN = 3  # failures of one check that a process shrinks and writes: a systematic one fails in a thousand cases
 PASS_CASES = 120  # of memory_passes; attention_plan.MAX_PLANS and some
 PASS_PAIRS = 2_000_000
+PASSES_SHARE = 0.2  # of a soak's minutes: the time of memory_passes
 MEASURED_EVERY = 16  # cases of a soak after which a process looks at its memory
 # What a case is counted by; each has the values of a table's lines.
 GROUPS = ("kind", "estimator", "attend", "skipped", "dtype", "head_dim", "layout", "strides", "scores", "data")
@@ -187,16 +188,21 @@ def live_bytes() -> int:
     return import_cupy().get_default_memory_pool().used_bytes()
 
 
-def memory_passes(seed: int) -> list[int]:
-    """Bytes of the GPU in use after each of three passes over the same cases, more of them than plans are kept.
+def memory_passes(seed: int, seconds: float) -> list[int]:
+    """Bytes of the GPU in use after each of three passes over the same cases, more of them than plans are kept if a
+    third of ``seconds`` is enough for so many.
 
     The first loads kernels. Nothing else may use the GPU meanwhile.
     """
     from ..arrays import import_cupy
 
-    cupy, used = import_cupy(), []
-    for _ in range(3):
-        for index in range(PASS_CASES):
+    cupy, used, count = import_cupy(), [], PASS_CASES
+    end_of_first = time.monotonic() + seconds / 3
+    for number in range(3):
+        for index in range(count):
+            if number == 0 and index and time.monotonic() > end_of_first:
+                count = index
+                break
             case = calls.adapted(draw(seed, index), True)
             if case.pairs < PASS_PAIRS:
                 calls.make_calls(case, make_arrays(case), True)
@@ -219,13 +225,15 @@ def run_many(
     folder: str | None = None,
     progress: Callable[[Report], None] | None = None,
 ) -> Report:
-    """Cases 0, 1, ... of the seed, as many as ``cases`` says, or a soak for ``minutes`` with long ones among them.
+    """Cases 0, 1, ... of the seed, as many as ``cases`` says, or a soak for ``minutes`` with long ones among them. The
+    last fifth of a soak on a GPU watches its memory.
 
     workers: processes that share the GPU; 1: this process. Which process takes a case decides nothing about it. A
     process that dies with a case has failed it, and is replaced.
     """
     report, soak = Report(seed), minutes is not None
-    end = None if minutes is None else report.started + 60 * minutes
+    share = 1 - PASSES_SHARE if on_gpu else 1
+    end = None if minutes is None else report.started + 60 * minutes * share
 
     def indices() -> Iterator[int]:
         index = 0
@@ -239,7 +247,7 @@ def run_many(
         if progress:
             progress(report)
     if soak and on_gpu:
-        report.passes = memory_passes(seed)
+        report.passes = memory_passes(seed, 60 * minutes * PASSES_SHARE)
     return report
 
 
