@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from . import forks, guards, memory, programs
 from .errors import ArgumentError, CacheError, CacheWarning, CompileError, GpuError
@@ -470,16 +471,24 @@ def multiprocessors() -> int:
     return _multiprocessors_of_device(cupy.cuda.runtime.getDevice())
 
 
-def _present(compiled: Compiled) -> Path:
-    """A file of this cubin; another process may have made room in the cache since."""
-    if compiled.path.exists():
-        return compiled.path
+def _load(compiled: Compiled) -> tuple[Any, Any]:
+    """(module, function) of a cubin, from its file; another process may make room in the cache at any time."""
+    import cupy
+
+    try:
+        if compiled.path.exists():
+            module = cupy.RawModule(path=str(compiled.path))
+            return module, module.get_function(compiled.lowered_name)
+    except cupy.cuda.driver.CUDADriverError:
+        if compiled.path.exists():
+            raise
     path = _process_dir() / compiled.path.name
     try:
         write_file(path, compiled.cubin)
     except OSError as error:
         raise CacheError(f"{path}: cannot be written ({error.strerror or error})") from None
-    return path
+    module = cupy.RawModule(path=str(path))
+    return module, module.get_function(compiled.lowered_name)
 
 
 class Kernel:
@@ -491,8 +500,7 @@ class Kernel:
 
         self.name, self.info = name, compiled.info
         try:
-            self._module = cupy.RawModule(path=str(_present(compiled)))
-            self._function = self._module.get_function(compiled.lowered_name)
+            self._module, self._function = _load(compiled)
             if self.info.dynamic_shared_bytes > 48 * 1024:
                 self._function.max_dynamic_shared_size_bytes = self.info.dynamic_shared_bytes
         except cupy.cuda.driver.CUDADriverError as error:

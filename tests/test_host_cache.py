@@ -400,15 +400,38 @@ def test_the_cache_is_bounded_and_leaves_other_files_alone(cache, monkeypatch):
     assert 0 < sum(path.stat().st_size for path in own) <= 20000 and all((cache / name).exists() for name in names)
 
 
-def test_a_bound_that_nothing_fits(cache, monkeypatch):
+@pytest.mark.parametrize("gone", ("before", "while it is opened"))
+def test_a_bound_that_nothing_fits(cache, monkeypatch, gone):
+    import cupy
+
     monkeypatch.setenv("SALEKIT_CACHE_MAX_BYTES", "0")
     first = jit.compile_kernel(SPEC, ARCH)
     assert first.path.exists()
-    second = jit.compile_kernel(OTHER, ARCH)
-    assert second.path.exists() and not first.path.exists()
-    present = jit._present(first)  # what it is loaded from
-    assert present.read_bytes() == first.cubin and present.parent != cache
-    shutil.rmtree(present.parent)
+    opened = []
+
+    class Missing(cupy.cuda.driver.CUDADriverError):
+        def __init__(self):
+            RuntimeError.__init__(self, "CUDA_ERROR_FILE_NOT_FOUND: file not found")
+
+    class Module:
+        def __init__(self, path):
+            self.path = Path(path)
+
+        def get_function(self, name):
+            if not opened and gone != "before":
+                jit.compile_kernel(OTHER, ARCH)  # as another process may
+            opened.append(self.path)
+            if not self.path.exists():
+                raise Missing()
+            return self.path.read_bytes()
+
+    monkeypatch.setattr(cupy, "RawModule", Module)
+    if gone == "before":
+        jit.compile_kernel(OTHER, ARCH)
+    loaded, cubin = jit._load(first)
+    assert cubin == first.cubin and loaded.path.parent != cache and not first.path.exists()
+    assert opened == [first.path, loaded.path][gone == "before" :]
+    shutil.rmtree(loaded.path.parent)
 
 
 @pytest.mark.parametrize("value", ["", "many", "-1", "1e9", "9" * 40])
