@@ -7,8 +7,8 @@
     compute-sanitizer --tool initcheck --error-exitcode 9 python bench/memcheck.py --few --no-pools
     SALEKIT_GUARD=1 python bench/memcheck.py
 
---few takes bf16, head_dim 128 and two lengths alone. initcheck does not see what the copy engine stores, which on Hopper
-are the pools of skipped keys: --no-pools leaves them out. SALEKIT_GUARD=1 is salekit's own guard bands, between which all
+--few takes bf16, head_dim 128 and two lengths alone. initcheck does not see what the copy engine stores, on Hopper
+the pools of skipped keys: --no-pools leaves them out. SALEKIT_GUARD=1 is salekit's own guard bands, between which all
 memory is NaN at first: results would show what is read before it is written, those pools included.
 CuPy's memory pool is off, so that each buffer is an allocation that the tool can see the ends of.
 """

@@ -36,13 +36,14 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a file: the checkout is not on the path
     sys.path.insert(0, str(ROOT))
 
+from salekit.cli import options, render  # noqa: E402
+from salekit.cli.bench import given_mask  # noqa: E402
+
 from bench import rivals as rivals_module  # noqa: E402
-from salekit import arrays, timing  # noqa: E402
+from salekit import arrays, call_checks, timing  # noqa: E402
 from salekit.attend import attend as attend_stage  # noqa: E402
 from salekit.attention import dense_attention, sparse_attention  # noqa: E402
 from salekit.block_mask import BlockMask  # noqa: E402
-from salekit.cli import options, render  # noqa: E402
-from salekit.cli.bench import given_mask  # noqa: E402
 from salekit.errors import GpuError, SalekitError  # noqa: E402
 from salekit.plans import ESTIMATORS, QUERY_STRIDES, TILE_ROWS, Plan  # noqa: E402
 from salekit.staged import StagedCall  # noqa: E402
@@ -153,7 +154,7 @@ class Case:
 
     @cached_property
     def plan(self) -> Plan:
-        return arrays.make_plan(self.q, self.k, self.v)
+        return call_checks.make_plan(self.q, self.k, self.v)
 
     @cached_property
     def reference(self) -> Reference:
@@ -182,7 +183,7 @@ class Case:
         return mask.to_dense()[0] if mask is not None and whole else None
 
     def staged(self, tau: float, mask: BlockMask | None = None, **settings: Any) -> StagedCall:
-        plan = arrays.make_plan(self.q, self.k, self.v, dense_below=0, **settings)
+        plan = call_checks.make_plan(self.q, self.k, self.v, dense_below=0, **settings)
         return StagedCall(self.q, self.k, self.v, as_thresholds(tau, plan.num_heads, self.q), plan, mask)
 
 
@@ -349,7 +350,7 @@ def through_mask(case: Case, mask: BlockMask, plan: Plan) -> Any:
 def is_accepted(session: Session, case: Case, **settings: Any) -> bool:
     """Whether salekit takes these settings for this input on this GPU."""
     try:
-        arrays.make_plan(case.q, case.k, case.v, **settings)
+        call_checks.make_plan(case.q, case.k, case.v, **settings)
     except SalekitError as error:
         session.note(f"left out: {error}")
         return False

@@ -229,7 +229,7 @@ def tilted(
 
     With weights softmax(mean . k): mass, its first order in q and the value are exact for that query. variance: the
     most that the mass's second order, by one variance for all channels, may add to the exponent. aligned: a pool is what
-    is skipped of ``group`` neighbouring blocks, not so many skipped ones after one another.
+    is skipped of ``group`` neighbours, not so many skipped ones after one another.
     """
     group = len(tile.blocks) if group is None else group
     blocks = np.full(

@@ -138,14 +138,14 @@ def run_bench(
 
 # --- what is timed -------------------------------------------------------------------------------------------------
 def _bench_case(case, settings, tau, thresholds_file, masks, report, cuda: bool) -> dict[str, Any]:
-    from salekit import arrays, timing
+    from salekit import call_checks, timing
     from salekit.attention import dense_attention, sparse_attention
     from salekit.staged import StagedCall
     from salekit.thresholds import as_thresholds, load_thresholds
 
     q, k, v = case["make"]()
     thresholds = as_thresholds(load_thresholds(thresholds_file) if thresholds_file else tau, case["heads"], q)
-    plan = arrays.make_plan(q, k, v, **settings)
+    plan = call_checks.make_plan(q, k, v, **settings)
     call = StagedCall(q, k, v, thresholds, plan, given_mask(masks, case["heads"], q) if masks is not None else None)
     mask = call.mask or call.estimated
 

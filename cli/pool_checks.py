@@ -94,7 +94,7 @@ def _score_errors(q, k, plan) -> np.ndarray:
 
 # --- the twin ------------------------------------------------------------------------------------------------------
 def check_twin(q, k, v, mask, plan) -> tuple[list[Check], np.ndarray]:
-    """Checks of the twin's pools in float64 from their definition, on some query blocks of each head, and its output."""
+    """Checks of the twin's pools in float64 by their definition, on some query blocks of each head, and its output."""
     from salekit import skipped_mass
 
     render.note("validate: pools")
@@ -117,7 +117,7 @@ def check_twin(q, k, v, mask, plan) -> tuple[list[Check], np.ndarray]:
             means.append((mean, exact, u * np.abs(exact) + len(rows) * U32 * np.abs(queries).mean(axis=0)))
             want, want_lse, size = _attend_block(queries, mean, key, value, bits[b, head, block], rows, mask, plan)
             # The output is rounded, and so was that over the selected keys. Scores of pools are sums of head_dim
-            # products, three of them, with pooled keys that are sums of 128 in float32; a variance is one of 128 as well.
+            # products, three of them, with pooled keys that are sums of 128 in float32; a variance is one of 128, too.
             reach = plan.softmax_scale * longest * (np.linalg.norm(queries, axis=1) + np.linalg.norm(mean))[:, None]
             off = U32 * ((plan.head_dim + 2 * skipped_mass.POOL_KEYS) * reach + 4 * skipped_mass.POOL_KEYS)
             off = off + FEW * (1 + np.abs(np.nan_to_num(want_lse, neginf=0)))[:, None]

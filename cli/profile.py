@@ -257,13 +257,13 @@ def _measure(
     report: dict, case: dict, settings: dict, tau: float, masks: Any, remeasure: bool, with_trace: bool
 ) -> dict[str, Any] | None:
     """Fills the report with what this GPU does; returns the trace."""
-    from salekit import arrays, ceilings, launches, nvtx, timing, work
+    from salekit import call_checks, ceilings, launches, nvtx, timing, work
     from salekit.attention import dense_attention, sparse_attention
     from salekit.staged import StagedCall
 
     limits = ceilings.of_this_gpu(remeasure, render.note)
     q, k, v = case["make"]()
-    plan = arrays.make_plan(q, k, v, **settings)
+    plan = call_checks.make_plan(q, k, v, **settings)
     mask = None if masks is None else bench.given_mask(masks, case["heads"], q)
     attended = mask or StagedCall(q, k, v, tau, plan).estimated
     blocks = attended.selected_blocks()

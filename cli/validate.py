@@ -71,7 +71,7 @@ def run_validate(
     **_: Any,
 ) -> dict[str, Any]:
     """The report as a JSON object. Raises SalekitError children and click.UsageError."""
-    from salekit import arrays, timing
+    from salekit import call_checks, timing
     from salekit.fuzz.cases import is_case_file
 
     cuda = choose_cuda(backend)
@@ -96,7 +96,7 @@ def run_validate(
     if cuda:
         plan, checks, mask, out, lse = _check_kernels(q, k, v, tau, plan_options)
     else:
-        plan = arrays.make_plan(q, k, v, **plan_options)
+        plan = call_checks.make_plan(q, k, v, **plan_options)
         checks, mask, out, lse = _check_twin(q, k, v, tau, plan)
     low_bit = _low_bit(q, k, v, mask, plan, cuda) if attend == "int8-fp8" else None
     pooled = None
@@ -219,7 +219,7 @@ def sample_rows(plan) -> np.ndarray:
 
 # --- kernels against the twin --------------------------------------------------------------------------------------
 def _check_kernels(q, k, v, tau: float, plan_options: dict):
-    from salekit import arrays, reference
+    from salekit import call_checks, reference
     from salekit.anchors import anchor_statistics, row_limits
     from salekit.attend import attend
     from salekit.attention import sparse_attention
@@ -231,7 +231,7 @@ def _check_kernels(q, k, v, tau: float, plan_options: dict):
     from .bench import to_device
 
     gq, gk, gv = (to_device(x) for x in (q, k, v))
-    plan = arrays.make_plan(gq, gk, gv, **plan_options)
+    plan = call_checks.make_plan(gq, gk, gv, **plan_options)
 
     render.note("validate: quantise")
     codes = quantize(gq, gk, plan)
@@ -503,7 +503,7 @@ def _check_bits(codes, limits, mask, plan) -> Check:
 # --- the pipeline against float64 ----------------------------------------------------------------------------------
 def _low_bit(q, k, v, mask, plan, cuda: bool) -> np.ndarray:
     """Low-bit attention through the mask, on the host. ArgumentError where it is not built."""
-    from salekit import arrays
+    from salekit import call_checks
     from salekit.attend import attend
     from salekit.block_mask import BlockMask
 
@@ -516,7 +516,7 @@ def _low_bit(q, k, v, mask, plan, cuda: bool) -> np.ndarray:
         words = as_gpu(mask.words)
         mask = BlockMask(words, mask.block_q, mask.block_k, mask.seqlen_q, mask.seqlen_k, mask.causal)
     options = dict(estimator=plan.estimator, query_stride=plan.query_stride, block=(plan.block_q, plan.block_k))
-    out, _ = attend(q, k, v, mask, arrays.make_plan(q, k, v, **options, dense_below=0, attend="int8-fp8"))
+    out, _ = attend(q, k, v, mask, call_checks.make_plan(q, k, v, **options, dense_below=0, attend="int8-fp8"))
     return out.get() if cuda else out
 
 

@@ -16,12 +16,12 @@ if not (_Path(__file__).parent / "cuda_src").is_dir():
 # module.
 from . import errors  # noqa: E402
 from .anchors import anchor_statistics, row_limits  # noqa: E402
-from .arrays import make_plan  # noqa: E402
 from .attend import attend  # noqa: E402
 from .attention import dense_attention, plan, sparse_attention, sparse_attention_varlen  # noqa: E402
 from .attention_plan import AttentionPlan  # noqa: E402
 from .block_mask import BlockMask  # noqa: E402
 from .block_scores import block_scores, mask_from_scores, scores_plan  # noqa: E402
+from .call_checks import make_plan  # noqa: E402
 from .data_files import load_qkv, load_sample  # noqa: E402
 from .dlpack import as_dlpack  # noqa: E402
 from .errors import (  # noqa: E402

@@ -184,4 +184,5 @@ def is_segment(spec: jit.KernelSpec) -> bool:
 def _sm90_spec(plan: Plan, mask_rows: int, in_segments: bool = False, features: int = 0) -> jit.KernelSpec:
     segmented = "true" if in_segments else "false"
     template = (str(plan.head_dim), plan.element, str(mask_rows), segmented, *_optional(features))
-    return jit.KernelSpec("attend_sm90", template, f"AttendSm90Storage<{plan.head_dim}>", plan.has_lengths, plan.has_window)
+    storage = f"AttendSm90Storage<{plan.head_dim}>"
+    return jit.KernelSpec("attend_sm90", template, storage, plan.has_lengths, plan.has_window)

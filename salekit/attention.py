@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import arrays, pipeline, sequences
+from . import arrays, call_checks, pipeline, sequences
 from .attention_plan import AttentionPlan, check_statistics, plan_of
 from .plans import DENSE_BELOW
 
@@ -52,8 +52,8 @@ def sparse_attention(
     query_stride: test every 1st, 2nd or 4th row of a block; the last ``full_rows`` rows are always tested.
     sink, local: keys at the start and before each query tile that are always kept.
     dense_below: up to this many keys, of all or in the window, the call is dense.
-    skipped: "drop", as in the paper, or "pool": what is skipped of 128 neighbouring keys joins the softmax as one pooled
-        key and value (docs/skipped-mass.md); thresholds are to be calibrated with the same choice. head_dim 64 and 128,
+    skipped: "drop", as in the paper, or "pool": what is skipped of 128 neighbouring keys joins the softmax as one
+        pooled key and value (docs/skipped-mass.md); calibrate thresholds with the same choice. head_dim 64 and 128,
         without softcap, window_size and sink_logits.
     softcap: scores become ``softcap * tanh(softmax_scale * q.k / softcap)``, as in Gemma 2; 0 leaves them as they are.
     window_size: (left, right): the row at position ``p = i + seqlen_k - seqlen_q`` sees keys ``p - left .. p + right``
@@ -128,7 +128,7 @@ def plan(
     Or q, k and v are shapes, tuples in ``layout``, of contiguous arrays. Then dtype is theirs, "float16" or "bfloat16",
     and device the number of their CUDA device, or None for host memory: a plan for the twin.
     """
-    q, k, v = arrays.examples(q, k, v, dtype, device)
+    q, k, v = call_checks.examples(q, k, v, dtype, device)
     with arrays.on_stream(q, None) as device:
         if device is not None:
             q, k, v = arrays.on_device(device, q, k, v)
@@ -246,7 +246,7 @@ def _call(
     with arrays.on_stream(q, stream) as device:
         if device is None:
             data = dict(out=out, thresholds=thresholds, sink_logits=sink_logits)
-            call = arrays.check_call(q, k, v, layout=layout, **data, **options)
+            call = call_checks.check_call(q, k, v, layout=layout, **data, **options)
             check_statistics(k_statistics, call.plan, None)
             return pipeline.run_twin(call, return_lse, return_mask, k_statistics)
         q, k, v = arrays.on_device(device, q, k, v)

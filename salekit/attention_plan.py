@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, key_statistics, memory, pipeline, programs, workspaces
+from . import arrays, call_checks, key_statistics, memory, pipeline, programs, workspaces
 from .attend import attend
 from .block_mask import BlockMask
 from .errors import ArgumentError
+from .options import plan_of_views
 from .plans import Plan, ceil_div
 from .thresholds import check_thresholds
 
@@ -42,8 +43,8 @@ class AttentionPlan:
     """
 
     def __init__(self, q: Any, k: Any, v: Any, layout: str, options: dict):
-        views = arrays.as_arrays(q, k, v, layout)
-        self.plan: Plan = arrays.plan_of_views(*views[:2], **options)
+        views = call_checks.as_arrays(q, k, v, layout)
+        self.plan: Plan = plan_of_views(*views[:2], **options)
         self.layout = layout
         self._options = options
         self._device, *self._kinds = self._kind = _kind_of(q, k, v)
@@ -87,7 +88,7 @@ class AttentionPlan:
         with arrays.on_stream(q, stream) as device:
             if device is None:
                 data = dict(out=out, thresholds=thresholds, sink_logits=sink_logits)
-                call = arrays.check_call(q, k, v, layout=self.layout, **data, **self._options)
+                call = call_checks.check_call(q, k, v, layout=self.layout, **data, **self._options)
                 self._check_kind(*(arrays.in_layout(x, self.layout) for x in (call.q, call.k, call.v)))
                 check_statistics(k_statistics, self.plan, None)
                 return pipeline.run_twin(call, return_lse, return_mask, k_statistics)
@@ -100,7 +101,7 @@ class AttentionPlan:
         kind = _kind_of(q, k, v)
         if kind == self._kind:
             return
-        arrays.as_arrays(q, k, v, self.layout)  # says first what is wrong with any plan
+        call_checks.as_arrays(q, k, v, self.layout)  # says first what is wrong with any plan
         if kind[0] != self._device:
             raise ArgumentError(f"q: is on {arrays.place_name(kind[0])}; wants {arrays.place_name(self._device)}")
         for name, got, want in zip("qkv", kind[1:], self._kinds):
@@ -131,12 +132,12 @@ class AttentionPlan:
         allocates them.
         """
         if (q.data.ptr | k.data.ptr | v.data.ptr) % arrays.ALIGNMENT:
-            arrays.as_arrays(q, k, v, self.layout)  # says which it is; arrays without elements may have any address
+            call_checks.as_arrays(q, k, v, self.layout)  # says which it is; empty arrays may have any address
         thresholds = check_thresholds(thresholds, self.plan.num_heads, q)
         check_statistics(k_statistics, self.plan, self._device)
         sink_kind = None
         if sink_logits is not None:
-            sink_logits = arrays.check_sink_logits(sink_logits, self.plan, q)
+            sink_logits = call_checks.check_sink_logits(sink_logits, self.plan, q)
             sink_kind = "device" if programs.is_gpu_array(sink_logits) else "host"
         view, out_kind = None, None
         if out is not None:
@@ -147,13 +148,13 @@ class AttentionPlan:
         key = (out_kind, kind, bool(return_lse), bool(return_mask), sink_kind, bool(statistics))
         program = self._programs.get(key)
         if view is not None and (program is None or view.data.ptr % arrays.ALIGNMENT):
-            arrays.check_out(view, arrays.in_layout(q, self.layout), self.layout)
+            call_checks.check_out(view, arrays.in_layout(q, self.layout), self.layout)
         if self.plan.is_empty:
             result, lse, mask = self._run_empty(q, k, v, view, sink_logits)
         else:
             program = program or self._program(key)
             if workspace is not None:
-                workspace = arrays.check_workspace(workspace, self._device, program.workspace_bytes)
+                workspace = call_checks.check_workspace(workspace, self._device, program.workspace_bytes)
             where = (view, workspace, lse_out, words_out)
             arguments = (program, key, (q, k, v), thresholds, sink_logits, statistics, *where)
             found = None
@@ -270,7 +271,7 @@ def attend_nothing(q: Any, k: Any, v: Any, out: Any, plan: Plan, sink_logits: An
     if q.size and programs.is_gpu_array(sink_logits):  # lse is made of what the host does not know
         return attend(q, k, v, None, plan, out=out, return_lse=True, sink_logits=sink_logits)[1]
     sink_logits = None if programs.is_gpu_array(sink_logits) else sink_logits  # no row has an lse
-    return arrays.empty_attention(out, plan, sink_logits)
+    return pipeline.empty_attention(out, plan, sink_logits)
 
 
 def check_statistics(k_statistics: Any, plan: Plan, device: int | None) -> None:

@@ -13,7 +13,7 @@ from .plans import ceil_div
 from .untrusted_files import Npz
 
 SCHEMA = 1
-_MOST = 2**30  # of a number in a file: arrays.MAX_SEQLEN
+_MOST = 2**30  # of a number in a file: options.MAX_SEQLEN
 
 
 @dataclass(frozen=True)

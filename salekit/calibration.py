@@ -5,8 +5,8 @@ pass stores each block's score (``block_scores``), which gives the mask at any t
 to, all heads at once. What is reported in the end is measured through ``estimate``, as a call with these thresholds
 runs it. The mass a row keeps is exp(lse over the mask - lse over everything).
 
-With ``plan.skipped == "pool"`` errors are those of an output with pools of the skipped blocks. Recall, and with it what a
-density is spent on, stays the mass of the selected blocks alone: what pools add to lse is an estimate.
+With ``plan.skipped == "pool"`` errors are those of an output with pools of the skipped blocks. Recall, and with it what
+a density is spent on, stays the mass of the selected blocks alone: what pools add to lse is an estimate.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from typing import Any, BinaryIO, Callable, Iterable, Iterator
 
 import numpy as np
 
-from .arrays import BFLOAT16, LAYOUTS, as_arrays
+from .arrays import BFLOAT16, LAYOUTS
+from .call_checks import as_arrays
 from .errors import FileFormatError, SalekitError
 from .untrusted_files import Npz, open_plain, parse_json
 

@@ -33,11 +33,11 @@ class Point:
 
 
 class Comparison:
-    """One layer's q, k and v (bshd views, NumPy's or CuPy's), to measure selectors on. Dense attention is computed once.
+    """One layer's q, k and v (bshd views, NumPy's or CuPy's), to measure selectors on. Dense attention runs once.
 
     shared: one knob for all heads, with the wanted density as their mean; else each head has the wanted density.
-    anchors: SALE's anchors are always kept by every selector. With ``plan.skipped == "pool"`` every selector's errors are
-    those of an output with pools of what it skips; recall is of the selected blocks alone. Raises ArgumentError.
+    anchors: SALE's anchors are always kept by every selector. With ``plan.skipped == "pool"`` every selector's errors
+    are those of an output with pools of what it skips; recall is of the selected blocks alone. Raises ArgumentError.
     """
 
     def __init__(self, q: Any, k: Any, v: Any, plan: Plan, shared: bool = False, anchors: bool = False):

@@ -20,9 +20,10 @@ try:
 except ImportError as error:
     raise ImportError(f"salekit.jax needs JAX 0.5 or newer: pip install 'salekit[jax]' ({error})") from error
 
-from . import arrays, attention
+from . import attention, call_checks
 from .block_mask import BlockMask
 from .errors import ArgumentError, DtypeError
+from .options import plan_of_views
 from .pipeline import pack
 from .plans import Plan
 from .thresholds import check_thresholds
@@ -104,7 +105,7 @@ def dense_attention(
 @lru_cache(maxsize=None)
 def _option_names(function: Any) -> frozenset[str]:
     """The options of a function of ``salekit`` that are values, part of a plan."""
-    of_plans = set(inspect.signature(arrays.plan_of_views).parameters)
+    of_plans = set(inspect.signature(plan_of_views).parameters)
     return frozenset(
         name
         for name, parameter in inspect.signature(function).parameters.items()
@@ -129,14 +130,14 @@ def _as_jax(name: str, x: Any) -> jax.Array:
 
 def _plan(operands: Any, layout: str, options: dict) -> Plan:
     """The plan of a call with these operands, which is checked."""
-    return arrays.make_plan(*(_stand_in(name, x) for name, x in zip("qkv", operands)), layout=layout, **options)
+    return call_checks.make_plan(*(_stand_in(name, x) for name, x in zip("qkv", operands)), layout=layout, **options)
 
 
 def _stand_in(name: str, x: jax.Array) -> np.ndarray:
     """An array of such a shape and dtype for the checks."""
     if not isinstance(x.dtype, np.dtype):
         raise DtypeError(f"{name}: got dtype {x.dtype}; wants float16 or bfloat16")
-    return arrays.stand_in(x.shape, x.dtype, None)
+    return call_checks.stand_in(x.shape, x.dtype, None)
 
 
 def _as_thresholds(thresholds: Any, num_heads: int) -> Any:
@@ -156,10 +157,10 @@ def _as_thresholds(thresholds: Any, num_heads: int) -> Any:
 def _as_sinks(sink_logits: Any, plan: Plan) -> jax.Array:
     """float32 [num_heads] of JAX; checked as NumPy's are, but for values that only JAX has."""
     if not isinstance(sink_logits, jax.Array):
-        return jnp.asarray(arrays.check_sink_logits(sink_logits, plan, np.empty(0)))
+        return jnp.asarray(call_checks.check_sink_logits(sink_logits, plan, np.empty(0)))
     if not isinstance(sink_logits.dtype, np.dtype):
         raise DtypeError(f"sink_logits: got dtype {sink_logits.dtype}; wants real numbers")
-    arrays.check_sink_logits(np.zeros(sink_logits.shape, sink_logits.dtype), plan, np.empty(0))  # has values, too
+    call_checks.check_sink_logits(np.zeros(sink_logits.shape, sink_logits.dtype), plan, np.empty(0))  # has values, too
     return sink_logits.astype(jnp.float32)
 
 

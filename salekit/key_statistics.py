@@ -7,8 +7,9 @@ from typing import Any, Iterable
 
 import numpy as np
 
-from . import arrays, jit, reference
+from . import arrays, call_checks, jit, reference
 from .errors import ArgumentError, DtypeError
+from .options import MAX_SEQLEN
 from .plans import HEAD_DIMS, Plan
 from .quantize import REDUCE_ROWS, channel_partials, reduce_spec
 
@@ -119,13 +120,13 @@ def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
 
 
 def _check_keys(k: Any, device: int | None, layout: str) -> Any:
-    view = arrays.check_view("k", k, device, layout)
+    view = call_checks.check_view("k", k, device, layout)
     if view.shape[3] not in HEAD_DIMS:
         raise ArgumentError(f"k: got head_dim {view.shape[3]}; wants one of {', '.join(map(str, HEAD_DIMS))}")
     if view.shape[2] < 1:
         raise ArgumentError(f"k: got {view.shape[2]} heads; wants at least 1")
-    if view.shape[1] > arrays.MAX_SEQLEN:
-        raise ArgumentError(f"k: got seqlen {view.shape[1]}; wants at most {arrays.MAX_SEQLEN}")
+    if view.shape[1] > MAX_SEQLEN:
+        raise ArgumentError(f"k: got seqlen {view.shape[1]}; wants at most {MAX_SEQLEN}")
     return view
 
 

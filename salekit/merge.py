@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, jit, reference
+from . import arrays, call_checks, jit, reference
 from .errors import ArgumentError, DtypeError
 from .plans import DTYPES, ceil_div
 
@@ -52,7 +52,7 @@ def merge_attention_states(
             given, lses = ([_with_batch(name, x, ndim) for name, x in zip(named, group)]
                            for named, group, ndim in ((names, given, 3), (("lse_a", "lse_b"), lses, 2)))
             layout = "bshd"
-        a, b = (arrays.check_view(name, x, device, layout) for name, x in zip(names[:2], given))
+        a, b = (call_checks.check_view(name, x, device, layout) for name, x in zip(names[:2], given))
         _check_alike(a, b)
         shape = (a.shape[0], a.shape[2], a.shape[1])
         for name, lse in zip(("lse_a", "lse_b"), lses):
@@ -61,7 +61,7 @@ def merge_attention_states(
             result = _empty(tuple(given[0].shape), a.dtype, device)
             target = arrays.in_layout(result, layout)
         else:
-            result, target = given[2], arrays.check_out(given[2], a, layout)
+            result, target = given[2], call_checks.check_out(given[2], a, layout)
         if device is None:
             merged, lse = reference.merge_states(a, lses[0], b, lses[1])
             target[...] = merged

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, programs
+from . import arrays, call_checks, programs
 from .anchors import anchor_statistics, row_limits
 from .attend import attend as attend_stage
 from .block_mask import BlockMask
@@ -135,11 +135,11 @@ def _visible_spec(plan: Plan) -> KernelSpec:
 _STORE_SPEC = KernelSpec("store_floats", (str(STORE_COUNT),))
 
 
-def run_twin(call: arrays.Call, return_lse: bool, return_mask: bool, k_statistics: Any = None) -> Any:
+def run_twin(call: call_checks.Call, return_lse: bool, return_mask: bool, k_statistics: Any = None) -> Any:
     """A checked call with NumPy arrays."""
     plan = call.plan
     if plan.is_empty:
-        lse = arrays.empty_attention(call.out, plan, call.sink_logits)
+        lse = empty_attention(call.out, plan, call.sink_logits)
         mask = all_visible(call.q, plan)
     else:
         views = (call.q, call.k, call.v, call.out)
@@ -152,3 +152,37 @@ def pack(out: Any, lse: Any, mask: BlockMask | None, return_lse: bool, return_ma
     """What the caller gets."""
     extras = (lse,) * bool(return_lse) + (mask,) * bool(return_mask)
     return (out, *extras) if extras else out
+
+
+def empty_attention(out: Any, plan: Plan, sink_logits: Any = None) -> Any:
+    """The lse of a call without a query row or without a key; ``out``, a bshd view, is zeroed.
+
+    It is minus infinity, or the sink logits (of the host).
+    """
+    lse = np.full((plan.batch, plan.num_heads, plan.seqlen_q), -np.inf, np.float32)
+    if sink_logits is not None:
+        lse[...] = sink_logits[:, None]
+    if not arrays.is_cuda(out):
+        out[...] = 0
+        return lse
+    cupy = arrays.import_cupy()
+    if out.size:
+        # Row by row copies, because CuPy's own fill of a strided view is a kernel that needs the CUDA headers.
+        zero_rows = cupy.zeros((plan.seqlen_q, plan.head_dim), out.dtype)
+        width = plan.head_dim * out.dtype.itemsize
+        runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream().ptr
+        for batch in range(plan.batch):
+            for head in range(plan.num_heads):
+                rows = out[batch, :, head]
+                pitch = rows.strides[0] if plan.seqlen_q > 1 else width
+                runtime.memcpy2DAsync(
+                    rows.data.ptr,
+                    pitch,
+                    zero_rows.data.ptr,
+                    width,
+                    width,
+                    plan.seqlen_q,
+                    runtime.memcpyDeviceToDevice,
+                    stream,
+                )
+    return cupy.asarray(lse)

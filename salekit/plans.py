@@ -79,7 +79,7 @@ def padded_dim(head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Shapes and options of one call. Build it with ``arrays.make_plan``, which validates; this class does not."""
+    """Shapes and options of one call. Build it with ``call_checks.make_plan``, which validates; this class does not."""
 
     batch: int
     seqlen_q: int

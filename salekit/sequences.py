@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, jit, memory, pipeline, programs, workspaces
+from . import arrays, call_checks, jit, memory, pipeline, programs, workspaces
 from .attention_plan import (
     _kind_of_thresholds,
     attend_nothing,
@@ -22,6 +22,7 @@ from .attention_plan import (
     recorded_statistics,
 )
 from .errors import ArgumentError, DtypeError
+from .options import MAX_SEQLEN, check_count, check_flag, plan_of_views
 from .plans import Plan, ceil_div
 from .reference import LOW_BIT_Q_SAMPLE
 from .thresholds import as_thresholds, check_thresholds
@@ -89,7 +90,7 @@ class Sequences:
 def is_debugging(debug: Any) -> bool:
     if debug is None:
         return os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
-    return arrays.check_flag("debug", debug)
+    return check_flag("debug", debug)
 
 
 def check_sequences(
@@ -112,7 +113,7 @@ def check_sequences(
     kind, plan = _remembered(given, device, options, max_seqlen_q, max_seqlen_k)
     if plan is not None:  # only values are new
         k, v = (k[None], v[None]) if block_table is None else (k, v)
-        sinks = arrays.check_sink_logits(sink_logits, plan, q)
+        sinks = call_checks.check_sink_logits(sink_logits, plan, q)
         sequences = Sequences(q[None], k, v, *given[3:], sinks, plan, isinstance(cu_seqlens_q, np.ndarray))
         check_values(sequences, debug)
         return sequences
@@ -127,19 +128,19 @@ def check_sequences(
     q = q[None]
     k, v = (k, v) if is_paged else (k[None], v[None])
     _check_heads(q, k, v, device)
-    longest = tuple(map(arrays.check_count, ("max_seqlen_q", "max_seqlen_k"), (max_seqlen_q, max_seqlen_k)))
+    longest = tuple(map(check_count, ("max_seqlen_q", "max_seqlen_k"), (max_seqlen_q, max_seqlen_k)))
     # A window that hides no key of the longest sequences hides none of the others.
-    base = arrays.plan_of_views(q, k, longest=longest, **options)
+    base = plan_of_views(q, k, longest=longest, **options)
     if base.skipped != "drop":
         raise ArgumentError(f"skipped: {base.skipped!r} is not there for packed sequences and pages; wants 'drop'")
-    sink_logits = arrays.check_sink_logits(sink_logits, base, q)
+    sink_logits = call_checks.check_sink_logits(sink_logits, base, q)
 
     cu_seqlens_q, is_on_host = _check_lengths("cu_seqlens_q", cu_seqlens_q, device)
     if cu_seqlens_q.shape[0] < 1:
         raise ArgumentError("cu_seqlens_q: got no element; wants [batch + 1]")
     batch = cu_seqlens_q.shape[0] - 1
-    if device is not None and batch > arrays.MAX_GRID:
-        raise ArgumentError(f"cu_seqlens_q: got {batch} sequences; wants at most {arrays.MAX_GRID}")
+    if device is not None and batch > call_checks.MAX_GRID:
+        raise ArgumentError(f"cu_seqlens_q: got {batch} sequences; wants at most {call_checks.MAX_GRID}")
     name, given = ("seqlens_k", seqlens_k) if is_paged else ("cu_seqlens_k", cu_seqlens_k)
     other = ("cu_seqlens_k", cu_seqlens_k) if is_paged else ("seqlens_k", seqlens_k)
     if given is None or other[1] is not None:
@@ -195,7 +196,7 @@ def check_values(sequences: Sequences, debug: bool) -> None:
     of copies to the host that wait for the stream. Sink logits on the GPU, too, when debugging."""
     plan = sequences.plan
     if debug and sequences.place_of_sinks == "device":
-        arrays.check_sink_logits(_on_host(sequences.sink_logits), plan, sequences.q)
+        call_checks.check_sink_logits(_on_host(sequences.sink_logits), plan, sequences.q)
     if not (sequences.is_on_host or debug):
         return
     sums_q = _on_host(sequences.cu_seqlens_q)
@@ -229,14 +230,14 @@ def _check_axes(name: str, x: Any, ndim: int, wanted: str) -> None:
 def _check_heads(q: Any, k: Any, v: Any, device: int | None) -> None:
     """dtype, strides, heads and head_dim by what checks any call; the rows of k and v are theirs alone."""
     for name, x in zip("qkv", (q, k, v)):
-        arrays.check_view(name, x, device)
-    arrays.as_arrays(q[:, :0], k[:1, :0] if k.shape[0] else k.reshape(1, 0, *k.shape[2:]),
+        call_checks.check_view(name, x, device)
+    call_checks.as_arrays(q[:, :0], k[:1, :0] if k.shape[0] else k.reshape(1, 0, *k.shape[2:]),
                      v[:1, :0] if v.shape[0] else v.reshape(1, 0, *v.shape[2:]))
     if v.shape != k.shape:
         raise ArgumentError(f"v: got shape {v.shape}; wants {k.shape}, as k has")
     for name, x in (("q", q), ("k", k)):
-        if x.shape[1] > arrays.MAX_SEQLEN:
-            raise ArgumentError(f"{name}: got {x.shape[1]} rows; wants at most {arrays.MAX_SEQLEN}")
+        if x.shape[1] > MAX_SEQLEN:
+            raise ArgumentError(f"{name}: got {x.shape[1]} rows; wants at most {MAX_SEQLEN}")
 
 
 def _check_lengths(name: str, x: Any, device: int | None) -> tuple[Any, bool]:
@@ -307,7 +308,7 @@ def check_out(out: Any, q: Any, device: int | None) -> Any:
             return out[None]
     view = arrays.import_array("out", out, device)
     _check_axes("out", view, 3, "[total_q, num_heads, head_dim]")
-    return arrays.check_out(view[None], q, "bshd")
+    return call_checks.check_out(view[None], q, "bshd")
 
 
 # --- the twin ------------------------------------------------------------------------------------------------------
@@ -331,7 +332,7 @@ def run_twin(
             batch=1, seqlen_q=q.shape[1], seqlen_k=k.shape[1], dense_below=2**31 if plan.is_dense else 0
         )
         if one.is_empty:
-            lse[:, rows] = arrays.empty_attention(target, one, sinks)[0]
+            lse[:, rows] = pipeline.empty_attention(target, one, sinks)[0]
             continue
         statistics = None if k_statistics is None else k_statistics.of_sequence(i)
         of_rows, _ = pipeline.run_stages(q, k, v, target, thresholds, one, True, False, sinks, statistics)

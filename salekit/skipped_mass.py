@@ -6,8 +6,8 @@ pair joins the softmax of each row q like another key, its score raised by
 ``logsumexp(softmax_scale * q'.k_j) - softmax_scale * q'.(pooled key)`` and by a second order,
 ``softmax_scale^2 |q - q'|^2 s^2 / 2``, s^2 the variance of the k_j by those weights, the same for all channels, at most
 MOST_VARIANCE. For q' itself both mass and value are the skipped keys' own. For any other row the first order is at most
-their mass (Jensen's inequality), so the estimate exceeds it by a factor of exp(MOST_VARIANCE) at most. What it gains and
-costs is measured in docs/skipped-mass.md.
+their mass (Jensen's inequality), so the estimate exceeds it by a factor of exp(MOST_VARIANCE) at most. What it gains
+and costs is measured in docs/skipped-mass.md.
 
 A call with ``skipped="pool"`` has one pool for what is skipped of POOL_KEYS neighbours. q' is the mean of the block's
 rows without a NaN or an infinity, rounded to q's type; elements of k and v that are not finite count as 0, and rows of

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from . import arrays
 from .errors import ArgumentError, DtypeError, FileFormatError, escaped, shortened
 from .untrusted_files import read_json
 
@@ -25,10 +26,8 @@ REACH = 4.0  # a fit is followed to this many times the longest length at most, 
 
 def as_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
     """A float, or float32 [num_heads] where ``q`` (a checked array) is. Errors: see :func:`check_thresholds`."""
-    from .arrays import import_cupy, is_cuda
-
     values = check_thresholds(thresholds, num_heads, q)
-    return import_cupy().asarray(values) if isinstance(values, np.ndarray) and is_cuda(q) else values
+    return arrays.import_cupy().asarray(values) if isinstance(values, np.ndarray) and arrays.is_cuda(q) else values
 
 
 def check_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
@@ -41,8 +40,6 @@ def check_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
         return thresholds
     if type(thresholds) in (list, tuple) and set(map(type, thresholds)) == {float}:
         return _check_list(tuple(thresholds), num_heads)
-    from .arrays import _import_array, _place, is_cuda, place_name
-
     if isinstance(thresholds, Real) and not isinstance(thresholds, (bool, np.bool_)):
         return float(_check_values(np.float64(thresholds)))
     if isinstance(thresholds, np.ndarray) and thresholds.ndim == 0:
@@ -52,15 +49,15 @@ def check_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
             thresholds = np.array(thresholds)
         except ValueError as error:
             raise ArgumentError(f"thresholds: got a ragged list; wants {num_heads} numbers, one a head") from error
-    place, want = _place("thresholds", thresholds), q.device.id if is_cuda(q) else None
+    place, want = arrays.place_of("thresholds", thresholds), q.device.id if arrays.is_cuda(q) else None
     if place is None:
-        values = _as_host(_import_array("thresholds", thresholds, None))
+        values = _as_host(arrays.as_array("thresholds", thresholds, None))
         _check_shape(values.shape, num_heads)
         return np.ascontiguousarray(_check_values(values), np.float32)
     if place != want:
-        wants = "host memory" if want is None else f"{place_name(want)} or host memory"
-        raise ArgumentError(f"thresholds: is on {place_name(place)}; wants {wants}")
-    values = _import_array("thresholds", thresholds, place)
+        wants = "host memory" if want is None else f"{arrays.place_name(want)} or host memory"
+        raise ArgumentError(f"thresholds: is on {arrays.place_name(place)}; wants {wants}")
+    values = arrays.as_array("thresholds", thresholds, place)
     if values.dtype != np.float32:
         raise DtypeError(f"thresholds: got dtype {values.dtype} on the GPU; wants float32")
     _check_shape(values.shape, num_heads)
@@ -100,8 +97,8 @@ def _check_values(values: Any) -> Any:
 def save_thresholds(path: str | Path, layers: dict[str, dict[int, Any]], about: dict[str, Any]) -> None:
     """Write thresholds that ``salekit calibrate`` found; the file appears whole or not at all.
 
-    layers: by layer and seqlen, thresholds [num_heads]. about: at least estimator, block, query_stride and skipped, which
-    they were found with; all of it goes into the file, with :func:`fit_lengths` of each layer that has several lengths.
+    layers: by layer and seqlen, thresholds [num_heads]. about: at least estimator, block, query_stride and skipped,
+    which they were found with; all of it goes into the file, with :func:`fit_lengths` of each layer that has several.
     """
     path = Path(path)
     fits = {layer: fit_lengths(by_length) for layer, by_length in layers.items() if len(by_length) > 1}

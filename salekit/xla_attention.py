@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, pipeline, workspaces
+from . import arrays, call_checks, pipeline, workspaces
 from .attention_plan import MAX_PLANS, AttentionPlan, plan_of
 from .errors import ArgumentError, DtypeError, GpuError
 from .xla_ffi import (
@@ -107,7 +107,7 @@ def run_on_host(call: Call) -> None:
     thresholds, sinks = config.thresholds_and_sinks(others)
     # As on a GPU, where nobody looks: NaN or a negative value is a dense head, any value a sink logit.
     thresholds = np.where(thresholds >= 0, thresholds, np.float32(0)) if config.thresholds is None else thresholds
-    checked = arrays.check_call(
+    checked = call_checks.check_call(
         q, k, v, layout=config.layout, out=out, thresholds=thresholds,
         sink_logits=None if sinks is None else np.zeros_like(sinks), **config.options,
     )

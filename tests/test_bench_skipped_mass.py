@@ -65,7 +65,7 @@ def test_the_chosen_form_is_the_package_s(head, parts, group):
     mask = BlockMask.from_dense(bits[None, None], 128, 32, KEYS, KEYS, True)
     theirs, _ = attend_with_pools(q, k, v, mask, head.plan, group)
     theirs = theirs[0, BLOCK * 128 : (BLOCK + 1) * 128, 0].astype(np.float32)
-    # bfloat16 keeps 8 bits: of the output, of the part over the selected keys, and of the mean query, which moves weights.
+    # bfloat16 keeps 8 bits: of the output, of the part over selected keys, and of the mean query, which moves weights.
     assert np.all(np.abs(mine - theirs) <= 2.0**-8 * (np.abs(theirs) + np.abs(theirs).max(axis=1, keepdims=True)))
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from salekit.cli.main import COMMANDS, cli
 
 from salekit import __version__
 from salekit.block_mask import BlockMask
-from salekit.cli.main import COMMANDS, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,10 +8,10 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from salekit.cli import plots
 from test_cli import salekit as run
 
 from salekit import frontier, make_plan
-from salekit.cli import plots
 from salekit.selectors import SELECTORS
 
 FEW = ("--methods", "oracle-mass,int8,sink-local,blasst", "--densities", "0.6,0.8", "--backend", "numpy")

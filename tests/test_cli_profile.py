@@ -10,11 +10,12 @@ from click.testing import CliRunner
 
 pytest.importorskip("cupy")
 
-from salekit import work  # noqa: E402
-from salekit.block_mask import BlockMask  # noqa: E402
 from salekit.cli import profile as module  # noqa: E402
 from salekit.cli import roofline  # noqa: E402
 from salekit.cli.main import cli  # noqa: E402
+
+from salekit import work  # noqa: E402
+from salekit.block_mask import BlockMask  # noqa: E402
 from salekit.errors import CompileError, GpuError, SalekitError  # noqa: E402
 from salekit.jit import KernelInfo  # noqa: E402
 from salekit.launches import Launch, Span, Trace  # noqa: E402
@@ -300,7 +301,8 @@ def test_a_trace_is_in_the_event_format(no_compiler, no_gpu):
     starts = [10.0004 + 3.3333 * i for i in range(len(report["kernels"]))]
     times = list(zip(starts, [*starts[1:], starts[-1] + 1]))
     stages = [Span("quantize", 1.0, 2.0), Span("anchors", 2.0, 3.0)]
-    trace = json.loads(json.dumps(module._chrome_trace(report, Trace(times, list(range(len(times))), stages, Span("", 0.5, 4.0)))))
+    taken = Trace(times, list(range(len(times))), stages, Span("", 0.5, 4.0))
+    trace = json.loads(json.dumps(module._chrome_trace(report, taken)))
     events = trace["traceEvents"]
     assert {event["ph"] for event in events} == {"X", "M"}
     kernels = [event for event in events if event["ph"] == "X" and (event["pid"], event["tid"]) == (2, 0)]
@@ -324,7 +326,7 @@ def fake_gpu(monkeypatch, no_compiler):
 
     Inputs and mask are the twin's.
     """
-    from salekit import arrays, ceilings, launches, timing
+    from salekit import call_checks, ceilings, launches, timing
     from salekit.staged import StagedCall
     from salekit.workloads import llm_like_qkv
 
@@ -353,7 +355,7 @@ def fake_gpu(monkeypatch, no_compiler):
         shape = dict(seqlen_q=1024, seqlen_k=1024, batch=1, heads=2, kv_heads=1, head_dim=64)
         return [dict(shape, make=lambda: llm_like_qkv(1024, 2, 1, 64))]
 
-    make_plan = arrays.make_plan
+    make_plan = call_checks.make_plan
     counted = {}
 
     class LaunchedInTurns(Launched):
@@ -372,7 +374,7 @@ def fake_gpu(monkeypatch, no_compiler):
 
     monkeypatch.setattr("salekit.jit.device_arch", lambda: "sm_90a")
     monkeypatch.setattr(module.bench, "cases_of", cases)
-    monkeypatch.setattr(arrays, "make_plan", lambda *a, **k: make_plan(*a, **k).replace(arch="sm_90a"))
+    monkeypatch.setattr(call_checks, "make_plan", lambda *a, **k: make_plan(*a, **k).replace(arch="sm_90a"))
     monkeypatch.setattr(ceilings, "of_this_gpu", lambda remeasure, note: limits)
     monkeypatch.setattr(launches, "launch_sparse", sparse)
     monkeypatch.setattr(launches, "launch_dense", lambda q, k, v, plan: Launched(work.dense_work(plan)))

@@ -10,7 +10,7 @@ import pytest
 from test_cli import salekit as run
 
 import salekit
-from salekit import arrays, calibration
+from salekit import calibration, call_checks
 
 pytestmark = pytest.mark.gpu
 
@@ -23,7 +23,7 @@ def test_calibration_follows_the_twin(metric, target, skipped):
     inputs = [salekit.load_sample()[name][:, :2048] for name in "qkv"]
     found = []
     for placed in (inputs, [cupy.asarray(x) for x in inputs]):
-        plan = arrays.make_plan(*placed, estimator="int8", dense_below=0, skipped=skipped)
+        plan = call_checks.make_plan(*placed, estimator="int8", dense_below=0, skipped=skipped)
         layer = calibration.Layer(*placed, plan)
         if metric == "density":
             found.append(calibration.calibrate_density(layer, target))
@@ -46,7 +46,7 @@ def test_32_heads_calibrate_in_little_time(options):
     from salekit.workloads import llm_like_qkv
 
     q, k, v = llm_like_qkv(4096, cuda=True)
-    plan = arrays.make_plan(q, k, v, dense_below=0, **options)
+    plan = call_checks.make_plan(q, k, v, dense_below=0, **options)
     for metric, target in (("relative_error", 0.1), ("recall", 0.95)):
         calibration.calibrate(calibration.Layer(q, k, v, plan), metric, target)
         started = time.perf_counter()
@@ -63,7 +63,7 @@ def test_groups_of_heads():
     rng = np.random.default_rng(0)
     shapes = [(2, 1000, heads, 128) for heads in (6, 3, 3)]
     q, k, v = (cupy.asarray(rng.standard_normal(shape).astype(np.float16)) for shape in shapes)
-    plan = arrays.make_plan(q, k, v, dense_below=0)
+    plan = call_checks.make_plan(q, k, v, dense_below=0)
     whole = calibration.calibrate(calibration.Layer(q, k, v, plan), "recall", 0.97)
     parts = calibration.Layer(q, k, v, plan, score_bytes=0)
     assert parts.num_groups == 3

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-
-from salekit import arrays, selectors
 from salekit.cli.main import cli
+
+from salekit import arrays, call_checks, selectors
 
 pytestmark = pytest.mark.gpu
 
@@ -27,9 +27,9 @@ def test_levels_are_those_of_numpy(name, seqlen, block):
 
     q, k, _ = make(seqlen)
     on_host, on_gpu = (q, k), tuple(cupy.asarray(x) for x in (q, k))
+    plans = (call_checks.make_plan(*qk, qk[1], block=block, dense_below=0) for qk in (on_host, on_gpu))
     want, got = (
-        selectors.levels_of(selectors.SELECTORS[name], *qk, arrays.make_plan(*qk, qk[1], block=block, dense_below=0))
-        for qk in (on_host, on_gpu)
+        selectors.levels_of(selectors.SELECTORS[name], *qk, plan) for qk, plan in zip((on_host, on_gpu), plans)
     )
     got = got.get()
     # float32 sums in another order may put a block, or what a budget cuts off, on the other side.

@@ -15,7 +15,8 @@ FOUND = {
         seed=64417229987919, lengths=ONE, skipped="pool", spots=(Spot("k", "inf", 1028829, 212387, 1042462, 212365),)
     ),
     "pool beside a NaN key": Case(
-        seed=78264230432903, lengths=((2, 3),), skipped="pool", spots=(Spot("k", "nan", 211147, 447560, 156214, 347205),)
+        seed=78264230432903, lengths=((2, 3),), skipped="pool",
+        spots=(Spot("k", "nan", 211147, 447560, 156214, 347205),)
     ),
     # An infinite row of q times the key 0 of a pool that nothing is in.
     "infinite query and an empty pool": Case(

@@ -8,9 +8,10 @@ from click.testing import CliRunner
 
 pytest.importorskip("cupy")
 
+from salekit.cli.main import cli  # noqa: E402
+
 from salekit import ceilings, jit, occupancy, timing, work  # noqa: E402
 from salekit.block_mask import BlockMask  # noqa: E402
-from salekit.cli.main import cli  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 SMALL = ("--seqlen", "4k", "--heads", "8", "--kv-heads", "2")
@@ -180,7 +181,7 @@ def test_occupancy_is_the_drivers():
 
 
 def test_the_model_knows_the_launches_of_every_kind_of_call():
-    from salekit import arrays, launches
+    from salekit import call_checks, launches
     from salekit.workloads import llm_like_qkv
 
     for estimator in ("int4", "int8", "int8-sp24"):
@@ -188,7 +189,7 @@ def test_the_model_knows_the_launches_of_every_kind_of_call():
             for block in ((64, 32), (128, 128)):
                 for seqlen_q, seqlen_k in ((1000, 1000), (300, 1500)):
                     q, k, v = llm_like_qkv(seqlen_k, 4, 2, 64, seqlen_q=seqlen_q, cuda=True)
-                    plan = arrays.make_plan(
+                    plan = call_checks.make_plan(
                         q, k, v, estimator=estimator, attend=attend, block=block, query_stride=2, dense_below=0
                     )
                     call = launches.launch_sparse(q, k, v, 0.008, plan)
@@ -202,13 +203,13 @@ def test_the_model_knows_the_launches_of_every_kind_of_call():
 
 def test_pools_in_turns(monkeypatch, tmp_path):
     """Each kernel is a row with the time of all its turns; the trace has them apart."""
-    from salekit import arrays, launches, skipped_mass
+    from salekit import call_checks, launches, skipped_mass
     from salekit.workloads import llm_like_qkv
 
     monkeypatch.setattr(skipped_mass, "POOL_BYTES", 1)
     for head_dim, attend in ((64, "exact"), (128, "int8-fp8" if on_hopper() else "exact")):
         q, k, v = llm_like_qkv(1500, 4, 2, head_dim, cuda=True)
-        plan = arrays.make_plan(q, k, v, attend=attend, dense_below=0, skipped="pool")
+        plan = call_checks.make_plan(q, k, v, attend=attend, dense_below=0, skipped="pool")
         turns = len(skipped_mass.turns(plan, 128))
         call = launches.launch_sparse(q, k, v, 0.05, plan)
         launched = [one for one in call.launches if one.spec is not None]

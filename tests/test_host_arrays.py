@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from salekit import arrays
+from salekit import arrays, call_checks
 from salekit.data_files import load_qkv, load_sample
 from salekit.errors import ArgumentError, DtypeError, FileFormatError, SalekitError
 from salekit.thresholds import as_thresholds, load_thresholds
@@ -61,7 +61,7 @@ class HostDlpack:
 ])
 def test_bad_tensor(q, k, v, error, words):
     with pytest.raises(error) as caught:
-        arrays.as_arrays(q, k, v)
+        call_checks.as_arrays(q, k, v)
     message = str(caught.value)
     assert message.startswith(words[0] + ":") and all(word in message for word in words), message
     assert isinstance(caught.value, SalekitError) and isinstance(caught.value, (ValueError, TypeError))
@@ -70,26 +70,26 @@ def test_bad_tensor(q, k, v, error, words):
 @pytest.mark.parametrize("layout", ["hsbd", None, 3, ["bshd"]])
 def test_bad_layout(layout):
     with pytest.raises(ArgumentError, match="layout: got"):
-        arrays.as_arrays(Q, K, V, layout)
+        call_checks.as_arrays(Q, K, V, layout)
 
 
 def test_layouts_are_views():
-    q, k, v = arrays.as_arrays(*(x.transpose(0, 2, 1, 3) for x in (Q, K, V)), layout="bhsd")
+    q, k, v = call_checks.as_arrays(*(x.transpose(0, 2, 1, 3) for x in (Q, K, V)), layout="bhsd")
     for got, want in zip((q, k, v), (Q, K, V)):
         assert got.shape == want.shape and np.shares_memory(got, want)
 
 
 def test_broadcast_and_reversed_inputs_are_fine():
     shared = np.broadcast_to(K[:, :1], K.shape)
-    q, k, _ = arrays.as_arrays(Q[:, ::-1], shared, shared)
+    q, k, _ = call_checks.as_arrays(Q[:, ::-1], shared, shared)
     assert k.strides[1] == 0 and q.strides[1] < 0
 
 
 def test_host_dlpack():
-    q, _, _ = arrays.as_arrays(HostDlpack(Q), HostDlpack(K), V)
+    q, _, _ = call_checks.as_arrays(HostDlpack(Q), HostDlpack(K), V)
     assert isinstance(q, np.ndarray) and np.shares_memory(q, Q)
     with pytest.raises(DtypeError, match="k: cannot import HostDlpack.*bfloat16"):
-        arrays.as_arrays(Q, HostDlpack(K.astype(ml_dtypes.bfloat16)), V)
+        call_checks.as_arrays(Q, HostDlpack(K.astype(ml_dtypes.bfloat16)), V)
 
 
 def test_unknown_and_mixed_devices():
@@ -100,10 +100,10 @@ def test_unknown_and_mixed_devices():
             return self.device
 
     with pytest.raises(ArgumentError, match="q: is on a device of DLPack type 10"):
-        arrays.as_arrays(Elsewhere(Q), K, V)
+        call_checks.as_arrays(Elsewhere(Q), K, V)
     Elsewhere.device = (2, 1)
     with pytest.raises(ArgumentError, match="v: is on cuda:1; wants host memory"):
-        arrays.as_arrays(Q, K, Elsewhere(V))
+        call_checks.as_arrays(Q, K, Elsewhere(V))
     with pytest.raises(ArgumentError, match="thresholds: is on cuda:1; wants host memory"):
         as_thresholds(Elsewhere(np.ones(4, np.float32)), 4, Q)
 
@@ -114,12 +114,12 @@ def test_gpu_strides():
                                data=SimpleNamespace(ptr=pointer))
 
     good = (2560, 512, 128, 2)
-    arrays._check_strides("q", fake(good))
-    arrays._check_strides("q", fake((0, 512, 0, 2)))
-    arrays._check_strides("q", fake((7, 512, 128, 2), shape=(1, 5, 4, 64)))  # the stride of one entry is never used
+    call_checks._check_strides("q", fake(good))
+    call_checks._check_strides("q", fake((0, 512, 0, 2)))
+    call_checks._check_strides("q", fake((7, 512, 128, 2), shape=(1, 5, 4, 64)))  # one entry's stride is never used
     for bad in (fake(good, pointer=258), fake((2560, 520, 128, 2))):
         with pytest.raises(ArgumentError, match="q: .*16-byte aligned.*multiples of 8 elements"):
-            arrays._check_strides("q", bad)
+            call_checks._check_strides("q", bad)
     record = arrays.tensor_view(fake(good))
     assert record.shape == (1,) and record.nbytes == 32 and record[0].tolist() == (256, 1280, 256, 64)
 
@@ -136,20 +136,21 @@ def test_gpu_strides():
 ])
 def test_bad_option(option, value):
     with pytest.raises(ArgumentError) as caught:
-        arrays.make_plan(Q, K, V, **{option: value})
+        call_checks.make_plan(Q, K, V, **{option: value})
     message = str(caught.value)
     assert message.startswith(f"{option}: ") and "wants" in message and repr(value).strip("'") in message
 
 
 def test_plan():
-    plan = arrays.make_plan(Q, K, V, block=[64, np.int64(128)], sink=np.int32(64), full_rows=2**70, softmax_scale=2)
+    options = dict(block=[64, np.int64(128)], sink=np.int32(64), full_rows=2**70, softmax_scale=2)
+    plan = call_checks.make_plan(Q, K, V, **options)
     assert (plan.batch, plan.seqlen_q, plan.seqlen_k, plan.num_heads, plan.num_kv_heads) == (2, 5, 7, 4, 2)
     assert (plan.head_dim, plan.dtype, plan.arch, plan.estimator) == (64, "float16", None, "int8")
     assert (plan.block_q, plan.block_k, plan.sink, plan.softmax_scale) == (64, 128, 64, 2.0)
     assert plan.shape_record["full_rows"][0] >= plan.seqlen_q
-    assert arrays.make_plan(*make(dtype=ml_dtypes.bfloat16)).dtype == "bfloat16"
+    assert call_checks.make_plan(*make(dtype=ml_dtypes.bfloat16)).dtype == "bfloat16"
     swapped = [x.transpose(0, 2, 1, 3) for x in (Q, K, V)]
-    assert arrays.make_plan(*swapped, layout="bhsd") == arrays.make_plan(Q, K, V)
+    assert call_checks.make_plan(*swapped, layout="bhsd") == call_checks.make_plan(Q, K, V)
 
 
 @pytest.mark.parametrize("out, error, match", [
@@ -162,14 +163,14 @@ def test_plan():
 ])
 def test_bad_out(out, error, match):
     with pytest.raises(error, match=match):
-        arrays.check_call(Q, K, V, layout="bshd", out=out)
+        call_checks.check_call(Q, K, V, layout="bshd", out=out)
 
 
 def test_read_only_out():
     out = np.empty_like(Q)
     out.flags.writeable = False
     with pytest.raises(ArgumentError, match="out: is read-only"):
-        arrays.check_call(Q, K, V, layout="bshd", out=out)
+        call_checks.check_call(Q, K, V, layout="bshd", out=out)
 
 
 def test_stream_on_host():

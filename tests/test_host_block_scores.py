@@ -7,7 +7,7 @@ import pytest
 from oracle import sees
 
 import salekit
-from salekit import arrays, reference, reference_scores
+from salekit import call_checks, reference, reference_scores
 from salekit.block_scores import rounding_bound
 from salekit.errors import ArgumentError
 from salekit.plans import BLOCKS, ESTIMATORS, Plan
@@ -81,7 +81,7 @@ def test_pair_by_pair(case, estimator):
     lengths, options = CASES[case]
     lengths = tuple(min(length, 210) for length in lengths)
     q, k, v = draw(lengths, heads=(2, 1))
-    plan = arrays.make_plan(q, k, v, estimator=estimator, block=(64, 32), dense_below=0, local=16, **options)
+    plan = call_checks.make_plan(q, k, v, estimator=estimator, block=(64, 32), dense_below=0, local=16, **options)
     scores, codes, m, l = scores_of(q, k, plan)
     expected = by_pairs(codes, m, l, plan)
     anchors = reference.fold_blocks(reference.anchor_blocks(plan)[None, None], plan)[0, 0]
@@ -120,7 +120,7 @@ def test_masks_are_those_of_estimate(case, estimator):
     lengths, options = CASES[case]
     for q, k, v in (draw(lengths), hostile(lengths)):
         for block in BLOCKS if case == "square" else ((128, 32), (64, 64)):
-            plan = arrays.make_plan(q, k, v, estimator=estimator, block=block, dense_below=0, **options)
+            plan = call_checks.make_plan(q, k, v, estimator=estimator, block=block, dense_below=0, **options)
             check_against_estimate(q, k, v, plan, [0.0, 1e-6, 0.008, 0.3, 20.0, float("inf")])
 
 
@@ -128,7 +128,7 @@ def test_masks_are_those_of_estimate(case, estimator):
 def test_taus_at_a_score(estimator):
     """The tau of a block's own score: rounding decides that block, and none that is farther than the bound."""
     q, k, v = draw((400, 400), heads=(2, 1))
-    plan = arrays.make_plan(q, k, v, estimator=estimator, block=(64, 32), dense_below=0)
+    plan = call_checks.make_plan(q, k, v, estimator=estimator, block=(64, 32), dense_below=0)
     scores = scores_of(q, k, plan)[0]
     finite = scores[np.isfinite(scores)]
     taus = np.exp(finite[np.linspace(0, finite.size - 1, 60).astype(int)].astype(np.float64)).astype(np.float32)
@@ -137,7 +137,7 @@ def test_taus_at_a_score(estimator):
 
 def test_what_is_always_and_never_selected():
     q, k, v = hostile((300, 300))
-    plan = arrays.make_plan(q, k, v, estimator="int8", block=(64, 32), dense_below=0, sink=0, local=0)
+    plan = call_checks.make_plan(q, k, v, estimator="int8", block=(64, 32), dense_below=0, sink=0, local=0)
     scores = scores_of(q, k, plan)[0][0]
     visible = reference.fold_blocks(reference.visible_blocks(plan)[None, None], plan)[0, 0]
     assert np.isneginf(scores[:, ~visible]).all()
@@ -148,8 +148,8 @@ def test_what_is_always_and_never_selected():
 
 def test_larger_blocks_take_the_largest():
     q, k, v = draw((500, 700))
-    fine = scores_of(q, k, arrays.make_plan(q, k, v, estimator="int8", block=(128, 32), dense_below=0))[0]
-    coarse = scores_of(q, k, arrays.make_plan(q, k, v, estimator="int8", block=(128, 128), dense_below=0))[0]
+    fine = scores_of(q, k, call_checks.make_plan(q, k, v, estimator="int8", block=(128, 32), dense_below=0))[0]
+    coarse = scores_of(q, k, call_checks.make_plan(q, k, v, estimator="int8", block=(128, 128), dense_below=0))[0]
     padded = np.full((*fine.shape[:3], 24), -np.inf, np.float32)
     padded[..., :22] = fine
     assert np.array_equal(coarse, padded.reshape(*fine.shape[:3], 6, 4).max(axis=-1))
@@ -157,7 +157,7 @@ def test_larger_blocks_take_the_largest():
 
 def test_thresholds_per_head():
     q, k, v = draw((700, 700))
-    plan = arrays.make_plan(q, k, v, estimator="int8", dense_below=0)
+    plan = call_checks.make_plan(q, k, v, estimator="int8", dense_below=0)
     scores = scores_of(q, k, plan)[0]
     taus = [0.0, 0.3, float("inf"), float("nan")]
     mask = salekit.mask_from_scores(scores, taus, plan).to_dense()

@@ -314,7 +314,7 @@ def test_an_interface_with_a_mask():
     pytest.importorskip("cupy")
     x = Interface(256, (1, 5, 4, 64), "<f2", mask=Interface(256, (1, 5, 4, 64), "|b1"))
     with pytest.raises(DtypeError, match="k: has a mask"):
-        arrays._import_array("k", x, 0)
+        arrays.as_array("k", x, 0)
 
 
 @pytest.mark.parametrize("stream", [-1, True, 1.5, "0", object(), b"\0"])

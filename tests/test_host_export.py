@@ -32,8 +32,9 @@ cupy = pytest.importorskip("cupy")
 
 from salekit.cli.main import cli  # noqa: E402
 
-from salekit import arrays, attention, export, jit, pipeline, programs  # noqa: E402
+from salekit import attention, export, jit, pipeline, programs  # noqa: E402
 from salekit.errors import ArgumentError, FileFormatError  # noqa: E402
+from salekit.options import plan_of_views
 from salekit.plans import BLOCKS, ESTIMATORS, LOW_BIT_ARCHS, LOW_BIT_HEAD_DIMS, QUERY_STRIDES  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -330,7 +331,7 @@ def record(case: Case, target: export.Target, monkeypatch, multiprocessors: int 
             strides = (*(2 * x for x in case.strides(name, head_dim)), 2)
             views.append(recorder.array((case.batch, rows, heads, head_dim), dtype, strides))
         ports = dict(enumerate((Q, K, V, OUT)))
-        plan = arrays.plan_of_views(*views[:2], **case.options)
+        plan = plan_of_views(*views[:2], **case.options)
         thresholds = case.tau
         if case.kind == "device":
             ports[len(recorder.symbols)] = TAUS

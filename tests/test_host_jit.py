@@ -1,6 +1,5 @@
 """Compiling: cache hits, what a key follows, and what the compiler reports. Needs NVRTC, no GPU."""
 
-import json
 
 import pytest
 

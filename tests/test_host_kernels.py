@@ -7,8 +7,9 @@ from click.testing import CliRunner
 
 pytest.importorskip("cupy")
 
-from salekit import catalog, jit  # noqa: E402
 from salekit.cli import kernels as command  # noqa: E402
+
+from salekit import catalog, jit  # noqa: E402
 from salekit.jit import KernelSpec  # noqa: E402
 from salekit.plans import SUPPORTED_ARCHS  # noqa: E402
 

@@ -15,7 +15,7 @@ import pytest
 cupy = pytest.importorskip("cupy")
 
 import salekit  # noqa: E402
-from salekit import arrays, attention_plan, graphs, jit, pipeline, programs, tensor_map, workspaces  # noqa: E402
+from salekit import arrays, attention_plan, call_checks, graphs, jit, pipeline, programs, tensor_map, workspaces  # noqa: E402
 from salekit.errors import ArgumentError, GpuError  # noqa: E402
 from salekit.programs import Parameter, Program, Recorder  # noqa: E402
 
@@ -590,7 +590,7 @@ def test_a_plan_takes_what_it_was_made_for(fake):
 
 def test_check_workspace():
     good = gpu_array(WORKSPACE, (1024,), np.uint8)
-    assert arrays.check_workspace(good, 0, 1024) is good
+    assert call_checks.check_workspace(good, 0, 1024) is good
     for bad, match in (
         (good[:1000], "got 1000 bytes; wants at least 1024"),
         (gpu_array(WORKSPACE + 8, (1024,), np.uint8), "an address 8 past"),
@@ -598,7 +598,7 @@ def test_check_workspace():
         (np.zeros(2000, np.uint8), "is on host memory"),
     ):
         with pytest.raises(ArgumentError, match=match):
-            arrays.check_workspace(bad, 0, 1024)
+            call_checks.check_workspace(bad, 0, 1024)
 
 
 # --- the same objects on the twin --------------------------------------------------------------------------------

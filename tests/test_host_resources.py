@@ -19,10 +19,11 @@ import pytest
 
 cupy = pytest.importorskip("cupy")
 
+from test_host_programs import TAUS, fake, gpu_array, inputs  # noqa: E402, F401
+
 import salekit  # noqa: E402
 from salekit import arrays, attention_plan, forks, jit, memory, merge, sequences, workspaces  # noqa: E402
 from salekit.errors import GpuError, OutOfMemoryError, SalekitError  # noqa: E402
-from test_host_programs import TAUS, fake, gpu_array, inputs  # noqa: E402, F401
 
 ROOT = Path(__file__).resolve().parent.parent
 CupysError = cupy.cuda.memory.OutOfMemoryError

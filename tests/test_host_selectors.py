@@ -9,7 +9,7 @@ import oracle
 import pytest
 
 import salekit
-from salekit import arrays, frontier
+from salekit import call_checks, frontier
 from salekit.errors import ArgumentError
 from salekit.selectors import SELECTORS, Selector, costs, field, grid, levels_of, mask_at
 
@@ -28,7 +28,7 @@ def make(nq, nk, heads=4, kv_heads=2, block=(64, 32), seed=0, **options):
     q, k, v = rows(nq, heads, 64, 2.5, 0.4), rows(nk, kv_heads, 32, 1.0, 0.3), rows(nk, kv_heads, 32, 0.5, 1.0)
     q[:, :, 0] *= 0.02
     q, k, v = (x.astype(np.float16) for x in (q, k, v))
-    return q, k, v, arrays.make_plan(q, k, v, block=block, estimator="int8", dense_below=0, **options)
+    return q, k, v, call_checks.make_plan(q, k, v, block=block, estimator="int8", dense_below=0, **options)
 
 
 CASES = [((150, 205), (64, 32)), ((261, 261), (64, 32)), ((280, 300), (128, 64)), ((384, 384), (128, 128))]
@@ -456,7 +456,7 @@ def test_costs():
 @pytest.fixture(scope="module")
 def comparison():
     q, k, v = (salekit.load_sample()[name][:, :900] for name in "qkv")
-    plan = arrays.make_plan(q, k, v, estimator="int8", block=(64, 32), dense_below=0, sink=32, local=32)
+    plan = call_checks.make_plan(q, k, v, estimator="int8", block=(64, 32), dense_below=0, sink=32, local=32)
     return frontier.Comparison(q, k, v, plan)
 
 

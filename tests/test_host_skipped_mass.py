@@ -1,4 +1,4 @@
-"""Pooled keys of skipped blocks: key by key in float64, the bounds that they promise, and what they do to real heads."""
+"""Pooled keys of skipped blocks: key by key in float64, the bounds they promise, and what they do to real heads."""
 
 import math
 

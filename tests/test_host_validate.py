@@ -99,7 +99,7 @@ def kernels(monkeypatch):
         return put(spoil("out", out)), put(spoil("lse", lse))
 
     def sparse_attention(q, k, v, *, thresholds, return_lse=False, return_mask=False, **options):
-        from salekit.arrays import make_plan
+        from salekit.call_checks import make_plan
 
         plan = make_plan(q, k, v, **options)
         codes = quantize(q, k, plan)
@@ -131,7 +131,8 @@ def kernels(monkeypatch):
 def pooled_as_on_a_gpu(q, k, v, mask, plan, change):
     """The twin with the roundings that kernels add: weights, pooled keys and values in 16 bits, the bias of the rounded
     key. change: of each block's pools."""
-    half = (lambda x: x.astype(q.dtype).astype(np.float32))
+    def half(x):
+        return x.astype(q.dtype).astype(np.float32)
 
     def pool(mean, keys, values, blocks, block_k, blocks_each):
         exact = real(mean, keys, values, blocks, block_k, blocks_each)

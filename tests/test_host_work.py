@@ -258,8 +258,9 @@ def test_launches_with_pools_are_those_that_the_stages_make(recorded, monkeypatc
 
 
 def test_ctypes_layouts_agree_with_the_sources():
-    from salekit import estimate as _  # noqa: F401  the module behind the function of that name
     import sys
+
+    from salekit import estimate as _  # noqa: F401  the module behind the function of that name
 
     assert work._KEY_FACTS == skipped_mass._KEY_FACTS and 4 * work._POOL_TERMS == skipped_mass._TERMS.itemsize
     assert work._KEY_BOUNDS == ctypes.sizeof(ctypes.c_float) * sys.modules["salekit.estimate"]._KEY_BOUNDS_FLOATS

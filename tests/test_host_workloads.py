@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from salekit import reference, workloads
-from salekit.arrays import make_plan
+from salekit.call_checks import make_plan
 
 SEQLEN = 8192
 

@@ -10,7 +10,7 @@ from test_host_block_scores import CASES, draw, hostile, scores_of
 from test_kernel_estimate import make_inputs, make_plan, poison_odd_groups, to_gpu
 
 import salekit
-from salekit import arrays, jit, reference_scores
+from salekit import arrays, call_checks, jit, reference_scores
 from salekit.block_mask import BlockMask
 from salekit.block_scores import rounding_bound
 from salekit.output_difference import output_sums
@@ -114,8 +114,8 @@ def test_scores_of_inputs(case, estimator):
     for q, k, v in (draw(lengths, head_dim=128), hostile(lengths)):
         on_gpu = [cupy.asarray(x) for x in (q, k, v)]
         options = dict(options, estimator=estimator, block=(64, 32), dense_below=0)
-        expected, *_ = scores_of(q, k, arrays.make_plan(q, k, v, **options))
-        plan = arrays.make_plan(*on_gpu, **options)
+        expected, *_ = scores_of(q, k, call_checks.make_plan(q, k, v, **options))
+        plan = call_checks.make_plan(*on_gpu, **options)
         codes = salekit.quantize(*on_gpu[:2], plan)
         statistics = salekit.anchor_statistics(*on_gpu[:2], codes.k_mean, plan)
         scores_codes = salekit.quantize(*on_gpu[:2], salekit.scores_plan(plan))

@@ -66,8 +66,8 @@ def twin(q, k, v, mask: BlockMask, plan):
 
 
 def check(result, q, k, v, mask, plan) -> None:
-    """Next to the twin, both of which round the outputs twice; the kernels round pooled keys and values as well, and the
-    weights that go into them. Each of these is off by unit roundoff at most, evenly spread, and they are independent."""
+    """Next to the twin, both of which round the outputs twice; the kernels round pooled keys and values, too, and the
+    weights that go into them. Each of these is off by unit roundoff at most, evenly spread; they are independent."""
     out, lse = (x.astype(np.float64) for x in result)
     want, want_lse = (x.astype(np.float64) for x in twin(q, k, v, mask, plan))
     assert (np.isnan(out) == np.isnan(want)).all()
@@ -129,7 +129,7 @@ def test_large_scores():
     mask = anchored_mask(plan, 0.3)
     out, lse = run(q, k, v, mask, plan)
     want, want_lse = (x.astype(np.float64) for x in twin(q, k, v, mask, plan))
-    # A score is off by u * |q - q'| * |pooled key|, some 2^-11 * 8; it moves the output by as much of the values' spread.
+    # A score is off by u * |q - q'| * |pooled key|, some 2^-11 * 8; it moves out by as much of the values' spread.
     assert np.linalg.norm(out - want) <= 8 * 2.0**-11 * np.linalg.norm(want)
     assert np.abs(lse - want_lse).max() <= 8 * 2.0**-11 * 8
 
@@ -180,7 +180,9 @@ def test_twenty_runs_are_the_same():
             assert a.tobytes() == b.tobytes()
 
 
-@pytest.mark.parametrize("options", ({}, {"block": (64, 64), "estimator": "int4"}, {"query_stride": 4, "causal": False}))
+@pytest.mark.parametrize(
+    "options", ({}, {"block": (64, 64), "estimator": "int4"}, {"query_stride": 4, "causal": False})
+)
 def test_whole_calls(options):
     """A call's pools are those of its own mask; with lse or without, planned or staged."""
     import cupy

@@ -33,7 +33,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=tuple(model.DTYPES), default="float16", help="default %(default)s; ONNX "
                         "Runtime has bfloat16 on GPUs alone")
     parser.add_argument("--tau", type=float, default=0.008, help="threshold of all heads (default %(default)s)")
-    parser.add_argument("--no-wait", action="store_true", help="on a GPU the host does not wait for each part; not with "
+    parser.add_argument("--no-wait", action="store_true", help="on a GPU the host does not wait for each part; not for "
                         "--graph ops, see the README")
     parser.add_argument("--runs", type=int, default=5, help="timed runs; the median counts (default %(default)s)")
     return parser.parse_args(arguments)

@@ -12,7 +12,7 @@ in doubt. What may differ from float64, e = 2^-24:
   mean squares are uncertain.
 - correction (int4): rint of a quotient that is off by its float32 sum; taken at both ends.
 - limit: where m is beyond 2^29, anything on a GPU; elsewhere m + ln(l) moves by the error of the anchors' scores (see
-  ``oracle``) and by 16e of its size; float32 quotients y / (softmax_scale sq sk) by 8e of y. Softcap: the uncapped limit
+  ``oracle``) and 16e of its size; float32 quotients y / (softmax_scale sq sk) by 8e of y. Softcap: the uncapped limit
   at both ends.
 """
 

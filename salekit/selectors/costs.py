@@ -1,4 +1,4 @@
-"""What each way of choosing blocks multiplies before the attention, in units of the exact q.k product of visible pairs."""
+"""What each way of choosing blocks multiplies before attention, in units of the exact q.k product of visible pairs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def quest(plan: Plan) -> list[Product]:
 
 
 def pools(plan: Plan) -> list[Product]:
-    """Of ``skipped="pool"``: over all that a block's rows see together, whatever is selected, as the kernels multiply."""
+    """Of ``skipped="pool"``: over all that a block's rows see together, whatever is selected, as kernels multiply."""
     seen, pairs = keys_seen_whole(plan), max(1, plan.visible_pairs)
     extra_keys = int((rows_of_blocks(plan) * -(-seen // POOL_KEYS)).sum())
     return [

@@ -51,7 +51,7 @@ def minference_levels(q: Any, k: Any, plan: Plan, verticals: int, slashes: int) 
 
 
 def flexprefill_levels(q: Any, k: Any, plan: Plan) -> Any:
-    """FlexPrefill (Lai et al., arXiv 2502.20766, algorithms 1 to 3); the knob is gamma, tau is 0.1, min_budget one block.
+    """FlexPrefill (Lai et al., arXiv 2502.20766, algorithms 1 to 3); the knob is gamma, tau .1, min_budget one block.
 
     A head whose block-pooled estimate of the last 128 rows' attention is near the truth (root of the Jensen-Shannon
     divergence below tau) is query-aware: its blocks are taken by pooled attention, largest share first over the whole
@@ -195,7 +195,7 @@ def _self_similarity(x: Any, size: int) -> Any:
 
 
 def quest_levels(q: Any, k: Any, plan: Plan) -> Any:
-    """Quest (Tang et al., arXiv 2406.10774, section 3.3 and algorithm 1): bounds from each page's least and largest key.
+    """Quest (Tang et al., arXiv 2406.10774, section 3.3, algorithm 1): bounds from each page's least and largest key.
 
     A page's bound for a row is the sum over channels of max(q * min, q * max). A row keeps its best pages: the knob is
     how many. Quest is for decoding, one row a time; here a page is block_k keys (16 in the paper), and a block is kept

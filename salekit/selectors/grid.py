@@ -108,7 +108,7 @@ def last_rows(q: Any, k: Any, plan: Plan, count: int) -> Any:
 
 
 def diagonal_sums(p: Any) -> Any:
-    """float32 [seqlen_k]: by distance, the sum of p [last rows, seqlen_k] over pairs of a row and a key that far back."""
+    """float32 [seqlen_k]: by distance, the sum of p [last rows, seqlen_k] over pairs of a row and a key so far back."""
     xp = module_of(p)
     rows, keys = p.shape
     sums = xp.zeros(keys, np.float32)

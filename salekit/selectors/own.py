@@ -26,7 +26,7 @@ def estimator_levels(q: Any, k: Any, plan: Plan, estimator: str, query_stride: i
 
 
 def exact_levels(q: Any, k: Any, plan: Plan) -> Any:
-    """SALE's rule on exact scores: minus the largest ``s - (m + ln l)`` of a block's visible pairs; anchors are kept."""
+    """SALE's rule on exact scores: minus the largest ``s - (m + ln l)`` of a block's visible pairs; anchors stay."""
     xp = grid.module_of(q)
     plan = plan.replace(estimator="int8", query_stride=1)
     no_shift = xp.zeros((plan.batch, plan.num_kv_heads, plan.head_dim), np.float32)
