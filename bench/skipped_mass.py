@@ -227,9 +227,9 @@ def tilted(
 ) -> Sums:
     """Keys and values pooled for the mean query of each ``size`` rows, over ``group`` skipped blocks (None: all).
 
-    With weights softmax(mean . k): mass, its first order in q and the value are exact for that query. variance: the
-    most that the mass's second order, by one variance for all channels, may add to the exponent. aligned: a pool is what
-    is skipped of ``group`` neighbours, not so many skipped ones after one another.
+    With weights softmax(mean . k): mass, its first order in q and the value are exact for that query. variance:
+    what the mass's second order, by one variance for all channels, adds to the exponent at most. aligned: a pool is
+    what is skipped of ``group`` neighbours, not so many skipped ones after one another.
     """
     group = len(tile.blocks) if group is None else group
     blocks = np.full(
