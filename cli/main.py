@@ -62,7 +62,8 @@ class _Group(click.Group):
 def cli() -> None:
     """SALE sparse attention for long-context prefill: kernels, measurements and masks.
 
-    Exit codes: 0 fine, 1 failed, 2 usage, 3 no or unsupported GPU, 4 compile error, 5 accuracy failed.
+    Exit codes: 0 fine, 1 failed, 2 usage, 3 no or unsupported GPU, 4 compile error, 5 accuracy failed,
+    130 interrupted.
     """
 
 

@@ -35,6 +35,7 @@ MULTIPROCESSORS = {
     "sm_100a": Multiprocessor(2048, 32, 228 * 1024),
     "sm_103a": Multiprocessor(2048, 32, 228 * 1024),
     "sm_120a": Multiprocessor(1536, 24, 100 * 1024),
+    "sm_121a": Multiprocessor(1536, 24, 100 * 1024),
 }
 
 

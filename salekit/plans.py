@@ -22,7 +22,7 @@ DTYPES = ("float16", "bfloat16")
 QUERY_STRIDES = (1, 2, 4)
 SKIPPED = ("drop", "pool")  # what becomes of skipped blocks
 # Up to this many keys a call is dense unless it says otherwise: on an H100 sparse calls overtake dense ones between 4K
-# and 6K keys with 32 and 8 heads, between 8K and 10K with 8 and 2.
+# and 6K keys with 32 and 8 heads, between 8K and 12K with 8 and 2.
 DENSE_BELOW = 8192
 
 # What a call does to scores beside the causal limit: flags of kernel templates (cuda_src/tile/score_features.cuh).
@@ -342,13 +342,13 @@ class Plan:
 
 LOW_BIT_ARCHS = ("sm_90a",)  # where attend="int8-fp8" has kernels
 NATIVE_INT4_ARCHS = ("sm_80", "sm_86", "sm_89")
-SUPPORTED_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a")
+SUPPORTED_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a")
 
 
 def arch_of(major: int, minor: int) -> str | None:
     """The -arch that salekit compiles for on a GPU of this compute capability, or None when none fits.
 
-    A capability without a build of its own (8.7, 12.1) takes the nearest older one of its generation.
+    A capability without a build of its own (8.7, 8.8) takes the nearest older one of its generation.
     """
     capability = major * 10 + minor
     exact = {
@@ -361,6 +361,7 @@ def arch_of(major: int, minor: int) -> str | None:
         100: "sm_100a",
         103: "sm_103a",
         120: "sm_120a",
+        121: "sm_121a",
     }
     return exact.get(capability)
 
