@@ -173,7 +173,8 @@ def sparse_attention_varlen(
         ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]`` and the keys from ``cu_seqlens_k[i]`` to ``cu_seqlens_k[i + 1]``.
         dtype and strides as in ``sparse_attention``.
     cu_seqlens_q, cu_seqlens_k: int32 [batch + 1], from 0, rising; both in host memory (NumPy or a list) or both on q's
-        GPU. max_seqlen_q, max_seqlen_k: ints, at least the longest of each; they size the workspace.
+        GPU. max_seqlen_q, max_seqlen_k: ints, at least the longest of each; they size the workspace, and
+        ``dense_below`` goes by them.
     block_table: int32 [batch, max_pages_per_seq], where q is. k and v are then pages, [num_pages, page_size,
         num_kv_heads, head_dim], page_size 16, 32, 64, 128 or 256: key j of sequence i is row ``j % page_size`` of page
         ``block_table[i, j // page_size]``. Entries past a sequence's end are not read. cu_seqlens_k is None, and

@@ -51,9 +51,19 @@ def _check_strides(name: str, array: Any, is_output: bool = False) -> None:
         raise ArgumentError(
             f"{name}: the last axis has a stride of {array.strides[3] / item:g} elements; wants 1 (contiguous)"
         )
-    used = [stride for size, stride in zip(array.shape[:3], array.strides[:3]) if size > 1]
-    if is_output and any(stride <= 0 for stride in used):
-        raise ArgumentError(f"{name}: has a zero or negative stride; wants memory of its own for each element")
+    axes = [(stride, size) for size, stride in zip(array.shape[:3], array.strides[:3]) if size > 1]
+    used = [stride for stride, _ in axes]
+    if is_output:
+        if min(used, default=1) <= 0:
+            raise ArgumentError(f"{name}: has a zero or negative stride; wants memory of its own for each element")
+        extent = item * array.shape[3]
+        for stride, size in sorted(axes):
+            if stride < extent:
+                raise ArgumentError(
+                    f"{name}: has a stride of {stride // item} elements, the axes inside it take {extent // item}; "
+                    "wants memory of its own for each element"
+                )
+            extent += stride * (size - 1)
     if arrays.is_cuda(array):
         pointer = array.data.ptr
         if pointer % arrays.ALIGNMENT or any(stride % arrays.ALIGNMENT for stride in used):

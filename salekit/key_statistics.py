@@ -57,7 +57,10 @@ class KeyStatistics:
         return cls(**{name: _concatenate([getattr(part, name) for part in parts]) for name in _FIELDS})
 
     def of_sequence(self, index: int) -> "KeyStatistics":
-        """Those of one sequence of the batch, as a batch of one; views."""
+        """Those of one sequence of the batch, as a batch of one; views. ArgumentError when there is none of that index."""
+        batch = self.mean.shape[0]
+        if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < batch:
+            raise ArgumentError(f"index: got {index!r}; wants 0 to {batch - 1}, one of the sequences")
         part = slice(index, index + 1)
         return KeyStatistics(**{name: getattr(self, name)[part] for name in _FIELDS})
 

@@ -151,8 +151,9 @@ class Plan:
     def is_dense(self) -> bool:
         """Dense by how many keys a row sees at most (docs/algorithm.md, step 6)."""
         keys = self.seqlen_k
-        if self.window_left >= 0 and (self.causal or self.window_right >= 0):
-            keys = min(keys, self.window_left + 1 + (0 if self.causal else self.window_right))
+        if self.window_left >= 0:
+            right = 0 if self.causal else self.window_right if self.window_right >= 0 else self.seqlen_q - 1
+            keys = min(keys, self.window_left + 1 + right)
         return keys <= self.dense_below
 
     @property

@@ -428,11 +428,12 @@ def attend(q, k, v, mask: BlockMask | None, plan: Plan, sink_logits=None) -> tup
         return out, lse
     queries, keys, values = _heads_first(q), _heads_first(k), _heads_first(v)
     bits = None if mask is None else mask.to_dense()
+    block_q, block_k = (plan.block_q, plan.block_k) if mask is None else (mask.block_q, mask.block_k)
     scale = np.float32(plan.softmax_scale)
     with np.errstate(all="ignore"):
         low = _LowBit(queries, keys, values, plan) if plan.attend == "int8-fp8" else None
-        for block in range(plan.num_q_blocks):
-            rows = np.arange(block * plan.block_q, min((block + 1) * plan.block_q, plan.seqlen_q))
+        for block in range(ceil_div(plan.seqlen_q, block_q)):
+            rows = np.arange(block * block_q, min((block + 1) * block_q, plan.seqlen_q))
             first, end = _row_first(plan, rows).min(), _row_visible(plan, rows).max()
             for b in range(plan.batch):
                 for head in range(plan.num_heads):
@@ -441,7 +442,7 @@ def attend(q, k, v, mask: BlockMask | None, plan: Plan, sink_logits=None) -> tup
                         cols = np.arange(first, end)
                     else:
                         blocks = np.flatnonzero(bits[b, head, block])
-                        cols = (blocks[:, None] * plan.block_k + np.arange(plan.block_k)).ravel()
+                        cols = (blocks[:, None] * block_k + np.arange(block_k)).ravel()
                         cols = cols[(cols >= first) & (cols < end)]
                     if cols.size == 0:
                         continue

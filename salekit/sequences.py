@@ -6,7 +6,9 @@ the stages run on those with the lengths of each (``Plan.has_lengths``); the row
 
 from __future__ import annotations
 
+import operator
 import os
+import reprlib
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -244,12 +246,14 @@ def _check_lengths(name: str, x: Any, device: int | None) -> tuple[Any, bool]:
     """int32 [n] as an array, and whether it is in host memory; lists are taken, too."""
     if isinstance(x, (list, tuple)):
         try:
-            x = np.array(x, np.int64)
-        except (TypeError, ValueError, OverflowError):
-            raise DtypeError(f"{name}: got {x!r}; wants integers") from None
-        if x.size and (x.min() < -(2**31) or x.max() >= 2**31):
+            numbers = [operator.index(number) for number in x]
+        except TypeError:
+            numbers = None
+        if numbers is None or any(isinstance(number, bool) for number in x):
+            raise DtypeError(f"{name}: got {reprlib.repr(x)}; wants integers")
+        if numbers and not -(2**31) <= min(numbers) <= max(numbers) < 2**31:
             raise ArgumentError(f"{name}: got a value beyond int32")
-        x = x.astype(np.int32)
+        x = np.array(numbers, np.int32)
     is_on_host = isinstance(x, np.ndarray)
     x = arrays.import_array(name, x, None if is_on_host else device)
     if x.dtype != np.int32:
@@ -270,7 +274,7 @@ def _check_table(table: Any, k: Any, batch: int, max_seqlen_k: int, device: int 
         raise DtypeError(f"block_table: got dtype {table.dtype}; wants int32")
     if table.ndim != 2 or table.shape[0] != batch:
         raise ArgumentError(f"block_table: got shape {table.shape}; wants [{batch}, max_pages_per_seq]")
-    if table.shape[1] > 1 and table.strides[1] != 4:
+    if table.size and table.shape[1] > 1 and table.strides[1] != 4:
         raise ArgumentError("block_table: the last axis is not contiguous; wants contiguous rows")
     if table.shape[1] * page_size < max_seqlen_k:
         raise ArgumentError(

@@ -222,6 +222,33 @@ def test_stages_by_hand_are_the_pipeline():
         assert same(out, want[0]) and same(lse, want[1]) and same(mask.words, want[2].words)
 
 
+@pytest.mark.parametrize("skipped", ("drop", "pool"))
+def test_a_mask_has_block_sizes_of_its_own(skipped):
+    """Not those of the plan: the same blocks, in finer ones, are the same attention."""
+    q, k, v = make(seqlen_q=300, seqlen_k=430, heads=4, kv_heads=2)
+    rng = np.random.default_rng(3)
+    coarse = rng.random((1, 4, 3, 4)) < 0.5
+    coarse[..., 0] = True
+    fine = coarse.repeat(2, axis=2)[:, :, :5].repeat(4, axis=3)[..., :14]
+    sizes = (300, 430, True)
+    visible = [salekit.BlockMask.from_dense(np.zeros_like(bits), *block, *sizes).visible()
+               for bits, block in ((coarse, (128, 128)), (fine, (64, 32)))]
+    coarse, fine = coarse & visible[0], fine & visible[1]
+    masks = {block: salekit.BlockMask.from_dense(bits, *block, *sizes)
+             for bits, block in ((coarse, (128, 128)), (fine, (64, 32)))}
+    options = dict(dense_below=0, skipped=skipped)
+    plans = [salekit.make_plan(q, k, v, block=block, **options) for block in ((128, 128), (64, 32))]
+    for mask in masks.values() if skipped == "drop" else [masks[64, 32]]:
+        outs = [salekit.attend(q, k, v, mask, plan, return_lse=True) for plan in plans]
+        assert same(outs[0][0], outs[1][0]) and same(outs[0][1], outs[1][1])
+    if skipped == "drop":
+        a, b = (salekit.attend(q, k, v, mask, plans[0])[0].astype(np.float32) for mask in masks.values())
+        assert np.abs(a - b).max() < 2e-3
+    everything = salekit.BlockMask.from_dense(np.broadcast_to(visible[1], fine.shape), 64, 32, *sizes)
+    out = salekit.attend(q, k, v, everything, plans[0])[0].astype(np.float32)
+    assert np.abs(out - salekit.dense_attention(q, k, v).astype(np.float32)).max() < 2e-3
+
+
 @pytest.mark.parametrize("call, error, match", [
     (lambda q, k, v: salekit.sparse_attention(q, k, v, thresholds=-1), ArgumentError, "thresholds: got -1"),
     (lambda q, k, v: salekit.sparse_attention(q, k, v, thresholds=[1, 2, 3]), ArgumentError, "thresholds: got shape"),

@@ -153,11 +153,25 @@ def test_plan():
     assert call_checks.make_plan(*swapped, layout="bhsd") == call_checks.make_plan(Q, K, V)
 
 
+def overlapping(row_bytes):
+    """Like Q, with rows so many bytes apart: each holds the end of the row before, or not."""
+    memory = np.zeros(4 * Q.size, np.float16)
+    return np.lib.stride_tricks.as_strided(memory, Q.shape, (2 * Q.size, row_bytes, 128, 2))
+
+
+def test_rows_that_just_do_not_overlap():
+    call_checks.check_out(overlapping(512), Q, "bshd")
+    call_checks.check_out(np.empty((4, 5, 2, 64), np.float16).transpose(2, 1, 0, 3), Q, "bshd")
+    call_checks.check_out(np.empty((2, 4, 5, 64), np.float16), Q, "bhsd")
+
+
 @pytest.mark.parametrize("out, error, match", [
     (np.empty((2, 5, 4, 63), np.float16), ArgumentError, r"out: got shape \(2, 5, 4, 63\); wants \(2, 5, 4, 64\)"),
     (np.empty(Q.shape, np.float32), DtypeError, "out: got dtype float32"),
     (np.empty(Q.shape, ml_dtypes.bfloat16), DtypeError, "out: got dtype bfloat16; wants float16"),
     (np.broadcast_to(Q[:1], Q.shape), ArgumentError, "out: has a zero or negative stride"),
+    (overlapping(256), ArgumentError, "out: has a stride of 128 elements, the axes inside it take 256"),
+    (overlapping(510), ArgumentError, "out: has a stride of 255 elements, the axes inside it take 256"),
     (np.empty((2, 5, 4, 128), np.float16)[..., ::2], ArgumentError, "out: the last axis"),
     ("out", DtypeError, "out: got str"),
 ])

@@ -217,7 +217,10 @@ def test_a_window_that_hides_nothing_is_none():
 
 def test_short_windows_are_dense():
     q, k, v = make(100, 300)
-    for causal, window, keys in ((True, (70, 0), 71), (False, (70, 20), 91), (False, (70, -1), 300), (True, None, 300)):
+    for causal, window, keys in (
+        (True, (70, 0), 71), (False, (70, 20), 91), (False, (70, 98), 169), (False, (70, 99), 170),
+        (False, (70, -1), 170), (False, (-1, 20), 300), (False, (250, 99), 300), (True, None, 300),
+    ):
         plan = salekit.make_plan(q, k, v, causal=causal, window_size=window)
         assert plan.replace(dense_below=keys).is_dense and not plan.replace(dense_below=keys - 1).is_dense
 

@@ -244,6 +244,9 @@ def test_statistics_refused():
     ):
         with pytest.raises(error, match=match):
             call()
+    for index in (-1, 1, True, 0.0):
+        with pytest.raises(ArgumentError, match="index: got .*wants 0 to 0"):
+            salekit.key_statistics(np.zeros((1, 4, 2, 64), FP16)).of_sequence(index)
 
 
 # --- chunks --------------------------------------------------------------------------------------------------------
@@ -502,6 +505,12 @@ def test_nothing_to_do():
     batch = Batch((), ())
     out, lse = batch.packed()
     assert out.shape == (0, 4, 64) and lse.shape == (4, 0)
+    empty = np.zeros((0, 6), np.int32)
+    pages = np.zeros((3, 16, 2, 64), FP16)
+    out = salekit.sparse_attention_varlen(
+        batch.q, pages, pages, [0], None, 0, 0, block_table=empty, seqlens_k=[]
+    )
+    assert out.shape == (0, 4, 64)
     batch = Batch((3, 4), (0, 0))
     for out, lse in (batch.packed(), batch.paged()):
         assert (out == 0).all() and np.isneginf(lse).all()
@@ -517,7 +526,10 @@ def test_nothing_to_do():
     (dict(cu_seqlens_q=[]), ArgumentError, "cu_seqlens_q: got no element"),
     (dict(cu_seqlens_q=np.zeros((3, 1), np.int32)), ArgumentError, "cu_seqlens_q: got 2 axes"),
     (dict(cu_seqlens_q=np.array([0, 30, 70])), DtypeError, "cu_seqlens_q: got dtype int64"),
-    (dict(cu_seqlens_q=["a"]), DtypeError, "cu_seqlens_q"),
+    (dict(cu_seqlens_q=["0", "30", "70"]), DtypeError, "cu_seqlens_q: got .*wants integers"),
+    (dict(cu_seqlens_q=[0, 30.7, 70]), DtypeError, "cu_seqlens_q: got .*wants integers"),
+    (dict(cu_seqlens_k=[False, 50, 110]), DtypeError, "cu_seqlens_k: got .*wants integers"),
+    (dict(cu_seqlens_q=[0, 10**30, 70]), ArgumentError, "cu_seqlens_q: got a value beyond int32"),
     (dict(cu_seqlens_q=[0, 2**40, 70]), ArgumentError, "cu_seqlens_q"),
     (dict(cu_seqlens_k=None), ArgumentError, "cu_seqlens_k: a call without a block_table wants"),
     (dict(seqlens_k=[50, 60]), ArgumentError, "seqlens_k: a call without a block_table"),
@@ -557,6 +569,7 @@ def test_packed_refuses(change, error, match):
     (dict(seqlens_k=[50, 61]), ArgumentError, "seqlens_k: got 61 for sequence 1; wants 0 to max_seqlen_k = 60"),
     (dict(seqlens_k=[-1, 60]), ArgumentError, "seqlens_k: got -1"),
     (dict(seqlens_k=[50]), ArgumentError, "seqlens_k: got 1 elements; wants 2"),
+    (dict(seqlens_k=[50, 60.0]), DtypeError, r"seqlens_k: got \[50, 60.0\]; wants integers"),
     (dict(seqlens_k=None), ArgumentError, "seqlens_k: a call with a block_table wants"),
     (dict(cu_seqlens_k=[0, 50, 110]), ArgumentError, "cu_seqlens_k: a call with a block_table"),
     (dict(k=np.zeros((11, 24, 2, 64), FP16), v=np.zeros((11, 24, 2, 64), FP16)), ArgumentError, "pages of 24 rows"),
