@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import click
 
 from salekit.errors import GpuError
 from salekit.plans import HEAD_DIMS
+from salekit.written_files import check_output, write
 
 from . import options, render
 
 SCHEMA = 1
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 TWIN_SECONDS_A_PAIR = 2e-8  # dense, every stage and the total once, a query head; at 2k and 4k tokens on two cores
 TWIN_LIMIT_SECONDS = 120.0
 
@@ -24,9 +27,11 @@ TWIN_LIMIT_SECONDS = 120.0
 @click.command("bench")
 @click.option("--seqlen", default=None, help="Lengths, as 8k,32k,128k,1m. Default: 8k,32k,128k; without a GPU 1k,2k.")
 @click.option("--heads", type=click.IntRange(min=1), default=None, help="Query heads. Default: 32; without a GPU 2.")
-@click.option("--kv-heads", type=click.IntRange(min=1), default=None, help="KV heads. Default: a quarter of the heads.")
+@click.option(
+    "--kv-heads", type=click.IntRange(min=1), default=None, help="KV heads. Default: a quarter of the heads, or 1."
+)
 @click.option("--head-dim", type=click.Choice([str(dim) for dim in HEAD_DIMS]), default="128", show_default=True)
-@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True)
 @click.option(
     "--input", "input_file", type=click.Path(exists=True, dir_okay=False), help="Real q, k, v instead of generated."
 )
@@ -47,6 +52,9 @@ TWIN_LIMIT_SECONDS = 120.0
     type=click.Path(exists=True, dir_okay=False),
     help="Per-head thresholds (JSON) instead of --tau.",
 )
+@click.option(
+    "--layer", type=click.IntRange(min=0), default=None, help="Layer of a --thresholds file that holds several."
+)
 @options.block
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the generated input.")
 @options.as_json
@@ -57,10 +65,11 @@ def bench(**settings: Any) -> None:
     CUDA events, L2 flushed before each sample, median and spread (interquartile range / median). Without a GPU the
     NumPy twin is timed, at small sizes.
     """
+    check_output("-o", *(settings[name] for name in ("output", "input_file", "masks_file", "thresholds_file")))
     report = run_bench(**settings)
     text = json.dumps(report, indent=2)
     if settings["output"]:
-        Path(settings["output"]).write_text(text + "\n")
+        write(settings["output"], text + "\n")
         render.note(f"wrote {settings['output']}")
     if settings["as_json"]:
         render.print_json(report)
@@ -85,11 +94,16 @@ def run_bench(
     thresholds_file: str | None,
     block: tuple[int, int],
     seed: int,
+    layer: int | None = None,
     **_: Any,
 ) -> dict[str, Any]:
     """The report as a JSON object. Raises SalekitError children and click.UsageError."""
     from salekit import timing
 
+    if thresholds_file:
+        options.refuse(("tau",), "--thresholds has those of each head; wants one of the two")
+    elif layer is not None:
+        raise click.UsageError("--layer: is that of a --thresholds file; there is none")
     cuda = _has_gpu()
     settings: dict[str, Any] = dict(
         estimator=estimator,
@@ -116,8 +130,9 @@ def run_bench(
         "gpu": timing.gpu_info() if cuda else None,
         "settings": {
             **settings,
-            "tau": tau if math.isfinite(tau) else "inf",  # JSON has no infinity
+            "tau": None if thresholds_file else tau if math.isfinite(tau) else "inf",  # JSON has no infinity
             "thresholds": thresholds_file and Path(thresholds_file).name,
+            "layer": layer,
             "input": Path(input_file).name if input_file else "generated",
             "seed": seed,
             "masks": Path(masks_file).name if masks_file else None,
@@ -132,20 +147,24 @@ def run_bench(
         render.note(
             f"bench: {case['seqlen_q']} tokens, {case['heads']}/{case['kv_heads']} heads, head_dim {case['head_dim']}"
         )
-        report["results"].append(_bench_case(case, settings, tau, thresholds_file, masks, report, cuda))
+        thresholds = (thresholds_file, layer) if thresholds_file else options.rounded(tau)
+        report["results"].append(_bench_case(case, settings, thresholds, masks, report, cuda))
     return report
 
 
 # --- what is timed -------------------------------------------------------------------------------------------------
-def _bench_case(case, settings, tau, thresholds_file, masks, report, cuda: bool) -> dict[str, Any]:
+def _bench_case(case, settings, thresholds, masks, report, cuda: bool) -> dict[str, Any]:
+    """thresholds: a number, or (file, layer)."""
     from salekit import call_checks, timing
     from salekit.attention import dense_attention, sparse_attention
     from salekit.staged import StagedCall
-    from salekit.thresholds import as_thresholds, load_thresholds
+    from salekit.thresholds import as_thresholds
 
     q, k, v = case["make"]()
-    thresholds = as_thresholds(load_thresholds(thresholds_file) if thresholds_file else tau, case["heads"], q)
     plan = call_checks.make_plan(q, k, v, **settings)
+    if isinstance(thresholds, tuple):
+        thresholds = _load_thresholds(*thresholds, plan)
+    thresholds = as_thresholds(thresholds, case["heads"], q)
     call = StagedCall(q, k, v, thresholds, plan, given_mask(masks, case["heads"], q) if masks is not None else None)
     mask = call.mask or call.estimated
 
@@ -195,17 +214,31 @@ def _bench_case(case, settings, tau, thresholds_file, masks, report, cuda: bool)
     return result
 
 
+def _load_thresholds(file: str, layer: int | None, plan):
+    """Those of the plan's length. ArgumentError where they were found with something else than the plan has."""
+    from salekit.thresholds import load_thresholds
+
+    return load_thresholds(
+        file,
+        layer=layer,
+        seqlen=plan.seqlen_k,
+        estimator=plan.estimator,
+        block=(plan.block_q, plan.block_k),
+        skipped=plan.skipped,
+        query_stride=plan.query_stride,
+    )
+
+
 def given_mask(masks, heads: int, q):
     """The first ``heads`` heads of a mask file, where q is."""
     import numpy as np
 
     from salekit import arrays
-    from salekit.block_mask import BlockMask
 
     words = np.ascontiguousarray(masks.words[:, :heads])
     if arrays.is_cuda(q):
         words = arrays.import_cupy().asarray(words)
-    return BlockMask(words, masks.block_q, masks.block_k, masks.seqlen_q, masks.seqlen_k, masks.causal)
+    return replace(masks, words=words)
 
 
 def _rates(plan, blocks, times, report) -> dict[str, Any]:
@@ -265,6 +298,11 @@ def load_masks(path: str, block: tuple[int, int]):
     from salekit.block_mask import BlockMask
 
     masks = BlockMask.load_npz(path)
+    if 0 in (*masks.words.shape[:2], masks.seqlen_q, masks.seqlen_k):
+        sizes = f"shape {masks.words.shape}, {masks.seqlen_q} rows and {masks.seqlen_k} keys"
+        raise click.UsageError(f"--masks: {path} has {sizes}: there is nothing to time")
+    if masks.has_window:
+        raise click.UsageError(f"--masks: {path} is of calls with a window; wants one without")
     if (masks.block_q, masks.block_k) == block:
         return masks
     if block[0] % masks.block_q or block[1] % masks.block_k:
@@ -278,9 +316,15 @@ def load_masks(path: str, block: tuple[int, int]):
 def cases_of(
     seqlen, heads, kv_heads, head_dim: int, dtype: str, input_file, masks, cuda: bool, seed: int
 ) -> list[dict]:
-    lengths = options.parse_seqlens(seqlen) if seqlen else None
+    lengths = None if seqlen is None else options.parse_seqlens(seqlen)
     if input_file:
-        cases = _cases_of_file(input_file, lengths, heads, kv_heads, cuda)
+        options.refuse(("seed",), "is of a generated input; --input is none")
+        wanted = {"--heads": heads, "--kv-heads": kv_heads}
+        if options.given("head_dim"):
+            wanted["--head-dim"] = head_dim
+        if options.given("dtype"):
+            wanted["--dtype"] = dtype
+        cases = _cases_of_file(input_file, lengths, wanted, cuda)
     else:
         if masks is not None:
             if lengths is not None and list(lengths) != [masks.seqlen_k]:
@@ -288,7 +332,7 @@ def cases_of(
             lengths = [masks.seqlen_k]
             heads = heads or masks.words.shape[1]
         lengths = lengths or ([8192, 32768, 131072] if cuda else [1024, 2048])
-        heads = heads or kv_heads or (32 if cuda else 2)
+        heads = heads or (32 if cuda else 2)
         kv_heads = kv_heads or (heads // 4 if heads % 4 == 0 else 1)
         if heads % kv_heads:
             raise click.UsageError(f"--kv-heads: got {kv_heads}; wants a number that divides the {heads} heads")
@@ -319,7 +363,7 @@ def _generated(seqlen: int, masks, heads, kv_heads, head_dim, dtype, cuda, seed)
             heads,
             kv_heads,
             head_dim,
-            dtype={"bf16": "bfloat16", "fp16": "float16"}[dtype],
+            dtype=DTYPES[dtype],
             batch=batch,
             seqlen_q=seqlen_q,
             seed=seed,
@@ -331,13 +375,17 @@ def _generated(seqlen: int, masks, heads, kv_heads, head_dim, dtype, cuda, seed)
     )
 
 
-def _cases_of_file(path: str, lengths, heads, kv_heads, cuda: bool) -> list[dict]:
+def _cases_of_file(path: str, lengths, wanted: dict[str, Any], cuda: bool) -> list[dict]:
+    """wanted: by option, what the file has to have."""
+    from salekit.arrays import DTYPE_NAMES
     from salekit.data_files import load_qkv
 
     q, k, v, _ = load_qkv(path)
-    for name, want, have in (("--heads", heads, q.shape[2]), ("--kv-heads", kv_heads, k.shape[2])):
-        if want not in (None, have):
-            raise click.UsageError(f"{name}: got {want}; {path} has {have}")
+    dtype = {name: short for short, name in DTYPES.items()}[DTYPE_NAMES[q.dtype]]
+    have = {"--heads": q.shape[2], "--kv-heads": k.shape[2], "--head-dim": q.shape[3], "--dtype": dtype}
+    for name, want in wanted.items():
+        if want not in (None, have[name]):
+            raise click.UsageError(f"{name}: got {want}; {path} has {have[name]}")
     if 0 in (*q.shape, *k.shape):
         raise click.UsageError(f"--input: {path} has shapes {q.shape} and {k.shape}: there is nothing to time")
     whole = q.shape[1]

@@ -10,6 +10,8 @@ from typing import Any
 import click
 import numpy as np
 
+from salekit.written_files import check_output
+
 from . import backends, options, render
 
 TWIN = "the NumPy twin calibrates, which takes long beyond a few thousand tokens"
@@ -17,10 +19,10 @@ TWIN = "the NumPy twin calibrates, which takes long beyond a few thousand tokens
 
 @click.command()
 @click.argument("files", type=click.Path(exists=True, dir_okay=False), nargs=-1, required=True)
-@click.option("--max-relative-error", type=click.FloatRange(min=0), help="Of each head's output.  [default: 0.1]")
-@click.option("--max-error", type=click.FloatRange(min=0), help="Sum of |out - dense| over seqlen (the paper's theta).")
-@click.option("--min-recall", type=click.FloatRange(0, 1), help="Attention mass kept, mean over rows.")
-@click.option("--density", type=click.FloatRange(0, 1), help="A budget: the mean over each layer's heads.")
+@click.option("--max-relative-error", type=options.Finite(min=0), help="Of each head's output.  [default: 0.1]")
+@click.option("--max-error", type=options.Finite(min=0), help="Sum of |out - dense| over seqlen (the paper's theta).")
+@click.option("--min-recall", type=options.Finite(0, 1), help="Attention mass kept, mean over rows.")
+@click.option("--density", type=options.Finite(0, 1), help="A budget: the mean over each layer's heads.")
 @options.block
 @options.estimator
 @options.query_stride
@@ -44,6 +46,7 @@ def calibrate(
     given = {name: value for name, value in targets.items() if value is not None} or {"relative_error": 0.1}
     if len(given) > 1:
         raise click.UsageError("give one of --max-relative-error, --max-error, --min-recall and --density")
+    check_output("-o", output, *files)
     if Path(output).exists() and not force:
         raise click.UsageError(f"{output} exists; --force overwrites it")
     ((target, value),) = given.items()
@@ -101,6 +104,7 @@ def _layers(file: str, target: str, value: float, plan_options: dict[str, Any], 
 
     for layer, (q, k, v, _) in iter_layers(file):
         started = time.perf_counter()
+        options.check_qkv(f"{file}, layer {layer}", q, k, v)
         if use_gpu:
             q, k, v = backends.on_gpu(q, k, v)
         plan = make_plan(q, k, v, **plan_options, dense_below=0)

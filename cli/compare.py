@@ -8,6 +8,8 @@ from typing import Any
 import click
 import numpy as np
 
+from salekit.written_files import check_output
+
 from . import backends, options, plots, render
 
 TWIN = "the NumPy twin compares, which takes minutes beyond a few thousand tokens"
@@ -69,6 +71,7 @@ def compare(
     """
     if sample == (file is not None):
         raise click.UsageError("give either FILE or --sample")
+    check_output("--plot", plot, file)
     if plot:
         plots.check(plot, force)
     name, layer_name, q, k, v = _load(file, layer)
@@ -80,6 +83,7 @@ def compare(
 
     use_gpu = backends.use_gpu(backend, TWIN)
     q, k, v = _of_heads(q, k, v, heads)
+    options.check_qkv(f"{name}, layer {layer_name}", q, k, v)
     if use_gpu:
         q, k, v = backends.on_gpu(q, k, v)
     plan = make_plan(q, k, v, block=block, estimator="int8", dense_below=0, skipped=skipped)
@@ -205,15 +209,24 @@ def _print(result: dict[str, Any], densities: list[float], per_head: bool) -> No
                 densities,
                 lambda p, name=name, index=index: p["heads"][name][index],
             )
-    if any(point["mean"]["recall"] is None for of in result["methods"].values() for point in of["points"]):
+    means = [point["mean"] for of in result["methods"].values() for point in of["points"]]
+    if any(mean["density"] is None for mean in means):
         render.text("-: on some head no mask of the method is this sparse (see sparsest) or this dense")
+    if any(mean[name] is None and mean["density"] is not None for mean in means for name in VALUES):
+        render.text("NaN: scores or outputs of some head leave float32")
     plots.draw(result)
+
+
+def _cell(value: float | None, density: float | None) -> str:
+    if value is None:
+        return "-" if density is None else "NaN"
+    return f"{value:.4f}"
 
 
 def _table(title: str, result: dict[str, Any], densities: list[float], value: Any) -> None:
     rows = []
     for name, of in result["methods"].items():
-        cells = ["-" if value(point) is None else f"{value(point):.4f}" for point in of["points"]]
+        cells = [_cell(value(point), point["mean"]["density"]) for point in of["points"]]
         rows.append([name, f"{of['cost']:.3f}", f"{np.mean(of['sparsest']):.3f}", *cells])
     render.text()
     render.table(title, ["method", "cost", "sparsest", *(f"{density:g}" for density in densities)], rows)

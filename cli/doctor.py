@@ -40,7 +40,7 @@ def examine() -> dict:
     found["cupy"] = _cupy(advice)
     found["nvrtc"] = _nvrtc(advice) if found["cupy"] else None
     found["gpu"], arch = _gpu(advice) if found["cupy"] else (None, None)
-    found["cache"] = _cache()
+    found["cache"] = _cache(advice)
     found["estimate"], found["attend"] = _kernels(arch)
     found["gpu_suite"] = gpu_suite_state()
     if arch is None:
@@ -112,18 +112,29 @@ def _gpu(advice: list[str]) -> tuple[str | None, str | None]:
         return None, None
 
 
-def _cache() -> str:
+def _cache(advice: list[str]) -> str:
+    """The folder, what is in it, and why it is not used or not added to."""
     from salekit import jit
+    from salekit.errors import ArgumentError
     from salekit.private_files import why_not_private
+    from salekit.written_files import why_not_made
 
+    try:
+        jit._cache_bound()
+    except ArgumentError as error:
+        advice.append(f"{error}; until then nothing can be compiled")
     folder = jit.cache_dir()
     if problem := why_not_private(folder):
         return f"{folder}: NOT USED, for {problem}"
     try:
         files = [path.stat().st_size for path in folder.iterdir()]
-        return f"{folder} ({len(files)} files, {sum(files) / 2**20:.1f} MiB)"
-    except OSError:
-        return f"{folder} (empty)"
+        held = f"{len(files)} files, {sum(files) / 2**20:.1f} MiB"
+    except FileNotFoundError:
+        held = "empty"
+    except OSError as error:
+        return f"{folder}: CANNOT BE READ: {error.strerror}"
+    problem = why_not_made(folder)
+    return f"{folder} ({held})" + (f": CANNOT BE WRITTEN: {problem}" if problem else "")
 
 
 def _kernels(arch: str | None) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from salekit.plans import BLOCKS, ESTIMATORS, HEAD_DIMS, SUPPORTED_ARCHS
+from salekit.written_files import check_folder
 
 from . import options, render
 
@@ -37,6 +38,7 @@ def export(
     """
     from salekit import export as exports
 
+    check_folder("-o", folder)
     target = exports.Target(
         arch, int(head_dim), DTYPES[dtype], estimators or ESTIMATORS, tuple(map(tuple, blocks)) or BLOCKS
     )

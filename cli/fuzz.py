@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from salekit.written_files import check_folder
+
 from . import options, render
 from .validate import EXIT_ACCURACY, choose_cuda
 
@@ -21,7 +23,7 @@ PROGRESS_SECONDS = 5.0
 @click.option("--cases", type=click.IntRange(1), default=None, help=f"How many cases; {CASES} without --minutes.")
 @click.option(
     "--minutes",
-    type=click.FloatRange(0, min_open=True),
+    type=options.Finite(0, min_open=True),
     default=None,
     help="A soak of so long, long inputs among them; watches the GPU's memory.",
 )
@@ -69,7 +71,7 @@ def run_fuzz(
     seed: int | None,
     workers: int,
     backend: str,
-    output: str | None,
+    output: str,
     **_: Any,
 ) -> dict[str, Any]:
     """The report as a JSON object. Raises SalekitError children and click.UsageError."""
@@ -78,7 +80,9 @@ def run_fuzz(
 
     if cases is not None and minutes is not None:
         raise click.UsageError("--cases and --minutes: wants one of them")
+    check_folder("-o", output)
     cases = CASES if cases is None and minutes is None else cases
+    workers = workers if cases is None else min(workers, cases)
     cuda = choose_cuda(backend)
     seed = secrets.randbelow(2**32) if seed is None else seed
     what = f"{cases} cases" if minutes is None else f"{minutes:g} minutes"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import click
 
 from salekit.plans import SUPPORTED_ARCHS
+from salekit.written_files import check_output, write
 
 from . import options, render
 
@@ -27,11 +27,13 @@ def _parse_archs(context, parameter, text: str) -> list[str]:
 @click.option("--arch", "archs", default=DEFAULT_ARCHS, show_default=True, callback=_parse_archs, help="Architectures.")
 @options.as_json
 @options.output
-def kernels(archs: list[str], as_json: bool, output: str | None) -> None:
+@click.pass_context
+def kernels(context: click.Context, archs: list[str], as_json: bool, output: str | None) -> None:
     """Compile every kernel; print registers, shared memory, stack, spills and warnings.
 
     Exit code 4 on a compile error, a spill or a wgmma serialisation warning.
     """
+    check_output("-o", output)
     report = {"schema": SCHEMA, "kind": "salekit-kernels", "nvrtc": None, "kernels": []}
     from salekit import catalog, jit
 
@@ -62,7 +64,7 @@ def kernels(archs: list[str], as_json: bool, output: str | None) -> None:
                 )
             report["kernels"].append(entry)
     if output:
-        Path(output).write_text(json.dumps(report, indent=2) + "\n")
+        write(output, json.dumps(report, indent=2) + "\n")
         render.note(f"wrote {output}")
     if as_json:
         render.print_json(report)
@@ -72,7 +74,7 @@ def kernels(archs: list[str], as_json: bool, output: str | None) -> None:
     for entry in bad:
         render.note(f"salekit: error: {entry['kernel']} for {entry['arch']}: {entry['problem']}")
     if bad:
-        raise SystemExit(4)
+        context.exit(4)
 
 
 def compile_all(specs, arch: str, advance=lambda: None) -> list[tuple]:

@@ -6,7 +6,9 @@ import importlib
 import os
 import sys
 import warnings
+from contextlib import contextmanager, suppress
 from enum import IntEnum
+from typing import Any, Iterator
 
 import click
 
@@ -40,8 +42,28 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
+class _BrokenPipe(Exception):
+    """Its cause, a BrokenPipeError, on the way past click, which would end the process with 1."""
+
+
+@contextmanager
+def _past_click() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise _BrokenPipe from error
+
+
 class _Group(click.Group):
     """Imports a command's file when it is asked for, so that ``--help`` is instant."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with _past_click():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _past_click():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
@@ -81,7 +103,7 @@ def _show_warnings() -> None:
 
     def show_briefly(message, category, *place) -> None:
         if issubclass(category, CacheWarning):
-            click.echo(f"salekit: warning: {message}", err=True)
+            _say(f"salekit: warning: {message}")
         else:
             show(message, category, *place)
 
@@ -90,25 +112,69 @@ def _show_warnings() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
-    _show_warnings()
     try:
-        code = cli.main(args=arguments, prog_name="salekit", standalone_mode=False)
-    except click.exceptions.Abort:
-        code = ExitCode.INTERRUPTED
-    except click.ClickException as error:
-        error.message = escaped(error.message, keep="\n")
-        error.show()
-        code = error.exit_code
-    except SalekitError as error:
-        click.echo(f"salekit: error: {escaped(str(error), keep=_LINES)}", err=True)
-        code = exit_code_of(error)
+        _prepare_streams()
+        _show_warnings()
+        code = _run(arguments)
+        code = _flush_streams(code if isinstance(code, int) else ExitCode.OK)
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        # The reader has gone: nothing is left to say, and the interpreter must not try at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = ExitCode.OK
+    sys.exit(int(code))
+
+
+def _run(arguments: list[str] | None) -> int | None:
+    """The exit code, or whatever a command returns."""
+    try:
+        return cli.main(args=arguments, prog_name="salekit", standalone_mode=False)
+    except click.exceptions.Abort:
+        return ExitCode.INTERRUPTED
+    except click.ClickException as error:
+        error.message = escaped(error.message, keep="\n")
+        with suppress(BrokenPipeError):
+            error.show()
+        return error.exit_code
+    except SalekitError as error:
+        _say(f"salekit: error: {escaped(str(error), keep=_LINES)}")
+        return exit_code_of(error)
+    except _BrokenPipe as error:
+        return _failed(error.__cause__)
     except (OSError, MemoryError) as error:
-        click.echo(f"salekit: error: {escaped(str(error)) or 'out of memory'}", err=True)
-        code = ExitCode.FAILED
-    sys.exit(int(code) if isinstance(code, int) else 0)
+        return _failed(error)
+
+
+def _failed(error: OSError | MemoryError) -> ExitCode:
+    if isinstance(error, BrokenPipeError) and error.filename is None:
+        return ExitCode.OK  # of stdout: the reader has what it wanted
+    _say(f"salekit: error: {escaped(str(error)) or 'out of memory'}")
+    return ExitCode.FAILED
+
+
+def _say(text: str) -> None:
+    with suppress(BrokenPipeError):
+        click.echo(text, err=True)
+
+
+# --- streams -------------------------------------------------------------------------------------------------------
+def _prepare_streams() -> None:
+    """Those that were closed lead nowhere, and what the encoding does not have is shown as Python writes it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, mode)
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+        if mode == "w" and getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush_streams(code: int) -> int:
+    """The exit code after all is said; the interpreter has nothing left to flush, and to fail at."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            from .render import discard
+
+            discard(stream)
+            code = code or _failed(error)
+    return code

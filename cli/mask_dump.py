@@ -11,11 +11,13 @@ import click
 import numpy as np
 
 from salekit.errors import escaped
+from salekit.written_files import check_output, write, writing
 
 from . import backends, options, render
 
 PICTURES = ("term", "png", "svg", "html")
 SHEETS = ("png", "svg", "html")  # what draws several layers
+SUFFIXES = {".png": "png", ".svg": "svg", ".html": "html", ".npz": "npz"}  # of an output, and what they stand for
 LISTS = ("csr", "flex", "flashinfer", "fa4")
 TAU_STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of --tau, for --overlay tau
 
@@ -37,9 +39,9 @@ TAU_STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of --tau, for --overlay tau
     "--format",
     "form",
     type=click.Choice([*PICTURES, "npz", *LISTS]),
-    default="term",
-    show_default=True,
-    help="Pictures, the packed mask, or index lists: CSR, FlexAttention, FlashInfer, FlashAttention-4 (all npz).",
+    default=None,
+    help="Pictures, the packed mask, or index lists: CSR, FlexAttention, FlashInfer, FlashAttention-4 (all npz).  "
+    "[default: what OUT's suffix says; term without -o]",
 )
 @click.option(
     "--overlay",
@@ -73,10 +75,13 @@ def mask_dump(
 
     A cell that stands for several blocks shows their density, and is never blank when one of them is set. Several heads
     make a contact sheet (png, svg) or a list to choose from (html, one file that needs no network); so do several
-    layers, a row each. The other formats hold one layer.
+    layers, a row each. The other formats hold one layer. A mask file is what it is: --tau, --block, --estimator,
+    --query-stride and --backend are for q, k and v.
     """
     if sample == (file is not None):
         raise click.UsageError("give either FILE or --sample")
+    check_output("-o", output, file, other_file)
+    form = _format(form, output)
     if form != "term" and not output:
         raise click.UsageError(f"--format {form} needs -o FILE")
     if output and not force and Path(output).exists():
@@ -89,6 +94,8 @@ def mask_dump(
     source.choose(layers, heads, f"--format {form}" if form not in SHEETS else other_file and "--diff")
     if source.is_mask and (overlay == "tau" or diff_estimator):
         raise click.UsageError(f"{file} is a mask: --overlay tau and --diff-estimator need q, k and v")
+    if source.is_mask:
+        options.refuse(("tau", "block", "estimator", "query_stride", "backend"), f"{file} is a mask, which has its own")
 
     mask, *masks = source.masks(estimator, [tau, *([tau * x for x in TAU_STEPS] if overlay == "tau" else [])])
     other = None
@@ -99,13 +106,14 @@ def mask_dump(
     if other is not None and _shape(other) != _shape(mask):
         raise click.UsageError(f"the masks differ in shape: {_shape(mask)} and {_shape(other)} (heads, tokens, blocks)")
     chosen, labels = source.panels()
-    metadata = {"source": source.name, **source.layer, "tau": tau, "estimator": estimator, "query_stride": query_stride}
+    metadata = source.metadata(tau, estimator, query_stride)
 
     scores = source.scores(estimator) if form == "html" else None
     drawing = _drawing(mask, labels, overlay, masks, tau, other, scores, source.rows)
     title = f"{source.title}: {mask.seqlen_q} x {mask.seqlen_k} tokens, blocks {mask.block_q}x{mask.block_k}"
     if output:
-        _save(Path(output), form, mask, drawing, chosen, title, metadata)
+        held, about = (mask, metadata) if form in PICTURES else _of_heads(mask, chosen, metadata)
+        _save(Path(output), form, held, drawing, chosen, title, about)
         render.note(f"wrote {output}")
     if as_json:
         render.print_json(_summary(mask, drawing, chosen, metadata, source))
@@ -139,6 +147,9 @@ class _Source:
             )
         if len({shapes[layer] for layer in self.layers}) > 1:
             raise click.UsageError(f"{self.name}: the layers differ in shape; --layer chooses those that are alike")
+        for layer in self.layers:
+            if any(0 in shape for shape in shapes[layer]):
+                raise click.UsageError(f"{self.name} {self._sizes(shapes[layer])}: there is nothing to draw")
         (batch, *_, self.heads_a_batch, _) = shapes[self.layers[0]][0]
         self.num_heads = batch * self.heads_a_batch
         for head in heads:
@@ -152,16 +163,32 @@ class _Source:
             self.title += f", {len(self.rows)} layers" if self.several else f", layer {self.layers[0]}"
 
     def _shapes(self) -> dict[str, tuple[Any, ...]]:
-        """Shapes of q and k by layer; a mask is layer 0."""
+        """Shapes of q and k by layer; a mask is layer 0, and has (batch, rows, heads, keys)."""
         if self.is_mask:
-            batch, heads, *_ = _load_mask(self.file).words.shape
-            return {"0": ((batch, heads, 0),)}
+            mask = _load_mask(self.file)
+            batch, heads, *_ = mask.words.shape
+            return {"0": ((batch, mask.seqlen_q, heads, mask.seqlen_k),)}
         from salekit.data_files import iter_layers, load_sample
 
         if self.file is None:
             sample = load_sample()
             return {"0": (sample["q"].shape, sample["k"].shape)}
         return {layer: (q.shape, k.shape) for layer, (q, k, *_) in iter_layers(self.file)}
+
+    def _sizes(self, shapes: tuple[Any, ...]) -> str:
+        if self.is_mask:
+            return "is a mask of batch {}, {} rows, {} heads and {} keys".format(*shapes[0])
+        return "has shapes {} and {}".format(*shapes)
+
+    def metadata(self, tau: float, estimator: str, query_stride: int) -> dict[str, Any]:
+        """What the masks were made with; of a mask file that is what it says."""
+        if not self.is_mask:
+            made_with = {"tau": tau, "estimator": estimator, "query_stride": query_stride}
+            return {"source": self.name, **self.layer, **made_with}
+        from salekit.untrusted_files import Npz
+
+        with Npz(self.file) as archive:
+            return {"source": self.name, **archive.metadata()}
 
     def panels(self) -> tuple[list[int], list[str]]:
         """(the heads to draw, a label for every head), counted through the layers."""
@@ -185,9 +212,11 @@ class _Source:
             from salekit.untrusted_files import Npz
 
             with Npz(self.file) as archive:
-                names = [escaped(name) for name in archive.names]
-            if len(names) == self.num_heads and not all(name == f"h{i}" for i, name in enumerate(names)):
-                return names
+                names = archive.names
+            batches = range(self.num_heads // self.heads_a_batch)
+            own = [f"b{b}_h{h}" if len(batches) > 1 else f"h{h}" for b in batches for h in range(self.heads_a_batch)]
+            if len(names) == self.num_heads and (len(batches) > 1 or set(names) != set(own)):
+                return own if set(names) == set(own) else [escaped(name) for name in names]
         return [f"head {head}" for head in range(self.num_heads)]
 
     def masks(self, estimator: str, taus: list[float]) -> list[Any]:
@@ -205,7 +234,7 @@ class _Source:
         _, _, plan, codes, statistics = self._prepared(layer, estimator)
         masks = []
         for tau in taus:
-            limits = salekit.row_limits(*statistics, codes, float(tau), plan)
+            limits = salekit.row_limits(*statistics, codes, options.rounded(tau), plan)
             masks.append(salekit.estimate(codes, limits, plan).to_numpy())
         return masks
 
@@ -275,6 +304,17 @@ class _Source:
         return tuple(np.stack(heads, axis=1)[None] for heads in chosen)
 
 
+def _format(form: str | None, output: str | None) -> str:
+    """What to make: by the output's suffix where --format does not say. click.UsageError."""
+    if form is None and output:
+        form = SUFFIXES.get(Path(output).suffix.lower())
+        if form is None:
+            raise click.UsageError(f"-o {output}: no format has this suffix; wants --format, or {', '.join(SUFFIXES)}")
+    if form == "term" and output:
+        raise click.UsageError("--format term is for the terminal; -o wants another")
+    return form or "term"
+
+
 def _load_mask(file: str):
     from salekit.block_mask import BlockMask
 
@@ -320,11 +360,10 @@ def _drawing(mask, labels: list[str], overlay: str, tau_masks: list[Any], tau: f
 
 def _head(mask, head: int) -> np.ndarray:
     """bool [num_q_blocks, num_k_blocks] of one head, counted through the batches."""
-    from salekit.block_mask import BlockMask
 
     batch, index = divmod(head, mask.words.shape[1])
     words = mask.words[batch : batch + 1, index : index + 1]
-    one = BlockMask(words, mask.block_q, mask.block_k, mask.seqlen_q, mask.seqlen_k, mask.causal)
+    one = replace(mask, words=words)
     return one.to_dense()[0, 0]
 
 
@@ -355,13 +394,14 @@ def _save(path: Path, form: str, mask, drawing, chosen: list[int], title: str, m
     from . import mask_pictures as pictures
 
     if form == "npz":
-        mask.save_npz(path, metadata)
-    elif form == "png" or form == "term":
-        path.write_bytes(pictures.encode_png(pictures.sheet(drawing, chosen)))
+        with writing(path) as file:
+            mask.save_npz(file, metadata)
+    elif form == "png":
+        write(path, pictures.encode_png(pictures.sheet(drawing, chosen)))
     elif form == "svg":
-        path.write_text(pictures.encode_svg(drawing, chosen, title), encoding="utf-8")
+        write(path, pictures.encode_svg(drawing, chosen, title))
     elif form == "html":
-        path.write_text(pictures.encode_html(drawing, chosen, title), encoding="utf-8")
+        write(path, pictures.encode_html(drawing, chosen, title))
     else:
         lists = {
             "csr": mask_lists.to_csr,
@@ -369,7 +409,7 @@ def _save(path: Path, form: str, mask, drawing, chosen: list[int], title: str, m
             "fa4": mask_lists.to_flash_attention_4,
             "flashinfer": _flashinfer_arrays,
         }[form](mask)
-        with open(path, "wb") as file:  # a name without .npz stays what it is
+        with writing(path) as file:
             np.savez_compressed(file, block=np.array([mask.block_q, mask.block_k]), **lists)
 
 
@@ -384,13 +424,31 @@ def _flashinfer_arrays(mask) -> dict[str, np.ndarray]:
     }
 
 
+def _of_heads(mask, heads: list[int], metadata: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(these heads alone, as one batch; metadata that say which they were)."""
+    words = mask.words.reshape(-1, *mask.words.shape[2:])
+    if heads == list(range(len(words))):
+        return mask, metadata
+    before = metadata.get("heads")  # of a mask file that holds some heads of another
+    if isinstance(before, list) and len(before) == len(words):
+        return replace(mask, words=words[heads][None]), {**metadata, "heads": [before[head] for head in heads]}
+    return replace(mask, words=words[heads][None]), {**metadata, "heads": heads}
+
+
+def _plain(value: Any) -> Any:
+    """A text or a number as JSON has it; None for what else a file may say."""
+    if isinstance(value, float) and not np.isfinite(value):
+        return "inf" if value > 0 else None  # JSON has no infinity
+    return value if isinstance(value, (str, int, float)) else None
+
+
 def _summary(mask, drawing, chosen: list[int], metadata: dict[str, Any], source) -> dict[str, Any]:
-    density, tau = mask.density().ravel(), metadata["tau"]
+    density = mask.density().ravel()
+    names = ("source", *(("layer",) if "layer" in metadata else ()), "tau", "estimator", "query_stride")
     summary = {
         "schema": 1,
         "kind": "salekit-mask",
-        **metadata,
-        "tau": tau if np.isfinite(tau) else "inf",
+        **{name: _plain(metadata.get(name)) for name in names},
         "block": [mask.block_q, mask.block_k],
         "seqlen_q": mask.seqlen_q,
         "seqlen_k": mask.seqlen_k,
@@ -410,9 +468,9 @@ def _draw(mask, drawing, chosen: list[int], width: int) -> None:
     from . import mask_pictures as pictures
 
     for head in chosen:
+        name, density = drawing.labels[head].rsplit(",", 1)
         render.text(
-            f"{drawing.labels[head].split(',')[0]}: {mask.seqlen_q} x {mask.seqlen_k} tokens, "
-            f"blocks {mask.block_q}x{mask.block_k},{drawing.labels[head].split(',', 1)[1]}"
+            f"{name}: {mask.seqlen_q} x {mask.seqlen_k} tokens, blocks {mask.block_q}x{mask.block_k},{density}"
         )
         rows = max(4, width // 2)
         if len(drawing.layers) == 1:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
 import click
+import numpy as np
+from click.core import ParameterSource
 
 from salekit.plans import BLOCKS, ESTIMATORS, SKIPPED
 
@@ -60,6 +63,47 @@ class _Tau(click.ParamType):
         if not tau >= 0:
             self.fail(f"{value!r} is not a threshold; wants a number >= 0 or inf", param, ctx)
         return tau
+
+
+class Finite(click.FloatRange):
+    """A range without NaN and infinity, which click's lets through."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not finite; wants a number", param, ctx)
+        return number
+
+
+def rounded(tau: float) -> float:
+    """tau as calls hold it, in float32: inf beyond it, 0 below."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(tau))
+
+
+def given(*names: str) -> list[str]:
+    """Those of the running command's parameters that its command line has, as the options are spelt."""
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return []
+    spelt = {param.name: param.opts[-1] for param in context.command.params}
+    return [spelt[name] for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+
+
+def refuse(names: tuple[str, ...], why: str) -> None:
+    """click.UsageError when the command line has one of these parameters, which would be ignored."""
+    found = given(*names)
+    if found:
+        raise click.UsageError(f"{', '.join(found)}: {why}")
+
+
+def check_qkv(name: str, *tensors: np.ndarray) -> None:
+    """click.UsageError unless q, k and v have elements, which are finite: else there is nothing to measure."""
+    q, k, _ = tensors
+    if 0 in (*q.shape, *k.shape):
+        raise click.UsageError(f"{name}: has shapes {q.shape} and {k.shape}: there is nothing to measure")
+    if not all(np.isfinite(x.astype(np.float32)).all() for x in tensors):
+        raise click.UsageError(f"{name}: holds NaN or infinity; wants finite q, k and v")
 
 
 BLOCK, TAU = _Block(), _Tau()

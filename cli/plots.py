@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from salekit.written_files import writing
+
 from . import render
 
 SUFFIXES = (".svg", ".png")
@@ -62,7 +64,8 @@ def save(path: str, result: dict[str, Any]) -> None:
         fontsize=9,
     )
     suffix = Path(path).suffix[1:]
-    figure.savefig(path, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
+    with writing(path) as file:
+        figure.savefig(file, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
 
 
 _COLOURS = {"int4": "#8c510a", "int8": "#e66101", "int8-sp24": "#fdb863", "exact": "#000000", "oracle-mass": "#777777"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,12 @@ def check_kernels(q, k, v, tau: float, mask: Any, plan: Any, plan_options: dict)
     """Checks of the pool stage on the GPU, and its output. mask: on the host."""
     from salekit.attend import attend
     from salekit.attention import sparse_attention
-    from salekit.block_mask import BlockMask
 
     from .bench import to_device
 
     render.note("validate: pools")
     placed = [to_device(x) for x in (q, k, v)]
-    words = to_device(mask.words)
-    on_gpu = BlockMask(words, mask.block_q, mask.block_k, mask.seqlen_q, mask.seqlen_k, mask.causal)
+    on_gpu = replace(mask, words=to_device(mask.words))
     found = attend(*placed, on_gpu, plan.replace(skipped="pool"), return_lse=True)
     out, lse = (x.get() for x in found)
     call = sparse_attention(*placed, thresholds=tau, skipped="pool", **plan_options)

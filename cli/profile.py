@@ -12,11 +12,13 @@ import click
 
 from salekit.errors import GpuError, SalekitError
 from salekit.plans import HEAD_DIMS
+from salekit.written_files import check_output, write
 
 from . import bench, options, render, roofline
 
 SCHEMA = 1
 DEFAULT_SEQLEN = "32k"
+MOST_TOKENS = 2**24  # no call has more, and the blocks of more would take long to count
 DEFAULT_DENSITY = 0.2
 
 
@@ -31,11 +33,13 @@ def _known_gpu(context: Any, parameter: Any, name: str | None) -> str | None:
 
 
 @click.command("profile")
-@click.option("--seqlen", default=None, help=f"Tokens, as 4096 or 128k.  [default: {DEFAULT_SEQLEN}]")
+@click.option("--seqlen", default=None, help=f"Tokens, as 4096 or 128k, up to 16m.  [default: {DEFAULT_SEQLEN}]")
 @click.option("--heads", type=click.IntRange(min=1), default=None, help="Query heads.  [default: 32]")
-@click.option("--kv-heads", type=click.IntRange(min=1), default=None, help="KV heads. Default: a quarter of the heads.")
+@click.option(
+    "--kv-heads", type=click.IntRange(min=1), default=None, help="KV heads. Default: a quarter of the heads, or 1."
+)
 @click.option("--head-dim", type=click.Choice([str(dim) for dim in HEAD_DIMS]), default="128", show_default=True)
-@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True)
+@click.option("--dtype", type=click.Choice(list(bench.DTYPES)), default="bf16", show_default=True)
 @options.estimator
 @options.query_stride
 @options.attend
@@ -44,7 +48,7 @@ def _known_gpu(context: Any, parameter: Any, name: str | None) -> str | None:
 @options.tau
 @click.option(
     "--density",
-    type=click.FloatRange(0, 1),
+    type=options.Finite(0, 1),
     default=None,
     help=f"Blocks that a prediction takes as selected.  [default: {DEFAULT_DENSITY}]",
 )
@@ -85,7 +89,7 @@ def profile(**settings: Any) -> None:
         roofline.save(roofline.layout(report), Path(settings["picture"]), title)
         render.note(f"wrote {settings['picture']}")
     if settings["trace_file"]:
-        Path(settings["trace_file"]).write_text(json.dumps(trace) + "\n", encoding="utf-8")
+        write(settings["trace_file"], json.dumps(trace) + "\n")
         render.note(f"wrote {settings['trace_file']}")
     if settings["as_json"]:
         render.print_json(report)
@@ -95,11 +99,14 @@ def profile(**settings: Any) -> None:
 
 def _check_outputs(settings: dict[str, Any]) -> None:
     """What is wrong with the options is said before anything is measured."""
+    check_output("--roofline", settings["picture"], settings["masks_file"])
+    check_output("--trace", settings["trace_file"], settings["picture"], settings["masks_file"])
     if settings["gpu_name"]:
         for name in ("trace_file", "remeasure"):
             if settings[name]:
                 option = "--trace" if name == "trace_file" else "--remeasure"
                 raise click.UsageError(f"{option} is about what runs here; --gpu predicts")
+        options.refuse(("tau", "seed"), "of what runs here; --gpu predicts, from --density or --masks")
     if settings["density"] is not None and settings["masks_file"]:
         raise click.UsageError("--density and --masks exclude each other: the masks have a density")
     for path in filter(None, (settings["picture"], settings["trace_file"])):
@@ -144,7 +151,9 @@ def run_profile(
         if density is not None:
             raise click.UsageError("--density is for predictions (--gpu); what runs here has that of --tau or --masks")
     masks = bench.load_masks(masks_file, block) if masks_file else None
-    if seqlen:
+    if seqlen is not None:
+        if options.parse_seqlen(seqlen) > MOST_TOKENS:
+            raise click.UsageError(f"--seqlen: got {seqlen}; wants at most {options.seqlen_name(MOST_TOKENS)}")
         seqlen = str(options.parse_seqlen(seqlen))
     elif masks is None:
         seqlen = DEFAULT_SEQLEN
@@ -154,6 +163,7 @@ def run_profile(
         _predict(report, case, settings, dtype, masks, DEFAULT_DENSITY if density is None else density, gpu_name)
         return report, None
     report["settings"].update(tau=tau if math.isfinite(tau) else "inf", seed=seed)  # JSON has no infinity
+    tau = options.rounded(tau)
     return report, _measure(report, case, settings, tau, masks, remeasure, trace_file is not None)
 
 
@@ -191,29 +201,19 @@ def _head(settings: dict, case: dict, dtype: str, masks_file: str | None) -> dic
 # --- without the GPU -----------------------------------------------------------------------------------------------
 def _predict(report: dict, case: dict, settings: dict, dtype: str, masks: Any, density: float, gpu_name: str) -> None:
     """Fills the report with a prediction: each kernel takes the time of what bounds it."""
-    from salekit import ceilings, work
-    from salekit.plans import Plan, default_softmax_scale, resolve_estimator
+    from salekit import call_checks, ceilings, work
+    from salekit.plans import resolve_estimator
 
     known = ceilings.KNOWN[gpu_name]
-    block_q, block_k = settings["block"]
-    plan = Plan(
-        case["batch"],
-        case["seqlen_q"],
-        case["seqlen_k"],
-        case["heads"],
-        case["kv_heads"],
-        case["head_dim"],
-        {"bf16": "bfloat16", "fp16": "float16"}[dtype],
-        default_softmax_scale(case["head_dim"]),
-        estimator=resolve_estimator(settings["estimator"], known.arch),
-        attend=settings["attend"],
-        block_q=block_q,
-        block_k=block_k,
-        query_stride=settings["query_stride"],
-        dense_below=0,
-        skipped=settings["skipped"],
-        arch=known.arch,
+    of_q, of_kv = (
+        (case["batch"], case[length], case[heads], case["head_dim"])
+        for length, heads in (("seqlen_q", "heads"), ("seqlen_k", "kv_heads"))
     )
+    if case["heads"] > call_checks.MAX_GRID:
+        raise click.UsageError(f"--heads: got {case['heads']}; wants at most {call_checks.MAX_GRID}")
+    stand_ins = call_checks.examples(of_q, of_kv, of_kv, bench.DTYPES[dtype], None)
+    plan = call_checks.make_plan(*stand_ins, **settings)  # refuses what the call would refuse
+    plan = plan.replace(arch=known.arch, estimator=resolve_estimator(settings["estimator"], known.arch))
     if masks is None:
         pairs, density = work.pairs_at(plan, density)
     else:

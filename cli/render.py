@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence, TextIO
 
 import numpy as np
 from rich import box
@@ -19,41 +20,82 @@ from salekit.errors import escaped
 
 MAX_TABLE_WIDTH = 1000
 SHADES = " .:-=+*#%@"  # lightest to darkest, where there is no colour
+_NOTHING, _HALVES = "·", "▀"  # a cell in which no block is set; two rows of a picture
+_ASCII = str.maketrans({_NOTHING: "`", "±": "+-"})  # where the encoding has no other
 _RAMP = ((13, 8, 35), (84, 15, 109), (187, 55, 84), (249, 142, 9), (252, 255, 164))  # dark to bright
 
 
-def _console(stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+def discard(stream: TextIO) -> None:
+    """What is still to be written there goes nowhere: its reader has gone."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
-def _text(text: str) -> Text:
+class _Console(Console):
+    """Without its reader it goes on, so that the exit code stays the command's; rich's own ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        discard(self.file)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except BrokenPipeError:  # of a rich without on_broken_pipe
+            discard(self.file)
+
+    def shown(self, text: str) -> str:
+        """A text as the stream's encoding can show it."""
+        return text if self.has(text) else text.translate(_ASCII)
+
+    def has(self, text: str) -> bool:
+        """Whether the stream's encoding has these characters."""
+        try:
+            text.encode(self.encoding)
+            return True
+        except UnicodeEncodeError:
+            return False
+
+
+def _console(stderr: bool = False) -> _Console:
+    return _Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def _text(text: str, console: _Console) -> Text:
     """Without what moves a terminal's cursor: names of files, and what they hold, may be anybody's."""
-    return Text(escaped(text, keep="\n"))
+    return Text(console.shown(escaped(text, keep="\n")))
 
 
 def print_json(data: Any) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+    try:
+        sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard(sys.stdout)
 
 
 def note(text: str) -> None:
     """A line on stderr."""
-    _console(stderr=True).print(_text(text))
+    console = _console(stderr=True)
+    console.print(_text(text, console))
 
 
 def text(line: str = "") -> None:
     """A line on stdout."""
-    _console().print(_text(line))
+    console = _console()
+    console.print(_text(line, console))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on stdout; cells are shown as ``str`` gives them, never cut."""
     console = _console()
-    drawn = Table(title=escape(escaped(title)) or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    title = escape(console.shown(escaped(title)))
+    drawn = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for index, column in enumerate(columns):
         drawn.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
-        drawn.add_row(*(_text(str(cell)) for cell in row))
+        drawn.add_row(*(_text(str(cell), console) for cell in row))
     if not console.is_terminal:
         console.width = max(console.width, 400)  # a file or a pipe has no width to fit
     needed = console.measure(drawn, options=console.options.update(max_width=MAX_TABLE_WIDTH)).maximum
@@ -84,20 +126,26 @@ def ramp(values: np.ndarray) -> np.ndarray:
 def heat_map(values: np.ndarray) -> None:
     """Draw values in [0, 1] (NaN: nothing there): two rows a line in colour, or one shade a cell without."""
     console = _console()
-    if console.color_system is None or console.no_color:
+    if _is_plain(console):
+        nothing = console.shown(_NOTHING)
         for row in values:
             shades = [
-                " " if np.isnan(x) else SHADES[max(1, round(x * (len(SHADES) - 1)))] if x > 0 else "·" for x in row
+                " " if np.isnan(x) else SHADES[max(1, round(x * (len(SHADES) - 1)))] if x > 0 else nothing for x in row
             ]
             console.print(Text("".join(shades)))
         return
     picture(ramp(values))
 
 
+def _is_plain(console: _Console) -> bool:
+    """Whether pictures are shades, not colours."""
+    return console.color_system is None or console.no_color or not console.has(_HALVES)
+
+
 def picture(colours: np.ndarray) -> None:
     """Draw uint8 RGB [rows, columns, 3], two rows a line; without colour, a shade a cell by its brightness."""
     console = _console()
-    if console.color_system is None or console.no_color:
+    if _is_plain(console):
         for row in colours.max(axis=2) / 255:
             console.print(Text("".join(SHADES[round(x * (len(SHADES) - 1))] for x in row)))
         return
@@ -106,7 +154,7 @@ def picture(colours: np.ndarray) -> None:
         for column in range(colours.shape[1]):
             upper = "rgb({},{},{})".format(*colours[top, column])
             lower = "rgb({},{},{})".format(*colours[top + 1, column]) if top + 1 < len(colours) else "black"
-            line.append("▀", style=f"{upper} on {lower}")
+            line.append(_HALVES, style=f"{upper} on {lower}")
         console.print(line)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from salekit.errors import SalekitError
+from salekit.written_files import write, writing
 
 SUFFIXES = (".svg", ".png")
 WIDTH = 1120
@@ -257,7 +258,7 @@ def save(scene: Scene, path: Path, title: str) -> None:
     if path.suffix.lower() == ".png":
         _save_png(scene, path)
     else:
-        path.write_text(encode_svg(scene, title), encoding="utf-8")
+        write(path, encode_svg(scene, title))
 
 
 def encode_svg(scene: Scene, title: str) -> str:
@@ -316,4 +317,5 @@ def _save_png(scene: Scene, path: Path) -> None:
                 parse_math=False,
             )
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=2 * dpi, format="png")
+    with writing(path) as file:
+        figure.savefig(file, dpi=2 * dpi, format="png")

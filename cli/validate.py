@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from salekit.checks import FEW, U32, UNIT_ROUNDOFF, Check, equal, share, within
 from salekit.errors import GpuError
+from salekit.written_files import check_output, write
 
 from . import options, render
 
@@ -45,9 +47,10 @@ def validate(context: click.Context, **settings: Any) -> None:
     blocks, too, and says what they do to the error. Exit 5 when a verdict fails.
     A case that salekit fuzz wrote is replayed instead, with the options that it holds.
     """
+    check_output("-o", settings["output"], settings["input_file"])
     report = run_validate(**settings)
     if settings["output"]:
-        Path(settings["output"]).write_text(json.dumps(report, indent=2) + "\n")
+        write(settings["output"], json.dumps(report, indent=2) + "\n")
         render.note(f"wrote {settings['output']}")
     if settings["as_json"]:
         render.print_json(report)
@@ -76,8 +79,10 @@ def run_validate(
 
     cuda = choose_cuda(backend)
     if input_file and is_case_file(input_file):
-        if seqlen:
+        if seqlen is not None:
             raise click.UsageError("--seqlen: --input is a fuzz case, which has its own lengths")
+        fixed = ("estimator", "query_stride", "attend", "skipped", "tau", "block")
+        options.refuse(fixed, "--input is a fuzz case, which has options of its own")
         from .fuzz import replay
 
         return replay(input_file, cuda)
@@ -85,6 +90,8 @@ def run_validate(
     plan_options: dict[str, Any] = dict(
         estimator=estimator, query_stride=query_stride, block=block, dense_below=0
     )
+    call_checks.make_plan(q, k, v, **plan_options, attend=attend, skipped=skipped)  # refuses what a call refuses
+    rounded = options.rounded(tau)
     render.note(
         f"validate: {source}, {q.shape[1]} tokens, {q.shape[2]}/{k.shape[2]} heads, head_dim {q.shape[3]}; "
         + ("GPU kernels against the NumPy twin" if cuda else "no GPU in use: the NumPy twin against float64")
@@ -94,17 +101,17 @@ def run_validate(
         render.note(f"validate: the twin will take some {seconds / 60:.0f} minutes on two cores")
     started = time.perf_counter()
     if cuda:
-        plan, checks, mask, out, lse = _check_kernels(q, k, v, tau, plan_options)
+        plan, checks, mask, out, lse = _check_kernels(q, k, v, rounded, plan_options)
     else:
         plan = call_checks.make_plan(q, k, v, **plan_options)
-        checks, mask, out, lse = _check_twin(q, k, v, tau, plan)
+        checks, mask, out, lse = _check_twin(q, k, v, rounded, plan)
     low_bit = _low_bit(q, k, v, mask, plan, cuda) if attend == "int8-fp8" else None
     pooled = None
     if skipped == "pool":
         from . import pool_checks
 
         if cuda:
-            pool_verdicts, pooled = pool_checks.check_kernels(q, k, v, tau, mask, plan, plan_options)
+            pool_verdicts, pooled = pool_checks.check_kernels(q, k, v, rounded, mask, plan, plan_options)
         else:
             pool_verdicts, pooled = pool_checks.check_twin(q, k, v, mask, plan)
         checks += pool_verdicts
@@ -165,7 +172,7 @@ def _load(input_file: str | None, seqlen: str | None):
     """q, k, v on the host and where they came from."""
     from salekit.data_files import load_qkv, load_sample
 
-    lengths = options.parse_seqlens(seqlen) if seqlen else [None]
+    lengths = [None] if seqlen is None else options.parse_seqlens(seqlen)
     if len(lengths) != 1:
         raise click.UsageError(f"--seqlen: got {seqlen}; wants one length")
     length = lengths[0]
@@ -400,8 +407,14 @@ def _check_twin(q, k, v, tau: float, plan):
     y = reference.row_limits(m, l, tau, plan)
     votes = np.isfinite(want) & reference.rows_that_vote(plan)[rows]
     if 0 < tau < np.inf:
-        wanted_y = np.where(votes, want + np.log(tau), np.where(np.isfinite(want), np.inf, y[..., rows]))
+        # tau * l is a float32: past the largest it is inf, and so is y; below the least normal it is rounded to steps
+        # of 2^-149.
+        product = tau * l[..., rows].astype(np.float64)
+        past = ~(product < float(np.finfo(np.float32).max) * (1 - 2 * U32)) & np.isposinf(y[..., rows])
+        wanted_y = np.where(past, np.inf, want + np.log(tau))
+        wanted_y = np.where(votes, wanted_y, np.where(np.isfinite(want), np.inf, y[..., rows]))
         slack_y = slack + FEW * (2 + np.abs(m[..., rows]) + np.abs(np.log(tau)))
+        slack_y = slack_y - np.log1p(-np.minimum(0.5, 2.0**-150 / np.maximum(product, 2.0**-149)))
         checks.append(within("limits", "y with float64", y[..., rows], wanted_y, slack_y))
     limits = y
     if plan.estimator != "int4":
@@ -505,7 +518,6 @@ def _low_bit(q, k, v, mask, plan, cuda: bool) -> np.ndarray:
     """Low-bit attention through the mask, on the host. ArgumentError where it is not built."""
     from salekit import call_checks
     from salekit.attend import attend
-    from salekit.block_mask import BlockMask
 
     render.note("validate: low-bit attention")
     if cuda:
@@ -513,8 +525,7 @@ def _low_bit(q, k, v, mask, plan, cuda: bool) -> np.ndarray:
 
         as_gpu = import_cupy().asarray
         q, k, v = (as_gpu(x) for x in (q, k, v))
-        words = as_gpu(mask.words)
-        mask = BlockMask(words, mask.block_q, mask.block_k, mask.seqlen_q, mask.seqlen_k, mask.causal)
+        mask = replace(mask, words=as_gpu(mask.words))
     options = dict(estimator=plan.estimator, query_stride=plan.query_stride, block=(plan.block_q, plan.block_k))
     out, _ = attend(q, k, v, mask, call_checks.make_plan(q, k, v, **options, dense_below=0, attend="int8-fp8"))
     return out.get() if cuda else out

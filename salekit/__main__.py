@@ -2,7 +2,9 @@
 
 import sys
 
-from salekit.cli.main import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from salekit.cli.main import main
+    except KeyboardInterrupt:
+        sys.exit(130)
+    main()

@@ -6,6 +6,7 @@ from typing import Any
 
 from . import arrays, call_checks, pipeline, sequences
 from .attention_plan import AttentionPlan, check_statistics, plan_of
+from .options import check_flag, check_names
 from .plans import DENSE_BELOW
 
 
@@ -49,13 +50,15 @@ def sparse_attention(
     attend: "exact", or "int8-fp8": int8 products of q and k, e4m3 products of p and v; on GPUs, Hopper alone; head_dim
         64 and 128, and neither softcap, window_size nor sink_logits.
     block: (query rows, keys) of a mask block, 64 or 128 by 32, 64 or 128.
-    query_stride: test every 1st, 2nd or 4th row of a block; the last ``full_rows`` rows are always tested.
+    query_stride: test every 1st, 2nd or 4th row of a block; the last ``full_rows`` rows are always tested, and all rows
+        of calls that are not causal and have a window's right end.
     sink, local: keys at the start and before each query tile that are always kept.
     dense_below: up to this many keys, of all or in the window, the call is dense.
     skipped: "drop", as in the paper, or "pool": what is skipped of 128 neighbouring keys joins the softmax as one
         pooled key and value (docs/skipped-mass.md); calibrate thresholds with the same choice. head_dim 64 and 128,
         without softcap, window_size and sink_logits.
-    softcap: scores become ``softcap * tanh(softmax_scale * q.k / softcap)``, as in Gemma 2; 0 leaves them as they are.
+    softcap: scores become ``softcap * tanh(softmax_scale * q.k / softcap)``, as in Gemma 2; 0 leaves them as they are;
+        at most 1e4, as a GPU's scores are off by some 1e-7 of it.
     window_size: (left, right): the row at position ``p = i + seqlen_k - seqlen_q`` sees keys ``p - left .. p + right``
         alone, -1: no limit on that side (flash-attn's meaning); with ``causal`` right is 0. An integer w is the w keys
         up to the row's own, (w - 1, w - 1), as ``sliding_window`` in Hugging Face's models.
@@ -128,6 +131,7 @@ def plan(
     Or q, k and v are shapes, tuples in ``layout``, of contiguous arrays. Then dtype is theirs, "float16" or "bfloat16",
     and device the number of their CUDA device, or None for host memory: a plan for the twin.
     """
+    check_names("plan", options)
     q, k, v = call_checks.examples(q, k, v, dtype, device)
     with arrays.on_stream(q, None) as device:
         if device is not None:
@@ -216,6 +220,7 @@ def sparse_attention_varlen(
         softcap=softcap,
         window_size=window_size,
     )
+    return_lse = check_flag("return_lse", return_lse)
     with arrays.on_stream(q, stream) as device:
         call = sequences.check_sequences(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqlens_k, device,
@@ -244,6 +249,7 @@ def _call(
     sink_logits: Any,
     k_statistics: Any = None,
 ) -> Any:
+    return_lse, return_mask = check_flag("return_lse", return_lse), check_flag("return_mask", return_mask)
     with arrays.on_stream(q, stream) as device:
         if device is None:
             data = dict(out=out, thresholds=thresholds, sink_logits=sink_logits)

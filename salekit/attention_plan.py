@@ -14,7 +14,7 @@ from . import arrays, call_checks, key_statistics, memory, pipeline, programs, w
 from .attend import attend
 from .block_mask import BlockMask
 from .errors import ArgumentError
-from .options import plan_of_views
+from .options import check_flag, plan_of_views
 from .plans import Plan, ceil_div
 from .thresholds import check_thresholds
 
@@ -85,6 +85,7 @@ class AttentionPlan:
         workspace: None, or memory on that GPU to use instead of the stream's: a contiguous array of at least
             ``workspace_bytes`` bytes, aligned to 256, that nothing else uses before the call has run on the GPU.
         """
+        return_lse, return_mask = check_flag("return_lse", return_lse), check_flag("return_mask", return_mask)
         with arrays.on_stream(q, stream) as device:
             if device is None:
                 data = dict(out=out, thresholds=thresholds, sink_logits=sink_logits)

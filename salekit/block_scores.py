@@ -16,6 +16,7 @@ from .block_mask import BlockMask
 from .codes import Quantized
 from .errors import ArgumentError
 from .plans import CODE_TILE_ROWS, Plan, ceil_div
+from .thresholds import host_thresholds
 
 _THREADS = 128
 _WORDS_EACH = 8  # words of a CTA of mask_from_scores
@@ -66,10 +67,11 @@ def mask_from_scores(scores: Any, thresholds: Any, plan: Plan) -> BlockMask:
 
     scores: what :func:`block_scores` returned. thresholds: tau, a float or [num_heads] on the host; 0, NaN and negative
     values select all of a head. The bits are those of ``estimate`` at this tau, save for blocks whose score is within
-    :func:`rounding_bound` of ln(tau).
+    :func:`rounding_bound` of ln(tau). Raises ArgumentError, DtypeError for thresholds of another shape or kind.
     """
+    taus = host_thresholds(thresholds, plan.num_heads)
     with np.errstate(divide="ignore", invalid="ignore"):
-        log_taus = np.log(np.asarray(thresholds, np.float64)).astype(np.float32)
+        log_taus = np.log(taus).astype(np.float32)
     log_taus = np.broadcast_to(np.where(np.isnan(log_taus), np.float32(-np.inf), log_taus), (plan.num_heads,))
     if arrays.is_cuda(scores):
         words = arrays.empty(plan.words_shape, np.uint32)

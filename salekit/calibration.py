@@ -114,8 +114,12 @@ class Layer:
     """
 
     def __init__(self, q: Any, k: Any, v: Any, plan: Plan, score_bytes: int = SCORE_BYTES):
-        if plan.attend != "exact" or plan.is_dense or plan.is_empty:
-            raise ArgumentError("calibration wants exact attention and more keys than dense_below")
+        if plan.attend != "exact":
+            raise ArgumentError(f"attend: got {plan.attend!r}; calibration wants 'exact'")
+        if plan.is_empty:
+            raise ArgumentError(f"q, k: got shapes {q.shape} and {k.shape}; calibration wants rows and keys")
+        if plan.is_dense:
+            raise ArgumentError(f"dense_below: got {plan.dense_below}, so the call is dense; calibration wants less")
         self.q, self.k, self.v, self.plan = q, k, v, plan
         self._dense, self._dense_lse = attend(q, k, v, None, plan, return_lse=True)
         each = 4 * plan.batch * plan.num_q_blocks * plan.num_k_blocks * plan.group_size  # bytes of a KV head's scores

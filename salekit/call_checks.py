@@ -11,7 +11,7 @@ import numpy as np
 
 from . import arrays
 from .errors import ArgumentError, DtypeError, GpuError
-from .options import MAX_SEQLEN, plan_of_views
+from .options import MAX_SEQLEN, check_names, plan_of_views
 from .plans import HEAD_DIMS, Plan
 from .thresholds import as_thresholds
 
@@ -184,6 +184,7 @@ def make_plan(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -
     dense_below, skipped, softcap, window_size) are those of ``sparse_attention``, checked in the same way. Raises
     ArgumentError, DtypeError; GpuError for a GPU that no kernel supports.
     """
+    check_names("make_plan", options)
     with arrays.on_stream(q, None):
         q, k, v = as_arrays(q, k, v, layout)
         return plan_of_views(q, k, **options)

@@ -12,6 +12,7 @@ import os
 import re
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
@@ -40,6 +41,7 @@ from .plans import (
     resolve_estimator,
 )
 from .untrusted_files import read_json
+from .written_files import write
 
 SCHEMA = 1
 KIND = "salekit-export"
@@ -124,7 +126,8 @@ def export(
 ) -> dict[str, Any]:
     """Compile what ``target`` asks for and write it, with the C host side, to ``folder``. Needs NVRTC and no GPU.
 
-    folder: new or empty; with ``force``, what an earlier export wrote there goes first, and files may be written over.
+    folder: new or empty; with ``force``, what an earlier export wrote there goes, and files may be written over. A
+    failure leaves no new file there.
     advance: called once for each kernel that is compiled.
     Returns what ``salekit_<tag>.json`` there holds. Raises ArgumentError, CompileError, GpuError (no NVRTC), OSError.
     """
@@ -134,18 +137,33 @@ def export(
     kernels = _compile(target, advance)
     earlier = _earlier_files(folder)  # a damaged list stops here, before anything is written
     report = _report(target, kernels)
-    (folder / "cubins").mkdir(parents=True, exist_ok=True)
-    for name in earlier:
-        (folder / name).unlink(missing_ok=True)
-    for kernel in kernels:
-        jit.write_file(folder / kernel.file, kernel.compiled.cubin)
+    contents: dict[str, str | bytes] = {kernel.file: kernel.compiled.cubin for kernel in kernels}
     for name in HOST_FILES:
-        text = (jit.source_root() / "host" / name).read_text()
-        jit.write_file(folder / name, text.replace("@TAG@", target.tag).encode())
+        contents[name] = (jit.source_root() / "host" / name).read_text().replace("@TAG@", target.tag)
     own = {"h": header(target, kernels), "c": table(target, kernels), "json": json.dumps(report, indent=2) + "\n"}
-    for suffix, text in own.items():
-        jit.write_file(folder / f"salekit_{target.tag}.{suffix}", text.encode())
+    contents.update((f"salekit_{target.tag}.{suffix}", text) for suffix, text in own.items())
+    _write_all(folder, contents)
+    for name in set(earlier) - set(contents):
+        (folder / name).unlink(missing_ok=True)
     return report
+
+
+def _write_all(folder: Path, contents: dict[str, str | bytes]) -> None:
+    """All files, or no new one and no new folder."""
+    cubins = folder / "cubins"
+    folders = [path for path in (cubins, *cubins.parents) if not path.exists()]
+    files = [path for path in (folder / name for name in contents) if not path.exists()]
+    try:
+        cubins.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            write(folder / name, content)
+    except BaseException:
+        with suppress(OSError):
+            for path in files:
+                path.unlink(missing_ok=True)
+            for path in folders:
+                path.rmdir()
+        raise
 
 
 def _compile(target: Target, advance: Callable[[], Any]) -> list[Exported]:

@@ -23,7 +23,7 @@ except ImportError as error:
 from . import attention, call_checks
 from .block_mask import BlockMask
 from .errors import ArgumentError, DtypeError
-from .options import plan_of_views
+from .options import OPTIONS, check_flag, checked_options
 from .pipeline import pack
 from .plans import Plan
 from .thresholds import check_thresholds
@@ -65,6 +65,7 @@ def sparse_attention(
     elsewhere than on Hopper, no memory) comes as JAX's error from the running program, with salekit's message.
     """
     _check_names(attention.sparse_attention, options)
+    flags = check_flag("return_lse", return_lse), check_flag("return_mask", return_mask)
     operands = [_as_jax(name, x) for name, x in (("q", q), ("k", k), ("v", v))]
     plan = _plan(operands, layout, options)
     tau = _as_thresholds(thresholds, plan.num_heads)
@@ -74,11 +75,11 @@ def sparse_attention(
     has_sinks = sink_logits is not None
     if has_sinks:
         operands.append(_as_sinks(sink_logits, plan))
-    config = Config(tau if is_static else None, layout, bool(return_lse), bool(return_mask), options, has_sinks)
+    config = Config(tau if is_static else None, layout, *flags, checked_options(options, plan), has_sinks)
     out, *extras = _attention(config.encode())(*_varying_alike(operands))
-    lse = extras[0] if return_lse else None
-    mask = BlockMask(extras[-1], *_mask_fields(plan)) if return_mask else None
-    return pack(out, lse, mask, return_lse, return_mask)
+    lse = extras[0] if config.return_lse else None
+    mask = BlockMask(extras[-1], *_mask_fields(plan)) if config.return_mask else None
+    return pack(out, lse, mask, *flags)
 
 
 def dense_attention(
@@ -105,11 +106,10 @@ def dense_attention(
 @lru_cache(maxsize=None)
 def _option_names(function: Any) -> frozenset[str]:
     """The options of a function of ``salekit`` that are values, part of a plan."""
-    of_plans = set(inspect.signature(plan_of_views).parameters)
     return frozenset(
         name
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name in of_plans
+        if parameter.kind is parameter.KEYWORD_ONLY and name in OPTIONS
     )
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from . import forks, guards, memory, programs
 from .errors import ArgumentError, CacheError, CacheWarning, CompileError, GpuError
-from .plans import arch_of
+from .plans import SUPPORTED_ARCHS, arch_of
 from .private_files import make_new, make_private, read_private, why_not_private
 
 CACHE_VERSION = 1
@@ -439,7 +439,9 @@ def _arch_of_device(device: int) -> str:
     capability = cupy.cuda.Device(device).compute_capability
     arch = arch_of(int(capability[:-1]), int(capability[-1]))
     if arch is None:
-        raise GpuError(f"GPU {device} has compute capability {capability}; salekit needs 8.0 or newer")
+        known = ", ".join(re.sub(r"sm_(\d+)(\d)a?", r"\1.\2", each) for each in SUPPORTED_ARCHS)
+        number = f"{capability[:-1]}.{capability[-1]}"
+        raise GpuError(f"GPU {device} has compute capability {number}; salekit has kernels for {known}")
     return arch
 
 

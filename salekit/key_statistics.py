@@ -57,7 +57,7 @@ class KeyStatistics:
         return cls(**{name: _concatenate([getattr(part, name) for part in parts]) for name in _FIELDS})
 
     def of_sequence(self, index: int) -> "KeyStatistics":
-        """Those of one sequence of the batch, as a batch of one; views. ArgumentError when there is none of that index."""
+        """Those of one sequence of the batch, as a batch of one; views. ArgumentError if there is none."""
         batch = self.mean.shape[0]
         if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < batch:
             raise ArgumentError(f"index: got {index!r}; wants 0 to {batch - 1}, one of the sequences")
@@ -128,6 +128,9 @@ def _check_keys(k: Any, device: int | None, layout: str) -> Any:
         raise ArgumentError(f"k: got head_dim {view.shape[3]}; wants one of {', '.join(map(str, HEAD_DIMS))}")
     if view.shape[2] < 1:
         raise ArgumentError(f"k: got {view.shape[2]} heads; wants at least 1")
+    if device is not None and max(view.shape[0], view.shape[2]) > call_checks.MAX_GRID:
+        got = f"batch {view.shape[0]} and {view.shape[2]} heads"
+        raise ArgumentError(f"k: got {got}; wants at most {call_checks.MAX_GRID} of each")
     if view.shape[1] > MAX_SEQLEN:
         raise ArgumentError(f"k: got seqlen {view.shape[1]}; wants at most {MAX_SEQLEN}")
     return view

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Iterator
 
@@ -219,10 +219,9 @@ def launch_sparse(q: Any, k: Any, v: Any, thresholds: float, plan: Plan, mask: B
     given = [q, k, v] + ([] if mask is None else [mask.words])
     with programs.Recorder(q.data.device_id) as recorder:
         ports = [recorder.array(x.shape, x.dtype, x.strides) for x in given]
-        words = None
         if mask is not None:
-            words = BlockMask(ports[3], mask.block_q, mask.block_k, mask.seqlen_q, mask.seqlen_k, mask.causal)
-        StagedCall(*ports[:3], thresholds, plan, words).total()
+            mask = replace(mask, words=ports[3])
+        StagedCall(*ports[:3], thresholds, plan, mask).total()
     return LaunchedCall(recorder, ports, given)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from . import arrays, call_checks, jit, reference
 from .errors import ArgumentError, DtypeError
+from .options import check_flag
 from .plans import DTYPES, ceil_div
 
 _THREADS = 256  # MERGE_THREADS of merge_states.cu
@@ -43,6 +44,9 @@ def merge_attention_states(
     On the GPU one launch, no synchronisation; it can be captured into a CUDA graph once it has run before. lse is
     allocated, out only when it is not given. Raises ArgumentError, DtypeError, GpuError, CompileError.
     """
+    return_lse = check_flag("return_lse", return_lse)
+    if not isinstance(layout, str) or layout not in arrays.LAYOUTS:  # of packed states, too, which have but one
+        raise ArgumentError(f"layout: got {layout!r}; wants one of {', '.join(map(repr, arrays.LAYOUTS))}")
     with arrays.on_stream(out_a, stream, "out_a") as device:
         names = ("out_a", "out_b") if out is None else ("out_a", "out_b", "out")
         given = [arrays.import_array(name, x, device) for name, x in zip(names, (out_a, out_b, out))]

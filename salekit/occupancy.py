@@ -30,6 +30,7 @@ class Multiprocessor:
 MULTIPROCESSORS = {
     "sm_80": Multiprocessor(2048, 32, 164 * 1024),
     "sm_86": Multiprocessor(1536, 16, 100 * 1024),
+    "sm_87": Multiprocessor(1536, 16, 164 * 1024),
     "sm_89": Multiprocessor(1536, 24, 100 * 1024),
     "sm_90a": Multiprocessor(2048, 32, 228 * 1024),
     "sm_100a": Multiprocessor(2048, 32, 228 * 1024),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from numbers import Real
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import arrays, jit
-from .errors import ArgumentError
+from .errors import ArgumentError, shortened
 from .plans import (
     BLOCKS,
     DENSE_BELOW,
@@ -25,7 +26,24 @@ from .plans import (
     resolve_estimator,
 )
 
+MAX_SOFTCAP = 1e4
 MAX_SEQLEN = 2**30  # positions, and sums of two of them, are int32 in the kernels
+
+
+def shown(value: Any) -> str:
+    """A value in a message. An integer of more than 4,300 digits has no repr."""
+    try:
+        return shortened(repr(value))
+    except ValueError:
+        return f"{type(value).__name__} of too many digits"
+
+
+def as_float(value: Real) -> float:
+    """The nearest float; infinite where there is none."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def check_count(name: str, value: Any) -> int:
@@ -34,19 +52,19 @@ def check_count(name: str, value: Any) -> int:
     except TypeError:
         count = -1
     if count < 0 or isinstance(value, bool):
-        raise ArgumentError(f"{name}: got {value!r}; wants an integer >= 0")
+        raise ArgumentError(f"{name}: got {shown(value)}; wants an integer >= 0")
     return min(count, MAX_SEQLEN)
 
 
 def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
-        raise ArgumentError(f"{name}: got {value!r}; wants True or False")
+        raise ArgumentError(f"{name}: got {shown(value)}; wants True or False")
     return bool(value)
 
 
 def _check_choice(name: str, value: Any, choices: tuple) -> Any:
     if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise ArgumentError(f"{name}: got {value!r}; wants one of {', '.join(map(repr, choices))}")
+        raise ArgumentError(f"{name}: got {shown(value)}; wants one of {', '.join(map(repr, choices))}")
     return value
 
 
@@ -54,33 +72,32 @@ def _check_scale(value: Any, head_dim: int) -> float:
     if value is None:
         return default_softmax_scale(head_dim)
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise ArgumentError(f"softmax_scale: got {value!r}; wants a finite number > 0 or None")
-    scale = float(value)
+        raise ArgumentError(f"softmax_scale: got {shown(value)}; wants a finite number > 0 or None")
+    scale = as_float(value)
     # Kernels hold it in float32: it must survive the cast.
     if not (math.isfinite(scale) and 1e-37 <= scale <= 1e37):
-        raise ArgumentError(f"softmax_scale: got {value!r}; wants a finite number > 0 (1e-37 to 1e37)")
+        raise ArgumentError(f"softmax_scale: got {shown(value)}; wants a finite number > 0 (1e-37 to 1e37)")
     return scale
 
 
-def _check_block(block: Any) -> tuple[int, int]:
+def check_block(block: Any) -> tuple[int, int]:
     try:
         pair = tuple(operator.index(size) for size in block)
     except TypeError:
         pair = ()
     if pair not in BLOCKS:
-        raise ArgumentError(f"block: got {block!r}; wants one of {', '.join(map(str, BLOCKS))}")
+        raise ArgumentError(f"block: got {shown(block)}; wants one of {', '.join(map(str, BLOCKS))}")
     return pair
 
 
 def _check_softcap(value: Any, scale: float) -> float:
     if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
-        raise ArgumentError(f"softcap: got {value!r}; wants a finite number >= 0")
-    cap = float(value)
-    # Kernels hold it and softmax_scale / softcap in float32.
-    if cap != 0 and not (1e-37 <= cap <= 1e37 and 1e-37 <= scale / cap <= 1e37):
-        raise ArgumentError(
-            f"softcap: got {value!r}; wants 0 (off) or a finite number > 0 (1e-37 to 1e37, as softmax_scale / softcap)"
-        )
+        raise ArgumentError(f"softcap: got {shown(value)}; wants a finite number >= 0")
+    cap = as_float(value)
+    # Kernels hold it and softmax_scale / softcap in float32; their tanh is off by 2^-23, a score by softcap times that.
+    if value != 0 and not (1e-37 <= cap <= MAX_SOFTCAP and 1e-37 <= scale / cap <= 1e37):
+        wants = f"0 (off) or a finite number > 0 (1e-37 to {MAX_SOFTCAP:g}; softmax_scale / softcap 1e-37 to 1e37)"
+        raise ArgumentError(f"softcap: got {shown(value)}; wants {wants}")
     return cap
 
 
@@ -97,7 +114,7 @@ def _check_window(window: Any, causal: bool, seqlen_q: int, seqlen_k: int) -> tu
             sides = ()
     if len(sides) != 2 or min(sides) < -1:
         raise ArgumentError(
-            f"window_size: got {window!r}; wants None, an integer >= 1 or a pair (left, right) of integers >= -1"
+            f"window_size: got {shown(window)}; wants None, an integer >= 1 or a pair (left, right) of integers >= -1"
         )
     left, right = sides
     return (
@@ -129,7 +146,7 @@ def plan_of_views(
     _check_choice("estimator", estimator, ("auto", *ESTIMATORS))
     _check_choice("attend", attend, ("exact", "int8-fp8"))
     _check_choice("skipped", skipped, SKIPPED)
-    block_q, block_k = _check_block(block)
+    block_q, block_k = check_block(block)
     stride = check_count("query_stride", query_stride)
     _check_choice("query_stride", stride, QUERY_STRIDES)
     arch = None
@@ -165,7 +182,7 @@ def plan_of_views(
         attend=attend,
         block_q=block_q,
         block_k=block_k,
-        query_stride=stride,
+        query_stride=stride if window_right < 0 else 1,  # last rows see keys that no row before them sees
         arch=arch,
         causal=causal,
         softmax_scale=scale,
@@ -178,3 +195,27 @@ def plan_of_views(
         window_left=window_left,
         window_right=window_right,
     )
+
+
+# What callers pass: ``longest`` is of the packed calls, which have checked it.
+OPTIONS = frozenset(inspect.signature(plan_of_views).parameters) - {"q", "k", "longest"}
+
+
+def check_names(function: str, options: dict) -> None:
+    """TypeError, in Python's words, where ``function`` got a keyword that is no option."""
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
+def checked_options(options: dict, plan: Plan) -> dict:
+    """The options that ``plan`` was made of, in Python's own types; they mean the same for arrays of such lengths."""
+    other = dict(
+        block=(plan.block_q, plan.block_k),
+        window_size=(plan.window_left, plan.window_right),
+        estimator=options.get("estimator"),  # of the plan it is that of one GPU
+    )
+    return {
+        name: None if given is None else other[name] if name in other else getattr(plan, name)
+        for name, given in options.items()
+    }

@@ -305,7 +305,7 @@ class Plan:
             self.num_kv_heads,
             int(self.causal),
             self.sink_end,
-            min(self.local, 2**30),
+            min(self.local, self.seqlen_q + self.seqlen_k + TILE_ROWS),  # farther is as far
             self.query_stride,
             self.full_rows,
         )
@@ -342,29 +342,14 @@ class Plan:
 
 
 LOW_BIT_ARCHS = ("sm_90a",)  # where attend="int8-fp8" has kernels
-NATIVE_INT4_ARCHS = ("sm_80", "sm_86", "sm_89")
-SUPPORTED_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a")
+NATIVE_INT4_ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89")
+SUPPORTED_ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a")
 
 
 def arch_of(major: int, minor: int) -> str | None:
-    """The -arch that salekit compiles for on a GPU of this compute capability, or None when none fits.
-
-    A capability without a build of its own (8.7, 8.8) takes the nearest older one of its generation.
-    """
-    capability = major * 10 + minor
-    exact = {
-        80: "sm_80",
-        86: "sm_86",
-        87: "sm_86",
-        88: "sm_86",
-        89: "sm_89",
-        90: "sm_90a",
-        100: "sm_100a",
-        103: "sm_103a",
-        120: "sm_120a",
-        121: "sm_121a",
-    }
-    return exact.get(capability)
+    """The -arch that salekit compiles for on a GPU of this compute capability, or None when there is none."""
+    plain = f"sm_{major}{minor}"
+    return next((arch for arch in SUPPORTED_ARCHS if arch in (plain, plain + "a")), None)
 
 
 def resolve_estimator(estimator: str, arch: str | None) -> str:

@@ -23,7 +23,7 @@ from .estimate import kernel_specs as estimate_specs
 from .jit import KernelSpec
 from .plans import CODE_TILE_ROWS, KEY_BLOCK, TILE_ROWS, Plan, ceil_div, padded_dim
 from .quantize import kernel_specs as quantize_specs
-from .reference import LOW_BIT_Q_SAMPLE, rows_that_vote
+from .reference import LOW_BIT_Q_SAMPLE
 from .skipped_mass import POOL_KEYS
 from .skipped_mass import kernel_specs as pool_specs
 
@@ -35,6 +35,7 @@ _HALF = 2
 _REDUCE_ROWS = 512  # REDUCE_ROWS of reduce_channels.cu
 _KEY_BOUNDS = 592  # sizeof(KeyBounds) of tile/group_bounds.cuh
 _KEY_FACTS = POOL_KEYS + 4  # KEY_FACTS of tile/pools.cuh
+_ROWS_AT_ONCE = 2**18  # that are counted; whole blocks of any size
 _POOL_TERMS = 2  # floats of PoolTerms of tile/pools.cuh
 
 
@@ -125,18 +126,28 @@ def anchor_blocks(plan: Plan) -> int:
 # --- pairs of a head ---------------------------------------------------------------------------------------------
 def tested_pairs(plan: Plan) -> int:
     """Visible pairs of the rows that query_stride tests."""
-    return int(_row_limits(plan)[rows_that_vote(plan)].sum())
+    return sum(int(limits.sum()) for _, limits in _tested_rows(plan))
 
 
 def anchor_pairs(plan: Plan) -> int:
     """Visible pairs of those rows and their anchor keys."""
-    rows = np.flatnonzero(rows_that_vote(plan))
-    limit = _row_limits(plan)[rows]
-    tiles = np.array([plan.local_range(tile) for tile in range(plan.num_q_tiles)], np.int64).reshape(-1, 2)
-    begin, end = tiles[rows // TILE_ROWS].T
-    end, sink = np.minimum(limit, end), np.minimum(limit, plan.sink_end)
-    local, both = np.maximum(0, end - begin), np.maximum(0, np.minimum(sink, end) - begin)
-    return int((local + sink - both).sum())
+    total = 0
+    for rows, limits in _tested_rows(plan):
+        first = rows[0] // TILE_ROWS
+        tiles = np.array([plan.local_range(tile) for tile in range(first, rows[-1] // TILE_ROWS + 1)], np.int64)
+        begin, end = tiles[rows // TILE_ROWS - first].T
+        end, sink = np.minimum(limits, end), np.minimum(limits, plan.sink_end)
+        local, both = np.maximum(0, end - begin), np.maximum(0, np.minimum(sink, end) - begin)
+        total += int((local + sink - both).sum())
+    return total
+
+
+def anchor_keys(plan: Plan) -> int:
+    """Keys that are an anchor of some tile: the sink, and the local ranges, which follow one another without a gap."""
+    if not plan.num_q_tiles:
+        return plan.sink_end
+    begin, end = plan.local_range(0)[0], plan.local_range(plan.num_q_tiles - 1)[1]
+    return plan.sink_end + end - begin - max(0, min(plan.sink_end, end) - begin)
 
 
 def keys_seen_whole(plan: Plan) -> np.ndarray:
@@ -151,11 +162,15 @@ def rows_of_blocks(plan: Plan) -> np.ndarray:
     return np.minimum(plan.block_q, plan.seqlen_q - first_rows)
 
 
-def _row_limits(plan: Plan) -> np.ndarray:
-    """int64 [seqlen_q]: how many keys each row sees."""
-    if not plan.causal:
-        return np.full(plan.seqlen_q, plan.seqlen_k, np.int64)
-    return np.clip(np.arange(plan.seqlen_q, dtype=np.int64) + plan.offset + 1, 0, plan.seqlen_k)
+def _tested_rows(plan: Plan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows that query_stride tests, how many keys each of them sees), int64, some rows at a time."""
+    for first in range(0, plan.seqlen_q, _ROWS_AT_ONCE):
+        rows = np.arange(first, min(first + _ROWS_AT_ONCE, plan.seqlen_q), dtype=np.int64)
+        in_block = rows % plan.block_q
+        block_end = np.minimum(rows - in_block + plan.block_q, plan.seqlen_q)
+        rows = rows[(in_block % plan.query_stride == 0) | (block_end > plan.seqlen_q - plan.full_rows)]
+        limits = np.clip(rows + plan.offset + 1, 0, plan.seqlen_k) if plan.causal else np.full_like(rows, plan.seqlen_k)
+        yield rows, limits
 
 
 # --- launches, in the order of the stages ------------------------------------------------------------------------
@@ -245,12 +260,7 @@ def _quantize(sizes: _Sizes) -> Iterator[Work]:
 def _anchors(sizes: _Sizes) -> Iterator[Work]:
     plan = sizes.plan
     main, *_, limits = anchor_specs(plan)
-    keys = np.zeros(plan.seqlen_k, bool)
-    keys[: plan.sink_end] = True
-    for tile in range(plan.num_q_tiles):
-        begin, end = plan.local_range(tile)
-        keys[begin:end] = True
-    read = sizes.held_q + sizes.kv_heads * int(keys.sum()) * plan.head_dim * _HALF + sizes.k_channels
+    read = sizes.held_q + sizes.kv_heads * anchor_keys(plan) * plan.head_dim * _HALF + sizes.k_channels
     operations = {sizes.half: 2 * plan.head_dim * sizes.heads * anchor_pairs(plan)}
     threads = 416 if main.source == "anchor_statistics_sm90" else 128
     yield Work("anchors", main, "", threads, read, sizes.statistics, operations)

@@ -17,6 +17,7 @@ import numpy as np
 from . import arrays, call_checks, pipeline, workspaces
 from .attention_plan import MAX_PLANS, AttentionPlan, plan_of
 from .errors import ArgumentError, DtypeError, GpuError
+from .options import OPTIONS
 from .xla_ffi import (
     FAILED_PRECONDITION,
     INTERNAL,
@@ -59,6 +60,8 @@ class Config:
             raise ArgumentError(f"config: got {text!r}; wants what this version of salekit writes ({error})") from error
         if config.schema != SCHEMA:
             raise ArgumentError(f"config: got schema {config.schema}; wants {SCHEMA}: compiled for another salekit")
+        if not isinstance(config.options, dict) or not config.options.keys() <= OPTIONS:
+            raise ArgumentError(f"config: got options {config.options!r}; wants those of this version of salekit")
         return config
 
     @property

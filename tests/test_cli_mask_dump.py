@@ -41,7 +41,8 @@ def files(tmp_path_factory):
 
 
 def dump(*args, ok=True):
-    result = salekit("mask-dump", *args, "--backend", "numpy", NO_COLOR="1")
+    backend = () if str(args[0]).endswith("one.npz") else ("--backend", "numpy")  # a mask is computed already
+    result = salekit("mask-dump", *args, *backend, NO_COLOR="1")
     assert (result.returncode == 0) == ok and "Traceback" not in result.stderr, result.stderr
     return result
 

@@ -9,7 +9,7 @@ from oracle import sees
 import salekit
 from salekit import call_checks, reference, reference_scores
 from salekit.block_scores import rounding_bound
-from salekit.errors import ArgumentError
+from salekit.errors import ArgumentError, DtypeError
 from salekit.plans import BLOCKS, ESTIMATORS, Plan
 
 CASES = {  # lengths and options; heads are 4 to 2 unless it says otherwise
@@ -166,6 +166,43 @@ def test_thresholds_per_head():
         assert np.array_equal(mask[:, head], one[:, head])
     counts = mask.sum(axis=(0, 2, 3))
     assert counts[0] == counts[3] == plan.visible_blocks.sum() > counts[1] > counts[2]
+
+
+def test_thresholds_are_one_or_one_a_head():
+    q, k, v = draw((300, 300), heads=(2, 1))
+    plan = call_checks.make_plan(q, k, v, estimator="int8", dense_below=0)
+    scores = scores_of(q, k, plan)[0]
+    for bad, error, match in (
+        ([0.1, 0.2, 0.3], ArgumentError, r"got shape \(3,\); wants a scalar or \[num_heads\] = \(2,\)"),
+        ([0.1], ArgumentError, r"got shape \(1,\)"),
+        (np.ones((1, 2)), ArgumentError, r"got shape \(1, 2\)"),
+        ([[0.1], [0.2, 0.3]], ArgumentError, "ragged"),
+        (10**400, ArgumentError, "got 1000"),
+        (None, DtypeError, "got NoneType"),
+        ("0.1", DtypeError, "got str"),
+        (["a", "b"], DtypeError, "got dtype"),
+        (True, DtypeError, "got bool"),
+        ([0.1, None], DtypeError, "got dtype object"),
+    ):
+        with pytest.raises(error, match="^thresholds: .*" + match):
+            salekit.mask_from_scores(scores, bad, plan)
+    words = [salekit.mask_from_scores(scores, tau, plan).words for tau in (
+        0.3, np.array(0.3), [0.3, 0.3], np.array([0.3, 7, 0.3])[::2], np.array([0.3, 0.3])
+    )]
+    assert all(np.array_equal(words[0], other) for other in words)
+
+
+def test_thresholds_beyond_float32():
+    """They mean infinity, as to ``estimate``: even blocks that any finite tau selects are out."""
+    plan = Plan(1, 64, 96, 2, 2, 64, "float16", 0.125, causal=False, block_q=64, block_k=32)
+    most = np.finfo(np.float32).max
+    scores = np.broadcast_to(np.array([most, np.inf, 700], np.float32), (1, 2, 1, 3))
+    with np.errstate(all="raise"):
+        for tau in (1e300, [1e39, 1e300], np.inf):
+            mask = salekit.mask_from_scores(scores, tau, plan).to_dense()[0, :, 0]
+            assert mask.tolist() == [[False, True, False]] * 2
+    for tau in ([-1e300, np.nan], -1.0, 0):
+        assert salekit.mask_from_scores(scores, tau, plan).to_dense().all()
 
 
 def test_relative_scores():

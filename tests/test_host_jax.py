@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import ml_dtypes
@@ -73,6 +74,33 @@ def test_under_jit(options, lengths, dtype, thresholds):
     assert got[0].dtype == dtype and isinstance(got[2], salekit.BlockMask)
     assert (got[2].density() == want[2].density()).all() and (got[2].to_dense() == want[2].to_dense()).all()
     assert want[2].density().min() < 1 or lengths[0] == 1
+
+
+@pytest.mark.parametrize("options", [
+    {"softmax_scale": Fraction(1, 8), "softcap": Fraction(7, 2)},
+    {"query_stride": jnp.array(2), "window_size": (jnp.array(200), jnp.array(3, jnp.int8)), "local": jnp.array(0)},
+    {"window_size": jnp.array([90, 3]), "full_rows": np.array(5), "block": jnp.array([64, 32])},
+    {"causal": np.False_, "window_size": [10**30, 10], "dense_below": np.array(0)},
+])
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_options_that_json_does_not_know(options, layout):
+    """Whatever salekit takes as a number, and arrays of JAX that say which."""
+    arrays = make(200, 330, batch=2)
+    if layout == "bhsd":
+        arrays = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in arrays]
+    options = dict(thresholds=TAUS, layout=layout, **EVERYTHING) | options
+    want = salekit.sparse_attention(*arrays, **options)
+    assert bits(salekit_jax.sparse_attention(*arrays, **options)) == bits(want)
+    got = jax.vmap(lambda *x: salekit_jax.sparse_attention(*(y[None] for y in x), **options))(*map(jnp.asarray, arrays))
+    assert bits(got) == bits(want)
+
+
+def test_thresholds_beyond_float32():
+    arrays = make(90)
+    options = dict(EVERYTHING, local=0)
+    for tau, same in ((1e300, np.inf), ([0.1, 1e300, 2, 1e39], [0.1, np.inf, 2, np.inf])):
+        want = salekit.sparse_attention(*arrays, thresholds=same, **options)
+        assert bits(salekit_jax.sparse_attention(*arrays, thresholds=tau, **options)) == bits(want)
 
 
 def test_what_is_returned():
@@ -430,6 +458,14 @@ Q, K, V = make(70)
     ((Q, K, V), {"window_size": 8, "skipped": "pool"}, ArgumentError, "skipped: 'pool' has no softcap and no window"),
     ((Q, K, V), {"window_size": (1, 2, 3)}, ArgumentError, "window_size: got"),
     ((Q, K, V), {"softcap": -1.0}, ArgumentError, "softcap: got -1.0"),
+    ((Q, K, V), {"thresholds": 10**400}, ArgumentError, "thresholds: got 1000"),
+    ((Q, K, V), {"softmax_scale": 10**400}, ArgumentError, "softmax_scale: got 1000"),
+    ((Q, K, V), {"softcap": 10**400}, ArgumentError, "softcap: got 1000"),
+    ((Q, K, V), {"softcap": jnp.array(3.0)}, ArgumentError, "softcap: got Array"),
+    ((Q, K, V), {"window_size": jnp.array(3)}, ArgumentError, "window_size: got Array"),
+    ((Q, K, V), {"return_lse": np.array([1, 0])}, ArgumentError, "return_lse: got array.*; wants True or False"),
+    ((Q, K, V), {"return_mask": "no"}, ArgumentError, "return_mask: got 'no'; wants True or False"),
+    ((Q, K, V), {"longest": (10, 10)}, TypeError, "unexpected keyword argument 'longest'"),
     ((Q, K, V), {"blocks": (64, 32)}, TypeError, "unexpected keyword argument 'blocks'"),
     ((Q, K, V), {"out": Q}, TypeError, "unexpected keyword argument 'out'"),
 ])

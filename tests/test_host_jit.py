@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("cupy")
 
 from salekit import jit  # noqa: E402
-from salekit.errors import CompileError  # noqa: E402
+from salekit.errors import CompileError, GpuError  # noqa: E402
 from salekit.jit import KernelSpec  # noqa: E402
 
 SPEC = KernelSpec("coarsen_mask", ("2",))
@@ -76,3 +76,22 @@ def test_a_broken_kernel_raises_with_the_log(sources, cache):
 def test_dynamic_shared_memory_is_read_from_the_module(cache):
     spec = KernelSpec("estimate_int8_sm90", ("64", "128", "false"), "EstimateInt8Storage<64>")
     assert jit.compile_kernel(spec, ARCH).info.dynamic_shared_bytes > 6 * 128 * 64
+
+
+def test_architectures():
+    """Code of other GPUs runs on none of Jetson's (8.7), and code for sm_100a, 103a, 120a on no other."""
+    from salekit.plans import SUPPORTED_ARCHS, arch_of
+
+    found = {(major, minor): arch_of(major, minor) for major in range(7, 13) for minor in range(10)}
+    assert [arch for arch in found.values() if arch] == list(SUPPORTED_ARCHS)
+    assert (found[8, 0], found[8, 7], found[9, 0], found[12, 1]) == ("sm_80", "sm_87", "sm_90a", "sm_121a")
+
+
+def test_a_gpu_without_kernels(monkeypatch):
+    cupy = pytest.importorskip("cupy")
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(cupy.cuda, "Device", lambda device: SimpleNamespace(compute_capability="75"))
+    jit._arch_of_device.cache_clear()
+    with pytest.raises(GpuError, match=r"GPU 3 has compute capability 7.5; salekit has kernels for 8.0, 8.6, .*12.1$"):
+        jit._arch_of_device(3)

@@ -352,3 +352,26 @@ def test_block_scores_know_neither_softcap_nor_windows():
     for options in (dict(softcap=30.0), dict(window_size=8)):
         with pytest.raises(ArgumentError, match="plan: has softcap or a window"):
             salekit.scores_plan(salekit.make_plan(q, k, v, **options))
+
+
+def test_every_row_is_tested_before_a_right_end():
+    """A block that the last, untested rows alone see would else be lost to a head with a threshold of 0 in a list."""
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.standard_normal((1, n, 1, 64)).astype(np.float16) for n in (256, 512, 512))
+    k[0, 416] = 2 * q[0, 127]
+    options = dict(causal=False, window_size=(-1, 33), full_rows=0, local=0, dense_below=0, query_stride=4)
+    assert salekit.make_plan(q, k, v, **options).query_stride == 1
+    out, mask = salekit.sparse_attention(q, k, v, thresholds=[0.0], return_mask=True, **options)
+    assert (mask.to_dense() == mask.visible()).all()
+    assert np.abs(out.astype(np.float32) - salekit.dense_attention(
+        q, k, v, causal=False, window_size=(-1, 33)).astype(np.float32)).max() < 2e-3
+    for window in (None, (33, -1)):
+        assert salekit.make_plan(q, k, v, **{**options, "window_size": window}).query_stride == 4
+
+
+def test_caps_are_bounded():
+    q, k, v = make(8, 8)
+    salekit.make_plan(q, k, v, softcap=1e4)
+    for cap in (1.0001e4, 1e8, -1.0, np.inf, np.nan):
+        with pytest.raises(salekit.ArgumentError, match="softcap: got .*1e-37 to 10000|softcap: got"):
+            salekit.make_plan(q, k, v, softcap=cap)

@@ -450,3 +450,12 @@ def test_planned_calls_take_statistics(gpu):
     assert not any(name.startswith(("reduce", "finish")) for name in names) and names[-1] == "attend_sm90"
     plan._run(q, k, v, 0.25, False, False, out, None)
     assert any(name.startswith("reduce") for name, *_ in gpu.take())
+
+
+def test_a_batch_beyond_a_grid():
+    from salekit.key_statistics import _check_keys as check_keys
+
+    many = 65536
+    for shape, match in (((many, 4, 1, 64), "k: got batch 65536 and 1 heads"), ((1, 4, many, 64), "1 and 65536 heads")):
+        with pytest.raises(ArgumentError, match=match):
+            check_keys(gpu_array(K, shape), 0, "bshd")

@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import math
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,6 +47,30 @@ def test_pairs_are_what_counting_gives(seqlen_q, seqlen_k, causal, query_stride,
         for tile in range(plan.num_q_tiles):
             anchors[tile * 64 : (tile + 1) * 64, reference.anchor_keys(plan, tile)] = True
         assert work.anchor_pairs(plan) == (visible & anchors)[tested].sum()
+        keys = np.arange(seqlen_k) < plan.sink_end
+        for begin, end in map(plan.local_range, range(plan.num_q_tiles)):
+            keys[begin:end] = True
+        assert work.anchor_keys(plan) == keys.sum()
+
+
+@pytest.mark.parametrize("query_stride", (1, 4))
+def test_rows_are_counted_some_at_a_time(monkeypatch, query_stride):
+    for seqlen_q, seqlen_k in ((1024, 1024), (1000, 1500), (1500, 1000)):
+        plan = make_plan(seqlen_q, seqlen_k, query_stride=query_stride, full_rows=300)
+        whole = work.tested_pairs(plan), work.anchor_pairs(plan)
+        with monkeypatch.context() as patch:
+            patch.setattr(work, "_ROWS_AT_ONCE", 256)
+            assert (work.tested_pairs(plan), work.anchor_pairs(plan)) == whole
+
+
+def test_long_calls_are_counted_in_little_memory():
+    plan = make_plan(2**22, 2**22, query_stride=4, head_dim=128)
+    tracemalloc.start()
+    try:
+        work.tested_pairs(plan), work.anchor_pairs(plan), work.anchor_keys(plan)
+        assert tracemalloc.get_traced_memory()[1] < 2**25  # eight bytes a row
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("seqlen_q, seqlen_k", SHAPES)

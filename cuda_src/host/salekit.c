@@ -258,7 +258,7 @@ static salekit_status make_plan(plan *p, const salekit_export *exported, const s
   p->shape.num_kv_heads = x->num_kv_heads;
   p->shape.causal = x->causal;
   p->shape.sink_end = (int32_t)min_of(p->seqlen_k, round_up(x->sink, KEY_BLOCK));
-  p->shape.local = x->local;
+  p->shape.local = (int)min_of(x->local, p->seqlen_q + p->seqlen_k + TILE_ROWS); /* farther is as far */
   p->shape.query_stride = x->query_stride;
   p->shape.full_rows = x->full_rows;
   p->q_rows = row_map_of_q(p);
@@ -959,7 +959,7 @@ static salekit_status check_gpu(const salekit_export *exported, int *multiproces
     result = cuDeviceGetAttribute(multiprocessors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device);
   if (result != CUDA_SUCCESS) return fail_cuda(error, "cuDeviceGetAttribute", result);
   if (major != exported->capability_major ||
-      (exported->is_exact ? minor != exported->capability_minor : minor < exported->capability_minor))
+      (exported->is_exact || (major == 8 && minor == 7) ? minor != exported->capability_minor : minor < exported->capability_minor))
     return fail(error, SALEKIT_GPU, "the kernels are for %s, this GPU has compute capability %d.%d: export for it",
                 exported->arch, major, minor);
   return SALEKIT_OK;

@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections import Counter
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -225,8 +228,8 @@ def run_many(
     folder: str | None = None,
     progress: Callable[[Report], None] | None = None,
 ) -> Report:
-    """Cases 0, 1, ... of the seed, as many as ``cases`` says, or a soak for ``minutes`` with long ones among them. The
-    last fifth of a soak on a GPU watches its memory.
+    """Cases 0, 1, ... of the seed, as many as ``cases`` says, or a soak for ``minutes`` with long ones among them, of
+    one case at least. The last fifth of a soak on a GPU watches its memory.
 
     workers: processes that share the GPU; 1: this process. Which process takes a case decides nothing about it. A
     process that dies with a case has failed it, and is replaced.
@@ -237,15 +240,17 @@ def run_many(
 
     def indices() -> Iterator[int]:
         index = 0
-        while (cases is None or index < cases) and (end is None or time.monotonic() < end):
+        while (cases is None or index < cases) and (end is None or index == 0 or time.monotonic() < end):
             yield index
             index += 1
 
     results = _in_this_process if workers == 1 else _in_processes
-    for result in results(seed, indices(), on_gpu, folder, soak, workers):
-        report.add(result)
-        if progress:
-            progress(report)
+    workers = workers if cases is None else min(workers, cases)
+    with closing(results(seed, indices(), on_gpu, folder, soak, workers)) as found:
+        for result in found:
+            report.add(result)
+            if progress:
+                progress(report)
     if soak and on_gpu:
         report.passes = memory_passes(seed, 60 * minutes * PASSES_SHARE)
     return report
@@ -266,27 +271,47 @@ def _measured(result: Result, measure: bool) -> Result:
 
 
 def _work(connection: Any, seed: int, on_gpu: bool, folder: str | None, soak: bool) -> None:
-    """A worker: takes indices until None comes, or nobody is there to ask."""
-    while (index := _next_index(connection)) is not None:
+    """A worker: takes indices until None comes, or nobody is there to ask or to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the one that listens ends the others
+    answer: Result | str | None = None
+    while not isinstance(answer, str) and (index := _next_index(connection)) is not None:
         try:
-            connection.send(_measured(run_case(seed, index, on_gpu, folder, soak), on_gpu and soak))
+            answer = _measured(run_case(seed, index, on_gpu, folder, soak), on_gpu and soak)
         except Exception:  # this process's GPU may be lost: say why, and let another go on
-            connection.send(traceback.format_exc(limit=-4))
+            answer = traceback.format_exc(limit=-4)
+        try:
+            connection.send(answer)
+        except OSError:
             return
 
 
 def _next_index(connection: Any) -> int | None:
     try:
         return connection.recv()
-    except EOFError:
+    except (EOFError, OSError):
         return None
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that start meanwhile get no Ctrl-C, not even while they import; this one gets it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # to start it later would let interrupts through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker:
     def __init__(self, context: Any, arguments: tuple):
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, *arguments), daemon=True)
-        self.process.start()
+        with _without_interrupts():
+            self.process.start()
         theirs.close()
         self.index: int | None = None
 
@@ -300,9 +325,11 @@ def _in_processes(seed, indices, on_gpu, folder, soak, workers) -> Iterator[Resu
         os.environ.setdefault(name, "1")  # of the workers, who have a core each
     context = multiprocessing.get_context("spawn")
     arguments = (seed, on_gpu, folder, soak)
-    idle = [_Worker(context, arguments) for _ in range(workers)]
+    idle: list[_Worker] = []
     busy: dict[Any, _Worker] = {}
     try:
+        while len(idle) < workers:
+            idle.append(_Worker(context, arguments))
         while True:
             while idle and (index := next(indices, None)) is not None:
                 worker = idle.pop()
@@ -326,7 +353,8 @@ def _in_processes(seed, indices, on_gpu, folder, soak, workers) -> Iterator[Resu
         for worker in busy.values():  # this was interrupted
             worker.process.terminate()
         for worker in idle:
-            worker.give(None)
+            with suppress(OSError):  # it has died
+                worker.give(None)
         for worker in (*idle, *busy.values()):
             worker.process.join()
 
