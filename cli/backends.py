@@ -11,8 +11,9 @@ from salekit.errors import GpuError
 from . import render
 
 
-def use_gpu(backend: str, otherwise: str) -> bool:
-    """Whether ``--backend`` means the GPU. "auto" without one says ``otherwise`` on stderr; "cuda" raises GpuError."""
+def use_gpu(backend: str, otherwise: str | None = None) -> bool:
+    """Whether ``--backend`` means the GPU. "auto" without one says ``otherwise``, if given, on stderr; "cuda" raises
+    GpuError."""
     if backend == "numpy":
         return False
     try:
@@ -23,7 +24,8 @@ def use_gpu(backend: str, otherwise: str) -> bool:
     except GpuError:
         if backend == "cuda":
             raise
-        render.note(f"no usable GPU: {otherwise}")
+        if otherwise is not None:
+            render.note(f"no usable GPU: {otherwise}")
         return False
 
 

@@ -11,8 +11,8 @@ import click
 
 from salekit.written_files import check_folder
 
-from . import options, render
-from .validate import EXIT_ACCURACY, choose_cuda
+from . import backends, options, render
+from .main import ExitCode
 
 SCHEMA = 1
 CASES = 300
@@ -61,7 +61,7 @@ def fuzz(context: click.Context, **settings: Any) -> None:
     else:
         print_tables(report)
     if not report["passed"]:
-        context.exit(EXIT_ACCURACY)
+        context.exit(ExitCode.ACCURACY)
 
 
 def run_fuzz(
@@ -83,7 +83,7 @@ def run_fuzz(
     check_folder("-o", output)
     cases = CASES if cases is None and minutes is None else cases
     workers = workers if cases is None else min(workers, cases)
-    cuda = choose_cuda(backend)
+    cuda = backends.use_gpu(backend)
     seed = secrets.randbelow(2**32) if seed is None else seed
     what = f"{cases} cases" if minutes is None else f"{minutes:g} minutes"
     render.note(

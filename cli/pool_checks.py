@@ -10,7 +10,7 @@ import numpy as np
 from salekit.checks import FEW, U32, UNIT_ROUNDOFF, Check, equal, within
 
 from . import render
-from .validate import MAX_BLOCKS, score_bound
+from .recomputing import sampled_blocks, score_bound
 
 
 def check_kernels(q, k, v, tau: float, mask: Any, plan: Any, plan_options: dict) -> tuple[list[Check], np.ndarray]:
@@ -100,7 +100,7 @@ def check_twin(q, k, v, mask, plan) -> tuple[list[Check], np.ndarray]:
     out, lse = skipped_mass.attend_with_pools(q, k, v, mask, plan, skipped_mass.blocks_of_a_pool(mask))
     bits = mask.to_dense()
     u = UNIT_ROUNDOFF[plan.dtype]
-    blocks = np.unique(np.linspace(0, max(0, mask.num_q_blocks - 1), min(MAX_BLOCKS, mask.num_q_blocks)).astype(int))
+    blocks = sampled_blocks(mask.num_q_blocks)
     means: list[tuple] = []
     outs: list[tuple] = []
     lses: list[tuple] = []

@@ -12,15 +12,14 @@ import click
 import numpy as np
 
 from salekit.checks import FEW, U32, UNIT_ROUNDOFF, Check, equal, share, within
-from salekit.errors import GpuError
 from salekit.written_files import check_output, write
 
-from . import options, render
+from . import backends, options, render
+from .main import ExitCode
+from .recomputing import heads_first, per_query_head, sampled_blocks, score_bound
 
 SCHEMA = 1
-EXIT_ACCURACY = 5
 MAX_ROWS = 512  # rows of a head that float64 attention is computed for; fewer than 1% of the work at 16K tokens
-MAX_BLOCKS = 16  # query blocks of a head whose bits are recomputed pair by pair on the twin
 TWIN_SECONDS_A_PAIR = 5e-8  # the whole command without float64, a query head; at 4k tokens on two cores
 @click.command("validate")
 @click.option(
@@ -57,7 +56,7 @@ def validate(context: click.Context, **settings: Any) -> None:
     else:
         _print_tables(report)
     if not report["passed"]:
-        context.exit(EXIT_ACCURACY)
+        context.exit(ExitCode.ACCURACY)
 
 
 def run_validate(
@@ -77,7 +76,7 @@ def run_validate(
     from salekit import call_checks, timing
     from salekit.fuzz.cases import is_case_file
 
-    cuda = choose_cuda(backend)
+    cuda = backends.use_gpu(backend)
     if input_file and is_case_file(input_file):
         if seqlen is not None:
             raise click.UsageError("--seqlen: --input is a fuzz case, which has its own lengths")
@@ -154,20 +153,6 @@ def run_validate(
     }
 
 
-def choose_cuda(backend: str) -> bool:
-    from salekit.jit import device_arch
-
-    if backend == "numpy":
-        return False
-    try:
-        device_arch()
-    except GpuError:
-        if backend == "cuda":
-            raise
-        return False
-    return True
-
-
 def _load(input_file: str | None, seqlen: str | None):
     """q, k, v on the host and where they came from."""
     from salekit.data_files import load_qkv, load_sample
@@ -196,26 +181,6 @@ def _load(input_file: str | None, seqlen: str | None):
     if length > whole or k.shape[1] != whole:
         raise click.UsageError(f"--seqlen: got {length}; {source} has {whole} rows and {k.shape[1]} keys")
     return q[:, :length], k[:, :length], v[:, :length], source
-
-
-def _f64(x: Any) -> np.ndarray:
-    """bshd -> float64 [batch, heads, seqlen, d]."""
-    return np.ascontiguousarray(np.moveaxis(x, 1, 2).astype(np.float64))
-
-
-def _per_query_head(x: np.ndarray, plan) -> np.ndarray:
-    return np.repeat(x, plan.group_size, axis=1)
-
-
-def score_bound(q: np.ndarray, k: np.ndarray, plan) -> np.ndarray:
-    """[batch, heads, seqlen_q]: how far a float32 score may be from the exact one.
-
-    Products of 16-bit numbers are exact in float32; a sum of d of them in groups of four or more takes d/4 additions,
-    each wrong by at most 2^-23 (tensor cores truncate) of sum |q_d k_d| <= |q| |k|.
-    """
-    norm_q = np.linalg.norm(_f64(q), axis=-1)
-    norm_k = np.linalg.norm(_f64(k), axis=-1).max(axis=-1, initial=0.0)
-    return plan.softmax_scale * (plan.head_dim / 4 + 2) * 2 * U32 * norm_q * _per_query_head(norm_k, plan)[..., None]
 
 
 def sample_rows(plan) -> np.ndarray:
@@ -253,8 +218,8 @@ def _check_kernels(q, k, v, tau: float, plan_options: dict):
     not_held = np.setdiff1d(np.arange(plan.seqlen_q), plan.row_of_position)  # undefined there, and not used
     m[..., not_held], l[..., not_held] = twin_m[..., not_held], twin_l[..., not_held]
     slack = score_bound(q, k, plan)
-    norm_q = np.linalg.norm(_f64(q), axis=-1)
-    norm_mean = _per_query_head(np.linalg.norm(host.k_mean.astype(np.float64), axis=-1), plan)[..., None]
+    norm_q = np.linalg.norm(heads_first(q), axis=-1)
+    norm_mean = per_query_head(np.linalg.norm(host.k_mean.astype(np.float64), axis=-1), plan)[..., None]
     slack_m = (
         slack
         + plan.softmax_scale * plan.head_dim * U32 * norm_q * norm_mean
@@ -275,7 +240,7 @@ def _check_kernels(q, k, v, tau: float, plan_options: dict):
     if plan.estimator == "int4":
         checks.append(within("limits", "y with the twin's, from the same m and l", host_limits, y, slack_y))
     else:
-        k_scale = _per_query_head(host.k_scale, plan)[..., None]
+        k_scale = per_query_head(host.k_scale, plan)[..., None]
         want = reference.integer_thresholds(y, host.q_scale, k_scale, plan)
         step = plan.softmax_scale * host.q_scale.astype(np.float64) * k_scale
         slack_t = np.where(np.isfinite(y), 1 + np.ceil(np.nan_to_num(slack_y / step)), 0)
@@ -302,7 +267,7 @@ def _check_kernels(q, k, v, tau: float, plan_options: dict):
     twin_limits = reference.row_limits(twin_m, twin_l, tau, plan)
     if plan.estimator != "int4":
         twin_limits = reference.integer_thresholds(
-            twin_limits, twin.q_scale, _per_query_head(twin.k_scale, plan)[..., None], plan
+            twin_limits, twin.q_scale, per_query_head(twin.k_scale, plan)[..., None], plan
         )
     twin_mask = reference.estimate(twin, twin_limits, plan)
     visible = mask.visible()
@@ -342,7 +307,7 @@ def _codes_on_host(codes, plan):
 
 def _mean_bound(x, mean) -> np.ndarray:
     """[batch, heads, d]: a float32 sum of n terms, in any order, is off by at most n 2^-24 sum |x|; then a rounding."""
-    size = np.abs(_f64(x)).mean(axis=2)
+    size = np.abs(heads_first(x)).mean(axis=2)
     return x.shape[1] * U32 * size + 2 * U32 * np.abs(mean)
 
 
@@ -371,10 +336,10 @@ def _compare_codes(host, twin, q, k, plan) -> list[Check]:
     # The means differ by less than a thousandth of a code's step, so a code can only tip over to its neighbour.
     checks.append(within("quantise", "codes of k with the twin's", host.k_codes, twin.k_codes, 1))
     if int4:
-        keys = np.abs(_f64(k) - twin.k_mean[:, :, None].astype(np.float64))
-        keys, mean_q = _per_query_head(keys, plan), np.abs(twin.q_mean.astype(np.float64))
+        keys = np.abs(heads_first(k) - twin.k_mean[:, :, None].astype(np.float64))
+        keys, mean_q = per_query_head(keys, plan), np.abs(twin.q_mean.astype(np.float64))
         slack = np.einsum("bhsd,bhd->bhs", keys, plan.head_dim * 2 * U32 * mean_q + bound_q)
-        slack += (mean_q * _per_query_head(bound_k, plan)).sum(axis=-1)[..., None]
+        slack += (mean_q * per_query_head(bound_k, plan)).sum(axis=-1)[..., None]
         checks.append(within("quantise", "correction with the twin's", host.correction, twin.correction, slack))
     return checks
 
@@ -384,7 +349,7 @@ def _check_twin(q, k, v, tau: float, plan):
     """Checks of the twin by other means: float64, straight from the definitions, on a sample of rows."""
     from salekit import reference
 
-    queries, keys = _f64(q), _f64(k)
+    queries, keys = heads_first(q), heads_first(k)
     render.note("validate: quantise")
     codes = reference.quantize(q, k, plan)
     mean = keys.mean(axis=2)
@@ -398,7 +363,7 @@ def _check_twin(q, k, v, tau: float, plan):
     want = np.stack([_anchor_logsumexp(queries, smooth, int(row), plan) for row in rows], axis=-1)
     norm_q = np.linalg.norm(queries[:, :, rows], axis=-1)
     slack = (
-        plan.softmax_scale * norm_q * _per_query_head(np.linalg.norm(_mean_bound(k, mean), axis=-1), plan)[..., None]
+        plan.softmax_scale * norm_q * per_query_head(np.linalg.norm(_mean_bound(k, mean), axis=-1), plan)[..., None]
     )
     with np.errstate(divide="ignore"):
         got = m[..., rows] + np.log(l[..., rows].astype(np.float64))
@@ -418,7 +383,7 @@ def _check_twin(q, k, v, tau: float, plan):
         checks.append(within("limits", "y with float64", y[..., rows], wanted_y, slack_y))
     limits = y
     if plan.estimator != "int4":
-        k_scale = _per_query_head(codes.k_scale, plan)[..., None]
+        k_scale = per_query_head(codes.k_scale, plan)[..., None]
         limits = reference.integer_thresholds(y, codes.q_scale, k_scale, plan)
         step = plan.softmax_scale * codes.q_scale.astype(np.float64) * k_scale
         finite = np.isfinite(y) & (np.abs(limits.astype(np.int64)) < 2**30)
@@ -470,7 +435,7 @@ def _anchor_logsumexp(queries, smooth, row: int, plan) -> np.ndarray:
     anchors = (sink | (keys >= max(0, tile_position - plan.local) // 32 * 32)) & (keys <= position)
     if not anchors.any():
         return np.full(queries.shape[:2], -np.inf)
-    near = _per_query_head(smooth[:, :, anchors], plan)
+    near = per_query_head(smooth[:, :, anchors], plan)
     scores = plan.softmax_scale * np.einsum("bhd,bhkd->bhk", queries[:, :, row], near)
     top = scores.max(axis=-1)
     return top + np.log(np.exp(scores - top[..., None]).sum(axis=-1))
@@ -482,7 +447,7 @@ def _check_bits(codes, limits, mask, plan) -> Check:
 
     got, want = [], []
     dense = mask.to_dense()
-    blocks = np.unique(np.linspace(0, max(0, plan.num_q_blocks - 1), min(MAX_BLOCKS, plan.num_q_blocks)).astype(int))
+    blocks = sampled_blocks(plan.num_q_blocks)
     keys = np.arange(plan.seqlen_k)
     offset = plan.seqlen_k - plan.seqlen_q
     for b in range(plan.batch):

@@ -123,7 +123,7 @@ def kernels(monkeypatch):
         for function in functions:
             monkeypatch.setattr(sys.modules[f"salekit.{module}"], function.__name__, function)
     monkeypatch.setattr(sys.modules["salekit.cli.bench"], "to_device", lambda x: x)
-    monkeypatch.setattr(validate_module, "choose_cuda", lambda backend: True)
+    monkeypatch.setattr(validate_module.backends, "use_gpu", lambda backend: True)
     monkeypatch.setattr("salekit.timing.gpu_info", lambda: {"name": "stand-in"})
     return broken
 
