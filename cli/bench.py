@@ -335,7 +335,7 @@ def cases_of(
         heads = heads or (32 if cuda else 2)
         kv_heads = kv_heads or (heads // 4 if heads % 4 == 0 else 1)
         if heads % kv_heads:
-            raise click.UsageError(f"--kv-heads: got {kv_heads}; wants a number that divides the {heads} heads")
+            raise click.UsageError(f"--kv-heads: got {kv_heads}; wants a number that divides --heads, {heads}")
         cases = [_generated(n, masks, heads, kv_heads, head_dim, dtype, cuda, seed) for n in lengths]
     if masks is not None:
         for case in cases:

@@ -102,7 +102,7 @@ def check_qkv(name: str, *tensors: np.ndarray) -> None:
     q, k, _ = tensors
     if 0 in (*q.shape, *k.shape):
         raise click.UsageError(f"{name}: has shapes {q.shape} and {k.shape}: there is nothing to measure")
-    if not all(np.isfinite(x.astype(np.float32)).all() for x in tensors):
+    if not all(np.isfinite(row.astype(np.float32)).all() for x in tensors for rows in x for row in rows):
         raise click.UsageError(f"{name}: holds NaN or infinity; wants finite q, k and v")
 
 

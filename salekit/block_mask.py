@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,21 +98,30 @@ class BlockMask:
         """This mask with these bits [..., num_q_blocks, num_k_blocks] of its visible blocks."""
         num_words = ceil_div(self.num_k_blocks, 32)
         padded = np.zeros((*bits.shape[:-1], num_words * 32), bool)
-        np.logical_and(bits, self.visible(), out=padded[..., : self.num_k_blocks])
+        padded[..., : self.num_k_blocks] = bits
+        for row, (first, end) in enumerate(zip(*self._visible_ranges())):
+            padded[..., row, :first] = False
+            padded[..., row, end:] = False
         words = np.packbits(padded, axis=-1, bitorder="little").view("<u4").reshape(*bits.shape[:-1], num_words)
         return replace(self, words=words)
 
     def visible(self) -> np.ndarray:
         """bool [num_q_blocks, num_k_blocks]: blocks with a visible pair."""
+        blocks, (first, end) = np.arange(self.num_k_blocks)[None], self._visible_ranges()
+        return (blocks >= first[:, None]) & (blocks < end[:, None])
+
+    def _visible_ranges(self) -> tuple[np.ndarray, np.ndarray]:
+        """(first, end), int64 [num_q_blocks]: the blocks of a row that have a visible pair are those between."""
         starts, offset = np.arange(self.num_q_blocks) * self.block_q, self.seqlen_k - self.seqlen_q
         ends = np.minimum(starts + self.block_q, self.seqlen_q)
         right = 0 if self.causal else self.window_right
         seen = ends + offset + right if right >= 0 else np.full(ends.shape, self.seqlen_k)
-        keys = np.arange(self.num_k_blocks)[None] * self.block_k
-        visible = keys < seen[:, None]
-        if self.window_left >= 0:
-            visible &= np.minimum(keys + self.block_k, self.seqlen_k) > (starts + offset - self.window_left)[:, None]
-        return visible
+        end = np.clip(-(-seen // self.block_k), 0, self.num_k_blocks)
+        if self.window_left < 0:
+            return np.zeros_like(end), end
+        key = starts + offset - self.window_left
+        first = np.where(key >= self.seqlen_k, self.num_k_blocks, key // self.block_k)
+        return np.clip(first, 0, self.num_k_blocks), end
 
     def selected_blocks(self) -> np.ndarray:
         """int64 [batch, num_heads]: set blocks. Head by head, for the unpacked bits of 1M tokens take gigabytes."""
@@ -205,12 +213,11 @@ class BlockMask:
         num_heads = len(heads) // batch if heads else number("num_heads", 0, 0, _MOST_HEADS)
         if not heads and (batch * num_heads or nq * ceil_div(nk, 8) > FREE_EXPANSION):
             raise FileFormatError(f"{path}: has no arrays; wants {batch}x{num_heads} heads of {nq}x{nk} blocks")
-        if "schema" in meta or any(_NAME.fullmatch(name) for name in arrays):
-            names = [_name(b, h, batch) for b, h in np.ndindex(batch, num_heads)]
-            missing = [name for name in names if name not in arrays]
-            if missing:
-                raise FileFormatError(f"{path}: has no {missing[0]!r}; wants {names[0]!r} to {names[-1]!r}, one a head")
-            heads = [arrays[name] for name in names]
+        names = [_name(b, h, batch) for b, h in np.ndindex(batch, num_heads)]
+        missing = [name for name in names if name not in arrays]
+        if missing and "schema" in meta:
+            raise FileFormatError(f"{path}: has no {missing[0]!r}; wants {names[0]!r} to {names[-1]!r}, one a head")
+        heads = heads if missing else [arrays[name] for name in names]
         rows = np.zeros((batch, num_heads, nq, ceil_div(nk, 32) * 4), np.uint8)
         for (b, h), head in zip(np.ndindex(*rows.shape[:2]), heads):
             rows[b, h, :, : head.shape[1]] = head
@@ -218,9 +225,6 @@ class BlockMask:
             rows[..., nk // 8] &= (1 << nk % 8) - 1  # bits past the last block
         words = rows.view("<u4")
         return cls(words, block_q, block_k, seqlen_q, seqlen_k, causal, *window)
-
-
-_NAME = re.compile(r"(b\d+_)?h\d+")  # as _name gives
 
 
 def _name(b: int, h: int, batch: int) -> str:

@@ -272,7 +272,7 @@ def table(target: Target, kernels: Iterable[Exported]) -> str:
         "arch": _text(target.arch),
         "capability_major": capability[1],
         "capability_minor": capability[2],
-        "is_exact": int(bool(capability[3])),
+        "is_exact": int(bool(capability[3]) or target.arch == "sm_87"),
         "head_dim": target.head_dim,
         "is_bfloat16": int(target.dtype == "bfloat16"),
         "int4_code_bits": int4.code_bits,

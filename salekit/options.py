@@ -101,8 +101,8 @@ def _check_softcap(value: Any, scale: float) -> float:
     return cap
 
 
-def _check_window(window: Any, causal: bool, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
-    """(left, right) as a Plan holds them: -1 where the window hides nothing that ``causal`` does not."""
+def _check_window(window: Any) -> tuple[int, int]:
+    """(left, right), -1 for a side without an end."""
     if window is None:
         return -1, -1
     if isinstance(window, (int, np.integer)) and not isinstance(window, bool) and window >= 1:
@@ -116,11 +116,7 @@ def _check_window(window: Any, causal: bool, seqlen_q: int, seqlen_k: int) -> tu
         raise ArgumentError(
             f"window_size: got {shown(window)}; wants None, an integer >= 1 or a pair (left, right) of integers >= -1"
         )
-    left, right = sides
-    return (
-        left if left < seqlen_k - 1 else -1,
-        right if not causal and right < seqlen_q - 1 else -1,
-    )
+    return sides
 
 
 def plan_of_views(
@@ -159,7 +155,10 @@ def plan_of_views(
     seqlen_q, seqlen_k = longest or (q.shape[1], k.shape[1])
     causal, scale = check_flag("causal", causal), _check_scale(softmax_scale, head_dim)
     softcap = _check_softcap(softcap, scale)
-    window_left, window_right = _check_window(window_size, causal, seqlen_q, seqlen_k)
+    left, right = _check_window(window_size)
+    # A Plan has -1 where the window hides nothing that ``causal`` does not.
+    window_left = left if left < seqlen_k - 1 else -1
+    window_right = right if not causal and right < seqlen_q - 1 else -1
     if attend == "int8-fp8" and head_dim not in LOW_BIT_HEAD_DIMS:
         wanted = " and ".join(map(str, LOW_BIT_HEAD_DIMS))
         raise ArgumentError(f"attend: 'int8-fp8' takes head_dim {wanted}, q has {head_dim}; wants 'exact'")
@@ -182,7 +181,9 @@ def plan_of_views(
         attend=attend,
         block_q=block_q,
         block_k=block_k,
-        query_stride=stride if window_right < 0 else 1,  # last rows see keys that no row before them sees
+        # Before a right end a block's last rows see keys that none before them sees. As it was asked for, not as these
+        # lengths have it: a packed sequence is tested as by itself.
+        query_stride=stride if causal or right < 0 else 1,
         arch=arch,
         causal=causal,
         softmax_scale=scale,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 import re
 from functools import lru_cache
@@ -40,7 +41,7 @@ def check_thresholds(thresholds: Any, num_heads: int, q: Any) -> Any:
     read, so that nothing waits for it: NaN or a negative value there means a dense head. Raises ArgumentError,
     DtypeError.
     """
-    if type(thresholds) is float and 0 <= thresholds <= _LARGEST:
+    if type(thresholds) is float and (0 <= thresholds <= _LARGEST or thresholds == math.inf):
         return thresholds
     if type(thresholds) in (list, tuple) and set(map(type, thresholds)) == {float}:
         return _check_list(tuple(thresholds), num_heads)

@@ -5,20 +5,25 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
 import stat
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Iterator
 
+_IN_PLACE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EXDEV)  # where a file can be written, but not replaced
+
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[BinaryIO]:
     """A file for what ``path`` will hold when the block ends; until then, and after an error, that stays as it was.
 
-    Of a link the target is written. What is there and is no plain file, a device or a pipe, is written to directly. A
-    file that exists keeps its mode. Raises OSError with the path.
+    Of a link the target is written. What is there and is no plain file, a device or a pipe, is written to directly, and
+    so is a file that exists in a folder where none can be made. A file that exists keeps its mode. Raises OSError, with
+    the path when it is about this file.
     """
+    partial = None
     try:
         mode, target = _mode_of(path), os.path.realpath(path)
         if mode is not None and not os.access(path, os.W_OK):
@@ -29,18 +34,34 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
             return
         partial = os.path.join(os.path.dirname(target), f".salekit-{secrets.token_hex(8)}.partial")
         try:
-            with open(partial, "xb") as file:
-                if mode is not None:
+            file = open(partial, "xb")
+        except OSError as error:  # no file can be made there; the one that is there can be written
+            if mode is None or error.errno not in _IN_PLACE:
+                raise
+            file = open(target, "wb")
+        try:
+            with file:
+                if mode is not None and file.name == partial:
                     os.chmod(partial, stat.S_IMODE(mode))
                 yield file
-            os.replace(partial, target)
+            if file.name == partial:
+                _put(partial, target, mode is not None)
         finally:
             with suppress(OSError):
                 os.unlink(partial)
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None or error.filename not in (None, partial):
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # not the partial file's name
+
+
+def _put(partial: str, target: str, is_there: bool) -> None:
+    try:
+        os.replace(partial, target)
+    except OSError as error:  # a file that is mounted by itself can be written, not replaced
+        if not is_there or error.errno not in _IN_PLACE:
+            raise
+        shutil.copyfile(partial, target)
 
 
 def write(path: str | Path, content: str | bytes) -> None:
@@ -102,9 +123,9 @@ def _why_not_written(path: str) -> str | None:
         mode, target = _mode_of(path), os.path.realpath(path)
     except OSError as error:  # a link to itself, a name too long
         return error.strerror
-    if mode is not None and not os.access(path, os.W_OK):
-        return os.strerror(errno.EACCES)
-    return why_not_writable(Path(target).parent) if _is_replaced(mode, target) else None
+    if mode is not None:
+        return None if os.access(path, os.W_OK) and not stat.S_ISDIR(mode) else os.strerror(errno.EACCES)
+    return why_not_writable(Path(target).parent)
 
 
 def why_not_writable(folder: Path) -> str | None:

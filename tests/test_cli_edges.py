@@ -96,7 +96,7 @@ def test_a_file_is_replaced_whole_and_keeps_its_mode(old):
     assert other.read_bytes() == "grün".encode() and stat.S_IMODE(other.stat().st_mode) == 0o640
 
 
-@pytest.mark.parametrize("error", (KeyboardInterrupt(), MemoryError(), OSError(errno.ENOSPC, "full", "elsewhere")))
+@pytest.mark.parametrize("error", (KeyboardInterrupt(), MemoryError(), OSError(errno.ENOSPC, "full")))
 def test_after_an_error_the_old_file_stays(old, error):
     with pytest.raises(type(error)) as found, written_files.writing(old) as file:
         file.write(b"half of the")
@@ -104,6 +104,44 @@ def test_after_an_error_the_old_file_stays(old, error):
     assert old.read_text() == "old" and only(old)
     if isinstance(error, OSError):
         assert found.value.filename == str(old) and found.value.errno == errno.ENOSPC
+
+
+def test_an_error_about_another_file_is_about_that(old):
+    with pytest.raises(FileNotFoundError) as found, written_files.writing(old):
+        open(old.parent / "missing" / "font")
+    assert "font" in found.value.filename and old.read_text() == "old" and only(old)
+
+
+@pytest.mark.parametrize("number", (errno.EBUSY, errno.EXDEV))
+def test_a_file_that_cannot_be_replaced_is_written(old, monkeypatch, number):
+    """As one that is mounted by itself, in a container."""
+    def replace(source, target):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(os, "replace", replace)
+    written_files.write(old, "new")
+    assert old.read_text() == "new" and only(old)
+    with pytest.raises(OSError) as found:
+        written_files.write(old.parent / "other", "new")
+    assert found.value.errno == number and only(old)
+
+
+def test_a_file_in_a_folder_where_none_can_be_made(old, monkeypatch):
+    real = open
+
+    def refuse(path, mode="r", *args, **more):
+        if "x" in mode:
+            raise PermissionError(errno.EACCES, "no", path)
+        return real(path, mode, *args, **more)
+
+    monkeypatch.setattr(written_files, "open", refuse, raising=False)
+    monkeypatch.setattr(written_files.tempfile, "TemporaryFile", lambda dir: refuse(dir, "x"))
+    assert written_files._why_not_written(str(old)) is None
+    written_files.write(old, "new")
+    assert old.read_text() == "new"
+    assert "no" in written_files._why_not_written(str(old.parent / "other"))
+    with pytest.raises(PermissionError, match="other"):
+        written_files.write(old.parent / "other", "new")
 
 
 def test_a_link_stays_one(old):

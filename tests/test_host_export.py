@@ -39,7 +39,7 @@ from salekit.plans import BLOCKS, ESTIMATORS, LOW_BIT_ARCHS, LOW_BIT_HEAD_DIMS, 
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = ROOT / "tests" / "fake_cuda"
-ARCHS = {"sm_90a": (9, 0), "sm_80": (8, 0), "sm_89": (8, 9), "sm_120a": (12, 0)}
+ARCHS = {"sm_90a": (9, 0), "sm_80": (8, 0), "sm_87": (8, 7), "sm_89": (8, 9), "sm_120a": (12, 0)}
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TARGETS = [export.Target(*each) for each in itertools.product(ARCHS, (64, 96, 128, 256), DTYPES)]
 ONLY_INT8 = export.Target("sm_90a", 128, "float16", ("int8",), ((128, 32),))
@@ -694,6 +694,8 @@ def test_only_its_gpus_load(library, folder):
         ("sm_90a_d128_bf16", (10, 0), False),
         ("sm_80_d128_bf16", (8, 0), True),
         ("sm_80_d128_bf16", (8, 6), True),
+        ("sm_87_d128_bf16", (8, 7), True),
+        ("sm_87_d128_bf16", (8, 9), False),
         ("sm_80_d128_bf16", (8, 7), False),  # of Jetson's: other GPUs' code is not for it
         ("sm_89_d128_bf16", (8, 6), False),
         ("sm_80_d128_bf16", (9, 0), False),

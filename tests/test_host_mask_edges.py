@@ -370,3 +370,11 @@ def test_invisible_bits_are_cleared(blocks):
     mask = BlockMask.from_dense(given, *blocks)
     assert np.array_equal(mask.to_dense(), np.broadcast_to(mask.visible(), given.shape)) and given.all()
     assert (mask.density() == 1).all()
+
+
+def test_an_archive_of_other_names_keeps_its_order(tmp_path):
+    """Without salekit's metadata, names that only look like its own say nothing."""
+    heads = [np.full((2, 1), 1 << i, np.uint8) for i in range(3)]
+    np.savez(tmp_path / "m.npz", h3=heads[0], h1=heads[1], h2=heads[2])
+    words = BlockMask.load_npz(tmp_path / "m.npz").words
+    assert words[0, :, 0, 0].tolist() == [1, 2, 4]

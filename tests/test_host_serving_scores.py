@@ -226,3 +226,17 @@ def test_refused(paged, change, error, match):
 def test_low_bit_attention_takes_64_and_128(head_dim):
     with pytest.raises(ArgumentError, match=f"attend: 'int8-fp8' takes head_dim 64 and 128, q has {head_dim}"):
         make((3,), (5,), dim=head_dim).paged(attend="int8-fp8")
+
+
+def test_a_short_sequence_is_tested_as_by_itself():
+    """Its right end hides nothing from it, but something from the longer one beside it."""
+    rng = np.random.default_rng(9)
+    rows, keys = (130, 900), (1200, 1400)
+    q, k, v = (rng.standard_normal((sum(n), heads, 64)).astype(np.float16)
+               for n, heads in ((rows, 2), (keys, 1), (keys, 1)))
+    options = dict(causal=False, window_size=(-1, 200), query_stride=4, full_rows=0, block=(64, 32), dense_below=0)
+    out = salekit.sparse_attention_varlen(
+        q, k, v, [0, 130, 1030], [0, 1200, 2600], 900, 1400, thresholds=0.3, **options
+    )
+    own = salekit.sparse_attention(q[None, :130], k[None, :1200], v[None, :1200], thresholds=0.3, **options)
+    assert np.array_equal(out[:130], own[0])

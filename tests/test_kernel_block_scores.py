@@ -14,7 +14,7 @@ from salekit import arrays, call_checks, jit, reference_scores
 from salekit.block_mask import BlockMask
 from salekit.block_scores import rounding_bound
 from salekit.output_difference import output_sums
-from salekit.plans import BLOCKS, ESTIMATORS
+from salekit.plans import BLOCKS, ESTIMATORS, NATIVE_INT4_ARCHS
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +40,7 @@ def check(plan, code_bits, inputs=None, seed=0):
     """The kernel's scores are the twin's bits when it gets the same codes, scales, corrections and bases."""
     import cupy
 
-    if code_bits == 4 and jit.device_arch() not in ("sm_80", "sm_86", "sm_89", "sm_90a"):
+    if code_bits == 4 and jit.device_arch() not in (*NATIVE_INT4_ARCHS, "sm_90a"):
         pytest.skip("packed int4 codes are not used on this GPU")
     plan = plan.replace(arch="sm_80")  # codes of all rows, in tiles
     quantized, bases = inputs or given(plan, seed)

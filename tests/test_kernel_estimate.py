@@ -8,7 +8,7 @@ import pytest
 from salekit import jit, reference
 from salekit.codes import Quantized, rows_to_sparse, rows_to_tiles
 from salekit.estimate import estimate
-from salekit.plans import SELECT_ALL, SELECT_NONE, Plan, ceil_div
+from salekit.plans import NATIVE_INT4_ARCHS, SELECT_ALL, SELECT_NONE, Plan, ceil_div
 
 pytestmark = pytest.mark.gpu
 
@@ -131,7 +131,7 @@ def check(plan: Plan, path, seed: int = 0, inputs=None) -> np.ndarray:
     plan = plan.replace(arch=jit.device_arch())
     if kernel == "wgmma" and plan.arch != "sm_90a":
         pytest.skip("wgmma needs sm_90a")
-    if code_bits == 4 and plan.arch not in ("sm_80", "sm_86", "sm_89", "sm_90a"):
+    if code_bits == 4 and plan.arch not in (*NATIVE_INT4_ARCHS, "sm_90a"):
         pytest.skip("packed int4 codes are not used on this GPU")
     if kernel == "mma":
         plan = plan.replace(arch="sm_80")  # codes of all rows in tiles, which is what this kernel reads

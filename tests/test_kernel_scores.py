@@ -17,7 +17,7 @@ from test_kernel_estimate import to_gpu as codes_to_gpu
 import salekit
 from salekit import attend_grid, codes, jit, reference
 from salekit.block_mask import BlockMask
-from salekit.plans import SELECT_ALL, SELECT_NONE, ceil_div
+from salekit.plans import NATIVE_INT4_ARCHS, SELECT_ALL, SELECT_NONE, ceil_div
 
 attend_module = importlib.import_module("salekit.attend")
 anchors_module = importlib.import_module("salekit.anchors")
@@ -310,7 +310,7 @@ def test_windowed_masks_are_the_twins(window, lengths, causal, path):
 
 
 def check_windowed(plan, quantized, limits, code_bits) -> None:
-    if code_bits == 4 and plan.arch not in ("sm_80", "sm_86", "sm_89", "sm_90a"):
+    if code_bits == 4 and plan.arch not in (*NATIVE_INT4_ARCHS, "sm_90a"):
         pytest.skip("packed int4 codes are not used on this GPU")
     if not plan.has_window:
         pytest.skip("the window is causal's")

@@ -109,7 +109,8 @@ class Session:
         try:
             thresholds = [options.TAU.convert(name, None, None)] * len(layers)
         except click.BadParameter:
-            of = dict(seqlen=self.tokens, estimator=estimator, block=chosen["block"])
+            of = dict(seqlen=self.tokens, estimator=estimator, block=chosen["block"], skipped="drop")
+            of["query_stride"] = chosen["query_stride"]
             thresholds = [salekit.load_thresholds(name, layer=layer, **of) for layer in layers]
         return measure.Attention(Path(name).name, thresholds, chosen)
 
