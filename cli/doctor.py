@@ -39,7 +39,7 @@ def examine() -> dict:
     found["driver"] = _driver(advice)
     found["cupy"] = _cupy(advice)
     found["nvrtc"] = _nvrtc(advice) if found["cupy"] else None
-    found["gpu"], arch = _gpu(advice) if found["cupy"] else (None, None)
+    found["gpu"], arch = _gpu(advice, found["driver"]) if found["cupy"] else (None, None)
     found["cache"] = _cache(advice)
     found["estimate"], found["attend"] = _kernels(arch)
     found["gpu_suite"] = gpu_suite_state()
@@ -57,6 +57,8 @@ def _version(package: str) -> str | None:
 
 
 def _driver(advice: list[str]) -> str | None:
+    from salekit import jit
+
     try:
         import ctypes
 
@@ -65,7 +67,7 @@ def _driver(advice: list[str]) -> str | None:
         library.cuDriverGetVersion(ctypes.byref(version))
         return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
     except OSError:
-        advice.append("No NVIDIA driver was found; for a GPU install NVIDIA's driver, 525 or newer (580 for CUDA 13).")
+        advice.append(f"No NVIDIA driver was found; for a GPU {jit.DRIVER_HINT}.")
         return None
 
 
@@ -93,7 +95,7 @@ def _nvrtc(advice: list[str]) -> str | None:
         return None
 
 
-def _gpu(advice: list[str]) -> tuple[str | None, str | None]:
+def _gpu(advice: list[str], driver: str | None) -> tuple[str | None, str | None]:
     from salekit import jit
     from salekit.errors import SalekitError
 
@@ -108,7 +110,8 @@ def _gpu(advice: list[str]) -> tuple[str | None, str | None]:
             arch,
         )
     except SalekitError as error:
-        advice.append(str(error))
+        if driver is not None:  # else that is why, and is said
+            advice.append(str(error))
         return None, None
 
 

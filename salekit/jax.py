@@ -166,18 +166,25 @@ def _as_sinks(sink_logits: Any, plan: Plan) -> jax.Array:
 
 def _varying_alike(operands: list) -> list:
     """Inside shard_map: what is the same on some devices counts as varying where another operand varies."""
-    axes = _axes_of(operands)
-    if not axes:
-        return operands
-    missing = [tuple(axes - _axes_of([x])) for x in operands]
-    return [_vary(x, names) if names else x for x, names in zip(operands, missing)]
+    return _varying_over(_axes_of(operands), operands)
+
+
+def _varying_over(axes: frozenset, xs: list) -> list:
+    """These, marked as varying along such axes of shard_map's mesh."""
+    missing = [tuple(axes - _axes_of([x])) for x in xs]
+    return [_vary(x, names) if names else x for x, names in zip(xs, missing)]
 
 
 def _axes_of(operands: list) -> frozenset:
     """The axes of shard_map's mesh along which one of these varies; JAX before 0.6 does not say."""
     if not hasattr(jax, "typeof"):
         return frozenset()
-    return frozenset().union(*(getattr(jax.typeof(x), "vma", ()) or () for x in operands))
+    return frozenset().union(*(_axes_of_type(jax.typeof(x)) for x in operands))
+
+
+def _axes_of_type(kind: Any) -> frozenset:
+    manual = getattr(kind, "manual_axis_type", None)  # since JAX 0.10, in place of vma
+    return frozenset((getattr(kind, "vma", ()) if manual is None else manual.varying) or ())
 
 
 def _vary(x: jax.Array, axes: tuple) -> jax.Array:
@@ -188,12 +195,10 @@ def _vary(x: jax.Array, axes: tuple) -> jax.Array:
 
 # --- the call ------------------------------------------------------------------------------------------------------
 def _results(operands: Any, plan: Plan, config: Config) -> list[jax.ShapeDtypeStruct]:
-    axes = _axes_of(operands)
-    varying = {"vma": axes} if axes else {}
     shapes = [(operands[0].shape, operands[0].dtype)]
     shapes += [((plan.batch, plan.num_heads, plan.seqlen_q), jnp.float32)] * config.return_lse
     shapes += [(plan.words_shape, jnp.uint32)] * config.return_mask
-    return [jax.ShapeDtypeStruct(shape, dtype, **varying) for shape, dtype in shapes]
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
 
 
 @lru_cache(maxsize=256)
@@ -207,8 +212,10 @@ def _attention(config_text: str) -> Any:
         results = _results(operands, plan, config)
         if plan.is_empty:  # of the results lse alone is float32
             lse = operands[-1][:, None] if config.has_sinks else -jnp.inf
-            return [jnp.full(x.shape, lse if x.dtype == jnp.float32 else 0, x.dtype) for x in results]
-        return jax.ffi.ffi_call(TARGET, results)(*operands, **{ATTRIBUTE: config_text})
+            found = [jnp.full(x.shape, lse if x.dtype == jnp.float32 else 0, x.dtype) for x in results]
+        else:
+            found = jax.ffi.ffi_call(TARGET, results)(*operands, **{ATTRIBUTE: config_text})
+        return _varying_over(_axes_of(operands), found)  # an FFI call does not say so itself
 
     @call.def_vmap
     def map_over_batch(axis_size, in_batched, *operands):

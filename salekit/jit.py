@@ -36,6 +36,7 @@ _UNFINISHED_SECONDS = 3600  # nothing takes that long to write
 _OWN_NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.cubin|[0-9a-f]{64}\.json|\.new-.*")
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
 INSTALL_HINT = 'install CuPy and NVRTC with: pip install "salekit[cuda12]" (or "salekit[cuda13]" for a CUDA 13 driver)'
+DRIVER_HINT = "install NVIDIA's driver, 525 or newer (580 for CUDA 13)"
 
 
 @dataclass(frozen=True)
@@ -453,8 +454,11 @@ def device_arch() -> str:
 
         device = cupy.cuda.runtime.getDevice()
     except Exception as error:
+        hint = "; " + INSTALL_HINT if isinstance(error, ImportError) else ""
+        if "cudaErrorInsufficientDriver" in str(error):  # none, or an old one
+            hint = "; " + DRIVER_HINT
         raise GpuError(
-            f"no usable GPU ({type(error).__name__}: {str(error).splitlines()[0][:120]}); {INSTALL_HINT}"
+            f"no usable GPU ({type(error).__name__}: {str(error).splitlines()[0][:120]}){hint}"
         ) from None
     return _arch_of_device(device)
 

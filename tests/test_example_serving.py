@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import salekit
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "serving_shapes" / "serving_shapes.py"
@@ -35,6 +38,49 @@ def test_on_the_twin():
 
 def test_chunks_that_do_not_line_up():
     check(run("--tokens", "300", "--chunk", "100", "--page-size", "16"), 4, 0.05)
+
+
+def test_the_shortest_sequences_and_chunks():
+    assert "keys [2, 2]" in run("--tokens", "2", "--chunk", "1")
+    assert "keys [1, 1]" in run("--tokens", "1")
+
+
+def refused(capsys, monkeypatch, *options: str) -> tuple[int, str]:
+    """(exit code, the last line of stderr), in this process and before any work."""
+    names = runpy.run_path(str(SCRIPT))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
+    monkeypatch.setattr(salekit, "load_sample", None)
+    try:
+        code = names["main"]()
+    except SystemExit as done:
+        code = done.code
+    return code, capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "option, value, wants",
+    (
+        *(("--tokens", value, "a number from 1 to 4096") for value in ("0", "-1", "4097", "many")),
+        ("--chunk", "0", "a number from 1 on"),
+    ),
+)
+def test_sizes_that_make_no_sense(capsys, monkeypatch, option, value, wants):
+    code, said = refused(capsys, monkeypatch, option, value)
+    assert code == 2 and said == f"serving_shapes.py: error: argument {option}: got '{value}'; wants {wants}"
+
+
+def test_pages_that_there_are_not(capsys, monkeypatch):
+    code, said = refused(capsys, monkeypatch, "--page-size", "17")
+    assert code == 2 and "--page-size: invalid choice: " in said
+
+
+def test_without_a_gpu(capsys, monkeypatch):
+    def no_gpu():
+        raise salekit.GpuError("no usable GPU (a test)")
+
+    monkeypatch.setattr("salekit.jit.device_arch", no_gpu)
+    code, said = refused(capsys, monkeypatch, "--backend", "cuda")
+    assert (code, said) == (3, "serving_shapes.py: error: no usable GPU (a test)")
 
 
 @pytest.mark.gpu

@@ -306,6 +306,53 @@ def test_inside_control_flow():
 
 
 # --- many devices --------------------------------------------------------------------------------------------------
+VARYING = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+import salekit.jax
+
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("b",))
+rng = np.random.default_rng(0)
+q = jnp.asarray(rng.standard_normal((8, 64, 2, 64)), jnp.bfloat16)
+w = jnp.float32(1.5)
+
+def attention(x):
+    return salekit.jax.sparse_attention(x, x, x, thresholds=0.1, dense_below=0)
+
+def loss(w, q):
+    return jax.lax.psum((attention(q).astype(jnp.float32) * w).sum(), "b")
+
+def sharded(f, inputs, outputs):
+    return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=inputs, out_specs=outputs))
+
+# The gradient of what every device has is the sum over devices.
+want = float(attention(q).astype(jnp.float32).sum())
+got = float(jax.jit(jax.grad(lambda w: sharded(loss, (P(), P("b")), P())(w, q)))(w))
+assert abs(got - want) < 1e-3 * abs(want), (got, want)
+# A result that differs between devices is not taken for one that does not.
+try:
+    sharded(attention, P("b"), P())(q)
+    raise SystemExit("out_specs=P() was accepted")
+except ValueError as error:
+    assert "varying" in str(error) or "replicated" in str(error) or "replication" in str(error), error
+
+bodies = {
+    "scan": lambda q: jax.lax.scan(lambda c, _: (attention(c), None), q, None, length=2)[0],
+    "fori_loop": lambda q: jax.lax.fori_loop(0, 2, lambda i, c: attention(c), q),
+    "while_loop": lambda q: jax.lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, attention(s[1])), (0, q))[1],
+    "vmap of scan": lambda q: jax.vmap(
+        lambda x: jax.lax.scan(lambda c, _: (attention(c[None])[0], None), x, None, length=2)[0]
+    )(q),
+    "cond in scan": lambda q: jax.lax.scan(
+        lambda c, _: (jax.lax.cond(c.sum() > 1e9, lambda c: c, attention, c), None), q, None, length=2
+    )[0],
+}
+twice = np.asarray(attention(attention(q)))
+for name, body in bodies.items():
+    assert np.array_equal(np.asarray(sharded(body, P("b"), P("b"))(q)), twice), name
+print("all vary")
+"""
+
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -385,14 +432,26 @@ print("sharded is whole")
 """
 
 
-def test_heads_sharded_over_devices():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+def run_on_devices(count, code):
+    """What a program prints that has so many CPU devices."""
+    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={count}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # eight twins at a time
+    environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # a twin a device at a time
     root = Path(salekit.__file__).parent.parent
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and "sharded is whole" in done.stdout, done.stderr[-3000:]
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_heads_sharded_over_devices():
+    assert "sharded is whole" in run_on_devices(8, SHARDED)
+
+
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="JAX 0.5 says of no value that it varies")
+def test_results_vary_over_a_mesh():
+    """shard_map's types are right: in gradients, outputs, loops and branches."""
+    assert "all vary" in run_on_devices(4, VARYING)
 
 
 # --- other processes -----------------------------------------------------------------------------------------------

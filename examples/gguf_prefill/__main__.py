@@ -16,6 +16,7 @@ from salekit.cli.main import exit_code_of
 import salekit
 from salekit import timing
 from salekit.errors import ArgumentError, SalekitError
+from salekit.written_files import check_output
 
 from . import files, measure
 from .model import BFLOAT16, Model, array_module
@@ -47,6 +48,17 @@ def _numbers(context: Any, parameter: Any, value: str | None) -> list[int] | Non
         raise click.BadParameter(f"{value!r} is not a list of numbers; wants e.g. 0,7,15") from None
 
 
+def _thresholds(context: Any, parameter: Any, values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        try:
+            tau = float(value)
+        except ValueError:  # "dense", or a file's name
+            continue
+        if not tau >= 0:
+            raise click.BadParameter(f"{value!r} is not a threshold; wants dense, a number >= 0, inf or a file")
+    return values
+
+
 common = _several(
     click.option("--model", default="smollm2", show_default=True, help="smollm2, qwen or a GGUF file."),
     click.option(
@@ -61,7 +73,7 @@ common = _several(
 attention = _several(
     click.option(
         "--thresholds", multiple=True, default=(DENSE, "0.008"), show_default=True, metavar="dense|TAU|FILE",
-        help="One way of attention, several times: a row each. FILE: of salekit calibrate.",
+        callback=_thresholds, help="One way of attention, several times: a row each. FILE: of salekit calibrate.",
     ),
     options.block,
     options.estimator,
@@ -204,6 +216,7 @@ def dump(layers: list[int] | None, kv_heads: list[int] | None, output: str, **gi
     path = Path(output)
     if path.suffix != ".safetensors":
         raise click.UsageError(f"-o: got {output}; wants a name that ends in .safetensors")
+    check_output("-o", output, given["text"], given["model"])
     session = Session(**given)
     layers = _within("--layers", layers, session.model.num_layers)
     kv_heads = _within("--kv-heads", kv_heads, session.model.num_kv_heads)
@@ -236,12 +249,15 @@ def _within(option: str, chosen: list[int] | None, count: int) -> list[int]:
 
 def _write(tensors: dict[str, np.ndarray], path: Path) -> None:
     """The file appears whole or not at all."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial, {"layout": "bshd"})
         os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
 

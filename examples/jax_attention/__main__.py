@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 from typing import Any, Callable
+
+from salekit.cli.main import exit_code_of
+
+from salekit.errors import ArgumentError, SalekitError
 
 RUNS = 5
 
@@ -23,7 +28,25 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    if options.cpu_devices:  # before JAX starts
+    try:
+        run(options)
+    except SalekitError as error:
+        print(f"jax_attention: error: {error}", file=sys.stderr)
+        sys.exit(int(exit_code_of(error)))
+
+
+def check(options: argparse.Namespace) -> None:
+    for name in ("seqlen", "heads", "kv_heads", "cpu_devices"):
+        given = getattr(options, name)
+        if given is not None and given < 1:
+            raise ArgumentError(f"--{name.replace('_', '-')}: got {given}; wants at least 1")
+    if not options.tau >= 0:
+        raise ArgumentError(f"--tau: got {options.tau:g}; wants a number >= 0 or inf")
+
+
+def run(options: argparse.Namespace) -> None:
+    check(options)
+    if options.cpu_devices is not None:  # before JAX starts
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={options.cpu_devices}"
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -35,9 +58,11 @@ def main() -> None:
     from salekit.workloads import llm_like_qkv
 
     on_gpu = jax.default_backend() == "gpu"
-    seqlen = options.seqlen or (32768 if on_gpu else 1024)
-    heads = options.heads or (32 if on_gpu else 8)
-    kv_heads = options.kv_heads or max(1, heads // 4)
+    seqlen = options.seqlen if options.seqlen is not None else 32768 if on_gpu else 1024
+    heads = options.heads if options.heads is not None else 32 if on_gpu else 8
+    kv_heads = options.kv_heads if options.kv_heads is not None else max(1, heads // 4)
+    if heads % kv_heads:
+        raise ArgumentError(f"--kv-heads: got {kv_heads} for {heads} heads; wants a number that divides them")
     where = "XLA's stream and buffers" if on_gpu else "the NumPy twin: times say nothing of a GPU"
     print(f"jax {jax.__version__} on {len(jax.devices())} x {jax.devices()[0].device_kind}; salekit on {where}")
     print(f"{seqlen} tokens, {heads} query and {kv_heads} KV heads of 128, bfloat16, causal, tau {options.tau:g}\n")

@@ -50,6 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if not options.tau >= 0:
+        raise ArgumentError(f"--tau: got {options.tau:g}; wants a number >= 0 or inf")
     device = sessions.Device(has_cuda() if options.device == "auto" else options.device == "cuda",
                              wait=not options.no_wait)
     on_gpu = device.stream is not None

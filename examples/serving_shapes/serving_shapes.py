@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from typing import Callable
 
 import numpy as np
 
 import salekit
+from salekit import jit
+from salekit.sequences import PAGE_SIZES
 
 OPTIONS = dict(estimator="int8", dense_below=0)
+MOST_TOKENS = 4096  # the sample's
 
 
 class PagedCache:
@@ -63,7 +68,7 @@ def prefill(xp, sequences, chunk: int, page_size: int, statistics, quiet: bool =
         pieces = []
         for i, (q, k, v) in enumerate(sequences):
             begin = int(cache.lengths[i])
-            end = min(begin + chunk // (i + 1), len(k))
+            end = min(begin + max(1, chunk // (i + 1)), len(k))
             pieces.append(q[begin:end])
             cache.append(i, k[begin:end], v[begin:end])
             if statistics is None and end > begin:
@@ -92,14 +97,44 @@ def relative(got, want) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def main() -> None:
+def number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """What reads an option's whole number from this range."""
+    wants = f"a number from {least} on" if most is None else f"a number from {least} to {most}"
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"got {text!r}; wants {wants}")
+        return value
+
+    return read
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", choices=("numpy", "cuda"), default="numpy")
-    parser.add_argument("--tokens", type=int, default=1500, help="of the first sequence, at most 4096")
-    parser.add_argument("--chunk", type=int, default=512)
-    parser.add_argument("--page-size", type=int, default=64)
-    args = parser.parse_args()
+    parser.add_argument(
+        "--tokens", type=number(1, MOST_TOKENS), default=1500, help=f"of the first sequence, at most {MOST_TOKENS}"
+    )
+    parser.add_argument("--chunk", type=number(1), default=512)
+    parser.add_argument("--page-size", type=int, choices=PAGE_SIZES, default=64)
+    try:
+        run(parser.parse_args())
+    except salekit.GpuError as error:
+        print(f"serving_shapes.py: error: {error}", file=sys.stderr)
+        return 3
+    except salekit.SalekitError as error:
+        print(f"serving_shapes.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
     if args.backend == "cuda":
+        jit.device_arch()  # GpuError without a GPU
         import cupy as xp
     else:
         xp = np
@@ -142,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
