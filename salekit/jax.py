@@ -27,7 +27,7 @@ from .options import OPTIONS, check_flag, checked_options
 from .pipeline import pack
 from .plans import Plan
 from .thresholds import check_thresholds
-from .xla_attention import ATTRIBUTE, TARGET, Config, handlers
+from .xla_attention import ATTRIBUTE, TARGET, Config, handlers, running
 
 __all__ = ["dense_attention", "sparse_attention"]
 
@@ -205,6 +205,7 @@ def _results(operands: Any, plan: Plan, config: Config) -> list[jax.ShapeDtypeSt
 def _attention(config_text: str) -> Any:
     """The function (operands) -> [out, lse, mask words] of a config: one object, so that jit knows it again."""
     config = Config.decode(config_text)
+    running.expect()
 
     @custom_vmap
     def call(*operands):

@@ -7,10 +7,15 @@ process, too: in a cache of compiled programs, or in an exported one.
 
 from __future__ import annotations
 
+import atexit
 import json
+import math
+import os
+import threading
+import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 
@@ -32,6 +37,7 @@ from .xla_ffi import (
 TARGET = "salekit_attention"
 ATTRIBUTE = "config"
 SCHEMA = 1
+_QUIET_SECONDS = 0.1
 _MAX_STREAMS = 64
 _MAX_CALLS = 256  # kinds of calls, each with the addresses of its buffers
 _MAX_ARRAYS = 1024  # buffers that calls have had, each with its CuPy array
@@ -223,10 +229,49 @@ def _explain(error: BaseException) -> tuple[int, str]:
     return code, text
 
 
+class _Running:
+    """Handlers at work. Python must not end under them: it ends their threads, and what waits for these, another
+    device in a collective operation or XLA for its threads, waits for ever."""
+
+    def __init__(self) -> None:
+        self._lock, self._count, self._changed = threading.Lock(), 0, -math.inf
+        self._process, self._is_expected = os.getpid(), False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._count += 1
+
+    def __exit__(self, *_: Any) -> None:
+        with self._lock:
+            self._count -= 1
+            self._changed = time.monotonic()
+
+    def expect(self) -> None:
+        """A program that will call a handler is being made."""
+        self._is_expected = True
+
+    def wait(self) -> None:
+        """Until none has been at work for a moment, in which the program that called the last would call the next."""
+        if os.getpid() != self._process:  # a forked child has none of these threads
+            return
+        asked = time.monotonic() if self._is_expected else -math.inf
+        while self._count or time.monotonic() - max(asked, self._changed) < _QUIET_SECONDS:
+            time.sleep(0.005)
+
+
+running = _Running()
+
+
+def _execute(run: Callable[[Call], None], call: Call) -> None:
+    with running:
+        run(call)
+
+
 @lru_cache(maxsize=None)
 def handlers() -> dict[str, Any]:
     """The handler of each of XLA's platforms, a C function. It looks up what it runs at each call."""
+    atexit.register(running.wait)
     return {
-        "cpu": make_handler(lambda call: run_on_host(call), _explain),
-        "CUDA": make_handler(lambda call: run_on_gpu(call), _explain),
+        "cpu": make_handler(lambda call: _execute(run_on_host, call), _explain),
+        "CUDA": make_handler(lambda call: _execute(run_on_gpu, call), _explain),
     }

@@ -306,6 +306,27 @@ def test_inside_control_flow():
 
 
 # --- many devices --------------------------------------------------------------------------------------------------
+LEAVING = """
+import time, jax, jax.numpy as jnp, numpy as np, salekit.jax
+from jax.sharding import PartitionSpec as P
+from salekit import xla_attention
+
+run = xla_attention.run_on_host
+
+def slowly(call):
+    time.sleep(0.3)
+    run(call)
+    print("done", flush=True)
+
+xla_attention.run_on_host = slowly
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("b",))
+
+def total(q):
+    return jax.lax.psum(salekit.jax.dense_attention(q, q, q).astype(jnp.float32).sum(), "b")
+
+jax.jit(jax.shard_map(total, mesh=mesh, in_specs=P("b"), out_specs=P()))(jnp.ones((3, 64, 2, 64), jnp.bfloat16))
+"""
+
 VARYING = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
@@ -446,6 +467,12 @@ def run_on_devices(count, code):
 
 def test_heads_sharded_over_devices():
     assert "sharded is whole" in run_on_devices(8, SHARDED)
+
+
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="JAX 0.5 has another")
+def test_python_does_not_end_under_a_call():
+    """XLA's threads end with it: another device, that waits in a collective operation, would wait for ever."""
+    assert run_on_devices(3, LEAVING).split() == ["done"] * 3
 
 
 @pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="JAX 0.5 says of no value that it varies")
