@@ -653,6 +653,10 @@ def test_bad_calls_launch_nothing(hopper, changes, match):
 def test_errors_need_no_room(hopper):
     call = call_of(Case(batch=-1), 128)
     assert hopper.library.salekit_sparse_attention(hopper.context, ctypes.byref(call), None, None) == ARGUMENT
+    for context, given, name in ((None, ctypes.byref(call), b"context"), (hopper.context, None, b"call")):
+        text = ctypes.create_string_buffer(512)
+        assert hopper.library.salekit_sparse_attention(context, given, None, text) == ARGUMENT
+        assert text.value.startswith(name + b": got NULL; wants ")
 
 
 def test_low_bits_want_hopper(library, folder):

@@ -1026,6 +1026,9 @@ salekit_status salekit_visit_launches(const salekit_context *context, const sale
   plan p;
   buffers b;
   run r = {context, NULL, call, NULL, NULL, user, error, SALEKIT_OK};
+  if (context == NULL || call == NULL)
+    return fail(error, SALEKIT_ARGUMENT, "%s: got NULL; wants %s", context == NULL ? "context" : "call",
+                context == NULL ? "one that salekit_load has loaded" : "a call");
   const salekit_status status = prepare(&r, &p, &b);
   if (status != SALEKIT_OK || p.is_empty) return status;
   r.visit = visit;
@@ -1061,9 +1064,10 @@ static salekit_status fill_empty(const salekit_call *call, int64_t head_dim, CUs
 
 salekit_status salekit_sparse_attention(const salekit_context *context, const salekit_call *call, CUstream stream,
                                         char *error) {
-  const salekit_problem *x = &call->problem;
   const salekit_status status = salekit_visit_launches(context, call, submit, &stream, error);
-  if (status == SALEKIT_OK && (x->batch == 0 || x->seqlen_q == 0 || x->seqlen_k == 0))
+  if (status != SALEKIT_OK) return status;
+  const salekit_problem *x = &call->problem;
+  if (x->batch == 0 || x->seqlen_q == 0 || x->seqlen_k == 0)
     return fill_empty(call, context->exported->head_dim, stream, error);
-  return status;
+  return SALEKIT_OK;
 }
