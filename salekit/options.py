@@ -51,7 +51,7 @@ def check_count(name: str, value: Any) -> int:
         count = operator.index(value)
     except TypeError:
         count = -1
-    if count < 0 or isinstance(value, bool):
+    if count < 0 or isinstance(value, (bool, np.bool_)):
         raise ArgumentError(f"{name}: got {shown(value)}; wants an integer >= 0")
     return min(count, MAX_SEQLEN)
 

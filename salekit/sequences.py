@@ -249,7 +249,7 @@ def _check_lengths(name: str, x: Any, device: int | None) -> tuple[Any, bool]:
             numbers = [operator.index(number) for number in x]
         except TypeError:
             numbers = None
-        if numbers is None or any(isinstance(number, bool) for number in x):
+        if numbers is None or any(isinstance(number, (bool, np.bool_)) for number in x):
             raise DtypeError(f"{name}: got {reprlib.repr(x)}; wants integers")
         if numbers and not -(2**31) <= min(numbers) <= max(numbers) < 2**31:
             raise ArgumentError(f"{name}: got a value beyond int32")

@@ -177,7 +177,7 @@ def check_length(name: str, value: Any) -> int:
         length = operator.index(value)
     except TypeError:
         length = 0
-    if isinstance(value, bool) or not 1 <= length <= MAX_SEQLEN:
+    if isinstance(value, (bool, np.bool_)) or not 1 <= length <= MAX_SEQLEN:
         raise ArgumentError(f"{name}: got {shown(value)}; wants an integer from 1 to {MAX_SEQLEN}")
     return length
 
