@@ -123,7 +123,7 @@ def _cache(advice: list[str]) -> str:
     from salekit.written_files import why_not_made
 
     try:
-        jit._cache_bound()
+        jit.cache_bound()
     except ArgumentError as error:
         advice.append(f"{error}; until then nothing can be compiled")
     folder = jit.cache_dir()

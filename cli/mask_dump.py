@@ -209,12 +209,13 @@ class _Source:
     def _labels(self) -> list[str]:
         """A mask file's own names, where it has one for each head."""
         if self.is_mask:
+            from salekit.block_mask import head_name
             from salekit.untrusted_files import Npz
 
             with Npz(self.file) as archive:
                 names = archive.names
             batches = range(self.num_heads // self.heads_a_batch)
-            own = [f"b{b}_h{h}" if len(batches) > 1 else f"h{h}" for b in batches for h in range(self.heads_a_batch)]
+            own = [head_name(b, h, len(batches)) for b in batches for h in range(self.heads_a_batch)]
             if len(names) == self.num_heads and (len(batches) > 1 or set(names) != set(own)):
                 return own if set(names) == set(own) else [escaped(name) for name in names]
         return [f"head {head}" for head in range(self.num_heads)]

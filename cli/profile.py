@@ -202,15 +202,15 @@ def _head(settings: dict, case: dict, dtype: str, masks_file: str | None) -> dic
 def _predict(report: dict, case: dict, settings: dict, dtype: str, masks: Any, density: float, gpu_name: str) -> None:
     """Fills the report with a prediction: each kernel takes the time of what bounds it."""
     from salekit import call_checks, ceilings, work
-    from salekit.plans import resolve_estimator
+    from salekit.plans import MAX_GRID, resolve_estimator
 
     known = ceilings.KNOWN[gpu_name]
     of_q, of_kv = (
         (case["batch"], case[length], case[heads], case["head_dim"])
         for length, heads in (("seqlen_q", "heads"), ("seqlen_k", "kv_heads"))
     )
-    if case["heads"] > call_checks.MAX_GRID:
-        raise click.UsageError(f"--heads: got {case['heads']}; wants at most {call_checks.MAX_GRID}")
+    if case["heads"] > MAX_GRID:
+        raise click.UsageError(f"--heads: got {case['heads']}; wants at most {MAX_GRID}")
     stand_ins = call_checks.examples(of_q, of_kv, of_kv, bench.DTYPES[dtype], None)
     plan = call_checks.make_plan(*stand_ins, **settings)  # refuses what the call would refuse
     plan = plan.replace(arch=known.arch, estimator=resolve_estimator(settings["estimator"], known.arch))

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from .errors import ArgumentError, FileFormatError
-from .plans import ceil_div
+from .plans import MAX_GRID, MAX_SEQLEN, ceil_div
 from .untrusted_files import FREE_EXPANSION, Npz
 
 SCHEMA = 1
-_MOST = 2**30  # of a number in a file: options.MAX_SEQLEN
-_MOST_HEADS = 65535  # of a file without arrays, and batches: call_checks.MAX_GRID
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +157,7 @@ class BlockMask:
         rows = words[..., None].view(np.uint8).reshape(*words.shape[:3], 4 * words.shape[3])
         rows = rows[..., : ceil_div(self.num_k_blocks, 8)]
         batch, num_heads = words.shape[:2]
-        arrays = {_name(b, h, batch): rows[b, h] for b, h in np.ndindex(batch, num_heads)}
+        arrays = {head_name(b, h, batch): rows[b, h] for b, h in np.ndindex(batch, num_heads)}
         meta = dict(
             metadata or {},
             schema=SCHEMA,
@@ -189,18 +187,18 @@ class BlockMask:
         if not alike or not heads and "num_heads" not in meta:
             raise FileFormatError(f"{path}: wants one uint8 [num_q_blocks, num_k_blocks / 8] array a head, all alike")
 
-        def number(name: str, default: int, least: int = 1, most: int = _MOST) -> int:
+        def number(name: str, default: int, least: int = 1, most: int = MAX_SEQLEN) -> int:
             value = meta.get(name, default)
             if type(value) is not int or not least <= value <= most:
                 raise FileFormatError(f"{path}: damaged metadata: {name} is {value!r}")
             return value
 
         block_q, block_k = number("block_q", 64), number("block_k", 32)
-        batch = number("batch", 1) if heads else number("batch", 1, 0, _MOST_HEADS)
+        batch = number("batch", 1) if heads else number("batch", 1, 0, MAX_GRID)
         seqlen_q = number("seqlen_q", heads[0].shape[0] * block_q if heads else 0, 0)
         seqlen_k = number("seqlen_k", seqlen_q, 0)
         window, causal = meta.get("window", [-1, -1]), meta.get("causal", True)
-        if type(window) is not list or any(type(x) is not int or not -1 <= x <= _MOST for x in window):
+        if type(window) is not list or any(type(x) is not int or not -1 <= x <= MAX_SEQLEN for x in window):
             raise FileFormatError(f"{path}: damaged metadata: window is {window!r}")
         if type(causal) is not bool:
             raise FileFormatError(f"{path}: damaged metadata: causal is {causal!r}")
@@ -210,10 +208,10 @@ class BlockMask:
             raise FileFormatError(
                 f"{path}: arrays of {shape} do not fit seqlen {seqlen_q}x{seqlen_k}, blocks {block_q}x{block_k}"
             )
-        num_heads = len(heads) // batch if heads else number("num_heads", 0, 0, _MOST_HEADS)
+        num_heads = len(heads) // batch if heads else number("num_heads", 0, 0, MAX_GRID)
         if not heads and (batch * num_heads or nq * ceil_div(nk, 8) > FREE_EXPANSION):
             raise FileFormatError(f"{path}: has no arrays; wants {batch}x{num_heads} heads of {nq}x{nk} blocks")
-        names = [_name(b, h, batch) for b, h in np.ndindex(batch, num_heads)]
+        names = [head_name(b, h, batch) for b, h in np.ndindex(batch, num_heads)]
         missing = [name for name in names if name not in arrays]
         if missing and "schema" in meta:
             raise FileFormatError(f"{path}: has no {missing[0]!r}; wants {names[0]!r} to {names[-1]!r}, one a head")
@@ -227,7 +225,8 @@ class BlockMask:
         return cls(words, block_q, block_k, seqlen_q, seqlen_k, causal, *window)
 
 
-def _name(b: int, h: int, batch: int) -> str:
+def head_name(b: int, h: int, batch: int) -> str:
+    """Of a head's array in an archive."""
     return f"h{h}" if batch == 1 else f"b{b}_h{h}"
 
 

@@ -11,11 +11,9 @@ import numpy as np
 
 from . import arrays
 from .errors import ArgumentError, DtypeError, GpuError
-from .options import MAX_SEQLEN, check_names, plan_of_views
-from .plans import HEAD_DIMS, Plan
+from .options import check_names, plan_of_views
+from .plans import HEAD_DIMS, MAX_GRID, MAX_SEQLEN, Plan
 from .thresholds import as_thresholds
-
-MAX_GRID = 65535  # batch and heads are the y and z of a CUDA grid
 
 
 @dataclass(frozen=True)

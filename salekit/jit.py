@@ -378,7 +378,7 @@ def _store(key: str, cubin: bytes, lowered: str, info: KernelInfo) -> Compiled:
         ) from None
 
 
-def _cache_bound() -> int:
+def cache_bound() -> int:
     text = os.environ.get("SALEKIT_CACHE_MAX_BYTES", str(DEFAULT_CACHE_BYTES))
     if not re.fullmatch(r"[0-9]{1,18}", text):
         raise ArgumentError(f"SALEKIT_CACHE_MAX_BYTES: got {text!r}; wants a number of bytes")
@@ -388,7 +388,7 @@ def _cache_bound() -> int:
 def _trim(folder: Path, keep: set[str]) -> None:
     """Remove the entries used longest ago until the cache fits its bound, but not what ``keep`` names, and files that
     processes which are long gone left unfinished. Files of other names are not the cache's."""
-    bound = _cache_bound()
+    bound = cache_bound()
     files = []
     for path in folder.iterdir():
         with suppress(OSError):

@@ -9,8 +9,7 @@ import numpy as np
 
 from . import arrays, call_checks, jit, reference
 from .errors import ArgumentError, DtypeError
-from .options import MAX_SEQLEN
-from .plans import HEAD_DIMS, Plan
+from .plans import HEAD_DIMS, MAX_GRID, MAX_SEQLEN, Plan
 from .quantize import REDUCE_ROWS, channel_partials, reduce_spec
 
 _NULL = np.uint64(0)
@@ -128,9 +127,9 @@ def _check_keys(k: Any, device: int | None, layout: str) -> Any:
         raise ArgumentError(f"k: got head_dim {view.shape[3]}; wants one of {', '.join(map(str, HEAD_DIMS))}")
     if view.shape[2] < 1:
         raise ArgumentError(f"k: got {view.shape[2]} heads; wants at least 1")
-    if device is not None and max(view.shape[0], view.shape[2]) > call_checks.MAX_GRID:
+    if device is not None and max(view.shape[0], view.shape[2]) > MAX_GRID:
         got = f"batch {view.shape[0]} and {view.shape[2]} heads"
-        raise ArgumentError(f"k: got {got}; wants at most {call_checks.MAX_GRID} of each")
+        raise ArgumentError(f"k: got {got}; wants at most {MAX_GRID} of each")
     if view.shape[1] > MAX_SEQLEN:
         raise ArgumentError(f"k: got seqlen {view.shape[1]}; wants at most {MAX_SEQLEN}")
     return view

@@ -18,6 +18,7 @@ from .plans import (
     ESTIMATORS,
     LOW_BIT_ARCHS,
     LOW_BIT_HEAD_DIMS,
+    MAX_SEQLEN,
     POOLED_HEAD_DIMS,
     QUERY_STRIDES,
     SKIPPED,
@@ -27,7 +28,6 @@ from .plans import (
 )
 
 MAX_SOFTCAP = 1e4
-MAX_SEQLEN = 2**30  # positions, and sums of two of them, are int32 in the kernels
 
 
 def shown(value: Any) -> str:

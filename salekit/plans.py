@@ -20,6 +20,8 @@ LOW_BIT_HEAD_DIMS = (64, 128)  # of attend="int8-fp8"
 POOLED_HEAD_DIMS = (64, 128)  # of skipped="pool"
 DTYPES = ("float16", "bfloat16")
 QUERY_STRIDES = (1, 2, 4)
+MAX_SEQLEN = 2**30  # positions, and sums of two of them, are int32 in the kernels
+MAX_GRID = 65535  # batch and heads are the y and z of a CUDA grid
 SKIPPED = ("drop", "pool")  # what becomes of skipped blocks
 # Up to this many keys a call is dense unless it says otherwise: on an H100 sparse calls overtake dense ones between 4K
 # and 6K keys with 32 and 8 heads, between 8K and 12K with 8 and 2.

@@ -240,9 +240,9 @@ def anchor_statistics(
     return (m, l, shifts) if plan.softcap else (m, l)
 
 
-def rows_that_vote(plan: Plan) -> np.ndarray:
-    """bool [seqlen_q]: rows that see a key and that query_stride tests."""
-    rows = np.arange(plan.seqlen_q)
+def rows_that_vote(plan: Plan, rows: np.ndarray | None = None) -> np.ndarray:
+    """bool, of each of these rows (default: all, [seqlen_q]): whether it sees a key and query_stride tests it."""
+    rows = np.arange(plan.seqlen_q) if rows is None else rows
     block_start = rows // plan.block_q * plan.block_q
     block_end = np.minimum(block_start + plan.block_q, plan.seqlen_q)
     whole = block_end > plan.seqlen_q - plan.full_rows

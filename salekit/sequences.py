@@ -24,8 +24,8 @@ from .attention_plan import (
     recorded_statistics,
 )
 from .errors import ArgumentError, DtypeError
-from .options import MAX_SEQLEN, check_count, check_flag, plan_of_views
-from .plans import Plan, ceil_div
+from .options import check_count, check_flag, plan_of_views
+from .plans import MAX_GRID, MAX_SEQLEN, Plan, ceil_div
 from .reference import LOW_BIT_Q_SAMPLE
 from .thresholds import as_thresholds, check_thresholds
 
@@ -141,8 +141,8 @@ def check_sequences(
     if cu_seqlens_q.shape[0] < 1:
         raise ArgumentError("cu_seqlens_q: got no element; wants [batch + 1]")
     batch = cu_seqlens_q.shape[0] - 1
-    if device is not None and batch > call_checks.MAX_GRID:
-        raise ArgumentError(f"cu_seqlens_q: got {batch} sequences; wants at most {call_checks.MAX_GRID}")
+    if device is not None and batch > MAX_GRID:
+        raise ArgumentError(f"cu_seqlens_q: got {batch} sequences; wants at most {MAX_GRID}")
     name, given = ("seqlens_k", seqlens_k) if is_paged else ("cu_seqlens_k", cu_seqlens_k)
     other = ("cu_seqlens_k", cu_seqlens_k) if is_paged else ("seqlens_k", seqlens_k)
     if given is None or other[1] is not None:

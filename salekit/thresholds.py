@@ -15,7 +15,8 @@ import numpy as np
 
 from . import arrays
 from .errors import ArgumentError, DtypeError, FileFormatError, SalekitError, escaped, shortened
-from .options import MAX_SEQLEN, as_float, check_block, shown
+from .options import as_float, check_block, shown
+from .plans import MAX_SEQLEN
 from .untrusted_files import MAX_JSON_BYTES, parse_json, read_json
 from .written_files import write
 

@@ -23,7 +23,7 @@ from .estimate import kernel_specs as estimate_specs
 from .jit import KernelSpec
 from .plans import CODE_TILE_ROWS, KEY_BLOCK, TILE_ROWS, Plan, ceil_div, padded_dim
 from .quantize import kernel_specs as quantize_specs
-from .reference import LOW_BIT_Q_SAMPLE
+from .reference import LOW_BIT_Q_SAMPLE, rows_that_vote
 from .skipped_mass import POOL_KEYS
 from .skipped_mass import kernel_specs as pool_specs
 
@@ -166,11 +166,10 @@ def _tested_rows(plan: Plan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(rows that query_stride tests, how many keys each of them sees), int64, some rows at a time."""
     for first in range(0, plan.seqlen_q, _ROWS_AT_ONCE):
         rows = np.arange(first, min(first + _ROWS_AT_ONCE, plan.seqlen_q), dtype=np.int64)
-        in_block = rows % plan.block_q
-        block_end = np.minimum(rows - in_block + plan.block_q, plan.seqlen_q)
-        rows = rows[(in_block % plan.query_stride == 0) | (block_end > plan.seqlen_q - plan.full_rows)]
-        limits = np.clip(rows + plan.offset + 1, 0, plan.seqlen_k) if plan.causal else np.full_like(rows, plan.seqlen_k)
-        yield rows, limits
+        rows = rows[rows_that_vote(plan, rows)]
+        seen = rows + plan.offset + 1 if plan.causal else np.full_like(rows, plan.seqlen_k)
+        if rows.size:
+            yield rows, np.minimum(seen, plan.seqlen_k)
 
 
 # --- launches, in the order of the stages ------------------------------------------------------------------------

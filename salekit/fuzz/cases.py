@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from ..errors import FileFormatError
 from ..plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, LOW_BIT_HEAD_DIMS, POOLED_HEAD_DIMS, QUERY_STRIDES, SKIPPED
 from ..sequences import PAGE_SIZES
 from ..untrusted_files import Npz
+from ..written_files import writing
 
 SCHEMA = 1
 META = "salekit-fuzz-case"  # what a file's metadata say that it is
@@ -506,15 +506,10 @@ def save(path: str | Path, case: Case, arrays: dict[str, list[np.ndarray]], chec
 
     Entries: q0, k0, v0 of the first sequence, q1 and so on, 16-bit values as uint16; ``__meta__``, JSON.
     """
-    path = Path(path)
     meta = json.dumps({"kind": META, "case": case.to_json(), "check": check})
     entries = {f"{tensor}{index}": x.view(np.uint16) for tensor, of in arrays.items() for index, x in enumerate(of)}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial.npz")
-    try:
-        np.savez_compressed(partial, __meta__=np.array(meta), **entries)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path) as file:
+        np.savez_compressed(file, __meta__=np.array(meta), **entries)
 
 
 def is_case_file(path: str | Path) -> bool:
