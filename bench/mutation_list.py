@@ -229,9 +229,11 @@ mutate("block_scores", "last-warp", "lost term", "the last 32 of 128 rows do not
 mutate("mask_from_scores", "anchors", "lost term", "anchors are not set where tau is infinite",
        " || score == INFINITY;", ";", SCORES.format("masks_of_scores"))
 mutate("mask_from_scores", "tau-of-head", "wrong head", "taus go round the rows, not the heads",
-       "row / num_q_blocks % num_heads]", "row % num_heads]", SCORES.format("masks_of_scores"))
+       "row / num_q_blocks % shape.num_heads]", "row % shape.num_heads]", SCORES.format("masks_of_scores"))
 mutate("mask_from_scores", "one-block-more", "off by one", "the next row's first block is the block after the last",
-       "if (block < num_k_blocks)", "if (block <= num_k_blocks)", SCORES.format("masks_of_scores"))
+       "if (block < num_visible)", "if (block <= num_visible)", SCORES.format("masks_of_scores"))
+mutate("mask_from_scores", "future", "wrong bound", "blocks that no row of theirs sees are set",
+       "if (block < num_visible)", "if (block < num_k_blocks)", SCORES.format("masks_of_scores"))
 mutate("coarsen_mask", "next-row", "off by one", "the next row's first word belongs to a row's last",
        "if (word * FACTOR + i >= fine_words) break;", "if (word * FACTOR + i > fine_words) break;",
        ESTIMATE.format("test_blocks and int8-wgmma"))

@@ -123,14 +123,31 @@ class AttentionPlan:
         workspace: Any,
         sink_logits: Any = None,
         k_statistics: Any = None,
+    ) -> Any:
+        """A call with CuPy arrays of this plan's kind; q's GPU and the call's stream are current."""
+        given = (q, k, v, thresholds, return_lse, return_mask, out, workspace, sink_logits, k_statistics)
+        result, lse, mask = self._execute(self._check(*given))
+        return pipeline.pack(result if out is None else out, lse, mask, return_lse, return_mask)
+
+    def _check(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        thresholds: Any,
+        return_lse: Any,
+        return_mask: Any,
+        out: Any,
+        workspace: Any,
+        sink_logits: Any = None,
+        k_statistics: Any = None,
         lse_out: Any = None,
         words_out: Any = None,
-    ) -> Any:
-        """A call with CuPy arrays of this plan's kind; q's GPU and the call's stream are current.
+    ) -> tuple:
+        """The arguments of :meth:`_execute`, for any number of calls with the same arrays.
 
-        What the kind does not say is checked here each time: addresses, thresholds, sink logits and out. lse_out,
-        words_out: where lse and the mask's words go, contiguous CuPy arrays of their shapes (not checked); None
-        allocates them.
+        What the kind does not say is checked: addresses, thresholds, sink logits and out. lse_out, words_out: where lse
+        and the mask's words go, contiguous CuPy arrays of their shapes (not checked); None allocates them.
         """
         if (q.data.ptr | k.data.ptr | v.data.ptr) % arrays.ALIGNMENT:
             call_checks.as_arrays(q, k, v, self.layout)  # says which it is; empty arrays may have any address
@@ -150,22 +167,23 @@ class AttentionPlan:
         program = self._programs.get(key)
         if view is not None and (program is None or view.data.ptr % arrays.ALIGNMENT):
             call_checks.check_out(view, arrays.in_layout(q, self.layout), self.layout)
-        if self.plan.is_empty:
-            result, lse, mask = self._run_empty(q, k, v, view, sink_logits)
-        else:
-            program = program or self._program(key)
-            if workspace is not None:
-                workspace = call_checks.check_workspace(workspace, self._device, program.workspace_bytes)
-            where = (view, workspace, lse_out, words_out)
-            arguments = (program, key, (q, k, v), thresholds, sink_logits, statistics, *where)
-            found = None
-            try:
-                found = self._submit(*arguments)
-            except Exception as error:
-                if not memory.is_short(error):
-                    raise
-            result, lse, mask = found or memory.once_more(lambda: self._submit(*arguments), *self._needs(key, program))
-        return pipeline.pack(result if out is None else out, lse, mask, return_lse, return_mask)
+        if program is None and not self.plan.is_empty:
+            program = self._program(key)
+        if program is not None and workspace is not None:
+            workspace = call_checks.check_workspace(workspace, self._device, program.workspace_bytes)
+        return program, key, (q, k, v), thresholds, sink_logits, statistics, view, workspace, lse_out, words_out
+
+    def _execute(self, arguments: tuple) -> tuple[Any, Any, BlockMask | None]:
+        """A call with what :meth:`_check` returned, or another with the same; (out, lse, mask)."""
+        program, key, qkv, _, sink_logits, _, out, *_ = arguments
+        if program is None:
+            return self._run_empty(*qkv, out, sink_logits)
+        try:
+            return self._submit(*arguments)
+        except Exception as error:
+            if not memory.is_short(error):
+                raise
+        return memory.once_more(lambda: self._submit(*arguments), *self._needs(key, program))
 
     def _needs(self, key: tuple, program: programs.Program) -> tuple[int, str, str]:
         """Bytes that a call allocates, what for, and what to do when they are not there."""

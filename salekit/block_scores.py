@@ -65,9 +65,10 @@ def block_scores(quantized: Quantized, m: Any, l: Any, plan: Plan) -> Any:
 def mask_from_scores(scores: Any, thresholds: Any, plan: Plan) -> BlockMask:
     """The mask at these thresholds, where the scores are: a bit is set when its score exceeds ln(tau), or is +inf.
 
-    scores: what :func:`block_scores` returned. thresholds: tau, a float or [num_heads] on the host; 0, NaN and negative
-    values select all of a head. The bits are those of ``estimate`` at this tau, save for blocks whose score is within
-    :func:`rounding_bound` of ln(tau). Raises ArgumentError, DtypeError for thresholds of another shape or kind.
+    scores: what :func:`block_scores` returned, or such scores changed: those of blocks without a visible pair do not
+    count. thresholds: tau, a float or [num_heads] on the host; 0, NaN and negative values select all of a head. The
+    bits are those of ``estimate`` at this tau, save for blocks whose score is within :func:`rounding_bound` of ln(tau).
+    Raises ArgumentError, DtypeError for thresholds of another shape or kind.
     """
     taus = host_thresholds(thresholds, plan.num_heads)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -79,9 +80,8 @@ def mask_from_scores(scores: Any, thresholds: Any, plan: Plan) -> BlockMask:
             jit.get_kernel(_mask_spec())(
                 (ceil_div(words.size, _WORDS_EACH),), (32 * _WORDS_EACH,),
                 (
-                    scores, arrays.import_cupy().asarray(np.ascontiguousarray(log_taus)), words,
-                    np.int64(words.size // plan.num_words), np.int32(plan.num_q_blocks), np.int32(plan.num_heads),
-                    np.int32(plan.num_k_blocks), np.int32(plan.num_words),
+                    scores, arrays.import_cupy().asarray(np.ascontiguousarray(log_taus)), words, plan.shape_record,
+                    np.int32(plan.block_q), np.int32(plan.block_k),
                 ),
             )
         return BlockMask(words, plan.block_q, plan.block_k, plan.seqlen_q, plan.seqlen_k, plan.causal)

@@ -36,6 +36,7 @@ from .xla_ffi import (
 
 TARGET = "salekit_attention"
 ATTRIBUTE = "config"
+_KEY = ATTRIBUTE.encode()  # as XLA gives it
 SCHEMA = 1
 _QUIET_SECONDS = 0.1
 _MAX_STREAMS = 64
@@ -100,7 +101,7 @@ def _decode(text: bytes) -> Config:
 
 
 def _config_of(call: Call) -> Config:
-    config = _decode(call.attributes.get(ATTRIBUTE.encode(), b"{}"))
+    config = _decode(call.attributes.get(_KEY, b"{}"))
     got, want = (len(call.operands), len(call.results)), (config.num_operands, config.num_results)
     if got != want:
         raise ArgumentError(f"config: got {got} operands and results; wants {want}")
@@ -135,22 +136,9 @@ def _check_result(target: Any, shape: tuple, dtype: Any) -> None:
 
 
 # --- on a GPU ------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A call's plan and what it runs on. The arrays own nothing, so they serve every call with such buffers there."""
-
-    plan: AttentionPlan
-    arguments: tuple  # of AttentionPlan._run
-    sinks: Any
-    lse: Any
-    words: Any
-
-    def run(self) -> None:
-        self.plan._run(*self.arguments, sink_logits=self.sinks, lse_out=self.lse, words_out=self.words)
-
-
 _streams: workspaces.RecentlyUsed[Any] = workspaces.RecentlyUsed(_MAX_STREAMS)
-_prepared: workspaces.RecentlyUsed[_Prepared] = workspaces.RecentlyUsed(_MAX_CALLS)
+# A call's plan, and what it runs on. The arrays own nothing, so they serve every call with such buffers there.
+_prepared: workspaces.RecentlyUsed[tuple[AttentionPlan, tuple]] = workspaces.RecentlyUsed(_MAX_CALLS)
 _arrays: workspaces.RecentlyUsed[Any] = workspaces.RecentlyUsed(_MAX_ARRAYS)
 _plans: workspaces.RecentlyUsed[AttentionPlan] = workspaces.RecentlyUsed(MAX_PLANS)
 
@@ -160,26 +148,28 @@ def run_on_gpu(call: Call) -> None:
 
     A program calls again with the same buffers more often than not: then one lookup finds all that the call needs.
     """
-    config = _config_of(call)
     cuda = arrays.import_cupy().cuda
     device = cuda.runtime.pointerGetAttributes(call.addresses[0]).device  # XLA's ordinals need not be CUDA's
+    kind = (device, call.operands, call.results, call.attributes.get(_KEY))
+    key = (kind, *call.addresses)
     with cuda.Device(device), _stream(device, call.stream()):
-        kind = (device, call.operands, call.results, call.attributes[ATTRIBUTE.encode()])
-        key = (kind, tuple(call.addresses))
-        prepared = _prepared.get(key)
-        if prepared is None:
-            prepared = _prepared.add(key, _prepare(device, call, config, kind))
-        prepared.run()
+        plan, arguments = _prepared.get(key) or _prepared.add(key, _prepare(device, call, kind))
+        plan._execute(arguments)
 
 
-def _prepare(device: int, call: Call, config: Config, kind: tuple) -> _Prepared:
+def _prepare(device: int, call: Call, kind: tuple) -> tuple[AttentionPlan, tuple]:
+    config = _config_of(call)
     buffers = [_array(device, each, address) for each, address in zip(call.operands + call.results, call.addresses)]
     (q, k, v, *others), (out, *extras) = buffers[: config.num_operands], buffers[config.num_operands :]
     plan = _plan(kind, call, config, q, k, v)
     lse = extras.pop(0) if config.return_lse else None
     words = extras.pop() if config.return_mask else None
     thresholds, sinks = config.thresholds_and_sinks(others)
-    return _Prepared(plan, (q, k, v, thresholds, config.return_lse, config.return_mask, out, None), sinks, lse, words)
+    arguments = plan._check(
+        q, k, v, thresholds, config.return_lse, config.return_mask, out, workspace=None,
+        sink_logits=sinks, lse_out=lse, words_out=words,
+    )
+    return plan, arguments
 
 
 def _plan(kind: tuple, call: Call, config: Config, q: Any, k: Any, v: Any) -> AttentionPlan:

@@ -364,13 +364,17 @@ def test_what_a_gpu_call_passes_on(monkeypatch):
     from contextlib import nullcontext
     from types import SimpleNamespace
 
-    runs, plans, streams = [], [], []
+    runs, checked, plans, streams = [], [], [], []
 
     class Plan:
         plan = SimpleNamespace(batch=1, num_heads=2, seqlen_q=70, words_shape=(1, 2, 1, 1))
 
-        def _run(self, *args, sink_logits, lse_out, words_out):
-            runs.append((*args, sink_logits, lse_out, words_out))
+        def _check(self, *args, workspace, sink_logits, lse_out, words_out):
+            checked.append(args)
+            return (*args, workspace, sink_logits, lse_out, words_out)
+
+        def _execute(self, arguments):
+            runs.append(arguments)
 
     def plan_of(q, k, v, layout, options):
         plans.append((layout, options))
@@ -398,6 +402,7 @@ def test_what_a_gpu_call_passes_on(monkeypatch):
     for _ in range(3):  # the same buffers, as in a loop
         assert xla_attention.handlers()["CUDA"](ctypes.addressof(frame)) is None, xla.errors
     assert plans == [("bshd", {"dense_below": 0})] and streams == [(0, 4242)] * 3
+    assert len(runs) == 3 and len(checked) == 1
     q, k, v, thresholds, return_lse, return_mask, out, workspace, sinks, lse, words = runs[0]
     assert (return_lse, return_mask, workspace) == (True, True, None)
     for got, (code, shape, address) in zip((q, k, v, thresholds, sinks, out, lse, words), operands + results):
@@ -456,10 +461,10 @@ def test_where_lse_and_mask_go(monkeypatch):
     stream = SimpleNamespace(ptr=5)
     fake = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: stream, memory=cupy.cuda.memory))
     monkeypatch.setattr(attention_plan.arrays, "import_cupy", lambda: fake)  # has nothing that allocates
-    result = prepared._run(q, k, v, taus, True, True, out, None, lse_out=lse, words_out=words)
+    result = prepared._execute(prepared._check(q, k, v, taus, True, True, out, None, lse_out=lse, words_out=words))
     assert result[0] is out and result[1] is lse and result[2].words is words
     assert linked == [(0, *(base + 4096 * i for i in range(7)))]
-    prepared._run(q, k, v, 0.25, False, True, out, None, words_out=words)
+    prepared._execute(prepared._check(q, k, v, 0.25, False, True, out, None, words_out=words))
     assert linked[1] == (0, *(base + 4096 * i for i in (0, 1, 2, 3, 6)))
 
 

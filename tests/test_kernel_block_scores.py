@@ -141,6 +141,7 @@ def test_scores_of_inputs(case, estimator):
 
 @pytest.mark.parametrize("blocks", [(128, 32, 1000, 1300), (64, 64, 65, 5000), (128, 128, 1, 1), (64, 32, 640, 2048)])
 def test_masks_of_scores(blocks):
+    """Scores of blocks that no row of theirs sees are drawn, too: they do not count."""
     import cupy
 
     plan = make_plan("int8", blocks[2], blocks[3], batch=2, heads=3, block_q=blocks[0], block_k=blocks[1])
