@@ -123,14 +123,25 @@ class Call:
 # --- reading -------------------------------------------------------------------------------------------------------
 # All memory, as bytes: unpacking from it takes a quarter of the time of a ctypes array made at an address.
 _MEMORY = memoryview((ctypes.c_uint8 * (1 << 56)).from_address(0))
-_UNPACK = tuple(struct.Struct(f"{count}Q").unpack_from for count in range(32))
+
+
+class _Unpackers(dict):
+    """For each count the function that unpacks so many numbers from memory: ``unpackers[count](_MEMORY, address)``."""
+
+    def __init__(self, letter: str):
+        super().__init__()
+        self._letter = letter
+
+    def __missing__(self, count: int) -> Callable[[memoryview, int], tuple[int, ...]]:
+        return self.setdefault(count, struct.Struct(f"{count}{self._letter}").unpack_from)
+
+
+_WORDS, _INTS, _BYTES = _Unpackers("Q"), _Unpackers("i"), _Unpackers("s")
 
 
 def _words(address: int, count: int) -> tuple[int, ...]:
     """``count`` words of memory."""
-    if count < len(_UNPACK):
-        return _UNPACK[count](_MEMORY, address)
-    return struct.unpack_from(f"{count}Q", _MEMORY, address)
+    return _WORDS[count](_MEMORY, address)
 
 
 def _word(structure: type, *path: str) -> int:
@@ -155,16 +166,17 @@ _DTYPE, _DATA, _RANK, _DIMS = (_word(Buffer, name) for name in ("dtype", "data",
 def _buffers(pointers: int, count: int, addresses: list[int]) -> tuple:
     """The kinds of ``count`` buffers; their addresses are appended to ``addresses``."""
     kinds = []
-    for pointer in _words(pointers, count):
-        buffer = _words(pointer, _BUFFER_WORDS)
-        kinds.append((buffer[_DTYPE] & _LOW_HALF, *_words(buffer[_DIMS], buffer[_RANK])))
+    unpack = _WORDS[_BUFFER_WORDS]
+    for pointer in _WORDS[count](_MEMORY, pointers):
+        buffer = unpack(_MEMORY, pointer)
+        kinds.append((buffer[_DTYPE] & _LOW_HALF, *_WORDS[buffer[_RANK]](_MEMORY, buffer[_DIMS])))
         addresses.append(buffer[_DATA])
     return tuple(kinds)
 
 
 def _span(address: int) -> bytes:
     pointer, length = _words(address, 2)
-    return _MEMORY[pointer : pointer + length].tobytes()
+    return _BYTES[length](_MEMORY, pointer)[0]
 
 
 def read_call(frame: tuple[int, ...]) -> Call:
@@ -174,7 +186,7 @@ def read_call(frame: tuple[int, ...]) -> Call:
     results = _buffers(frame[_RETS], frame[_NUM_RETS], addresses)
     attributes = {}
     count = frame[_NUM_ATTRS]
-    types = struct.unpack_from(f"{count}i", _MEMORY, frame[_TYPES])
+    types = _INTS[count](_MEMORY, frame[_TYPES])
     for kind, name, value in zip(types, _words(frame[_NAMES], count), _words(frame[_ATTRS], count)):
         if kind == _STRING:
             attributes[_span(name)] = _span(value)
