@@ -19,6 +19,14 @@ class GpuError(SalekitError, RuntimeError):
     """There is no GPU, no CuPy, or a GPU that no kernel supports."""
 
 
+class DriverError(GpuError):
+    """The NVIDIA driver failed at something. status: its CUresult."""
+
+    def __init__(self, what: str, status: int):
+        super().__init__(f"{what} failed with CUDA error {status}")
+        self.status = status
+
+
 class CompileError(SalekitError, RuntimeError):
     """A kernel did not compile."""
 

@@ -11,7 +11,7 @@ import weakref
 from functools import lru_cache
 from typing import Any
 
-from .errors import GpuError
+from .errors import DriverError, GpuError
 
 _POINTER = ctypes.c_void_p
 
@@ -57,7 +57,7 @@ def _function(name: str) -> Any:
 def _call(name: str, *args: Any) -> None:
     error = _function(name)(*args)
     if error:
-        raise GpuError(f"{name} failed with CUDA error {error}")
+        raise DriverError(name, error)
 
 
 def stream_priority(stream: int) -> int:
@@ -119,7 +119,7 @@ class LaunchGraph:
                     params.address = program.address(operation)
                 error = function(*arguments)
                 if error:
-                    raise GpuError(f"the update of a CUDA graph failed with CUDA error {error}")
+                    raise DriverError("the update of a CUDA graph", error)
                 self.versions[index] = version
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Callable, TypeVar
 
 from . import workspaces
-from .errors import OutOfMemoryError
+from .errors import DriverError, OutOfMemoryError
 
 _CUDA_OUT_OF_MEMORY = 2  # of the driver and of the runtime
 
@@ -16,7 +16,8 @@ def is_short(error: BaseException) -> bool:
     """Whether an error says that memory ran out: an allocator's, or CUDA's, which also allocates when it launches."""
     if isinstance(error, MemoryError):
         return not isinstance(error, OutOfMemoryError)
-    return type(error).__name__ in ("CUDADriverError", "CUDARuntimeError") and error.status == _CUDA_OUT_OF_MEMORY
+    is_of_cuda = isinstance(error, DriverError) or type(error).__name__ in ("CUDADriverError", "CUDARuntimeError")
+    return is_of_cuda and error.status == _CUDA_OUT_OF_MEMORY
 
 
 def explained(error: BaseException, num_bytes: int, what: str, advice: str) -> OutOfMemoryError:

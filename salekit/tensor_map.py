@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from . import programs
-from .errors import GpuError
+from .errors import DriverError, GpuError
 
 TENSOR_MAP = np.dtype([("opaque", "<u8", (16,))])
 _FLOAT16, _BFLOAT16 = 6, 9  # CU_TENSOR_MAP_DATA_TYPE_*
@@ -66,7 +66,7 @@ class _Encoder:
 
     def check(self, error: int) -> None:
         if error:
-            raise GpuError(f"a tensor map for {self._text} failed with CUDA error {error}")
+            raise DriverError(f"a tensor map for {self._text}", error)
 
 
 class _DeferredMap(programs.Deferred):

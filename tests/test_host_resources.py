@@ -23,7 +23,7 @@ from test_host_programs import TAUS, fake, gpu_array, inputs  # noqa: E402, F401
 
 import salekit  # noqa: E402
 from salekit import arrays, attention_plan, forks, jit, memory, merge, sequences, workspaces  # noqa: E402
-from salekit.errors import GpuError, OutOfMemoryError, SalekitError  # noqa: E402
+from salekit.errors import DriverError, GpuError, OutOfMemoryError, SalekitError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CupysError = cupy.cuda.memory.OutOfMemoryError
@@ -48,7 +48,8 @@ def error_of_cuda(kind, status):
 def test_what_says_that_memory_is_short():
     assert memory.is_short(CupysError(5, 6)) and memory.is_short(MemoryError())
     assert all(memory.is_short(error_of_cuda(kind, 2)) for kind in ("CUDADriverError", "CUDARuntimeError"))
-    for other in (error_of_cuda("CUDADriverError", 700), ValueError(), RuntimeError(), OutOfMemoryError("said")):
+    assert memory.is_short(DriverError("the update of a CUDA graph", 2))
+    for other in (DriverError("it", 700), error_of_cuda("CUDADriverError", 700), ValueError(), RuntimeError(), OutOfMemoryError("said")):
         assert not memory.is_short(other)
 
 

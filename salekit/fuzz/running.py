@@ -27,7 +27,7 @@ SHRINK_SECONDS = 20.0
 MOST_WRITTEN = 3  # failures of one check that a process shrinks and writes: a systematic one fails in a thousand cases
 PASS_CASES = 120  # of memory_passes; attention_plan.MAX_PLANS and some
 PASS_PAIRS = 2_000_000
-PASSES_SHARE = 0.2  # of a soak's minutes: the time of memory_passes
+PASSES_SHARE = 0.2  # of a soak's minutes: the time of memory_passes, less what the last cases took of it
 MEASURED_EVERY = 16  # cases of a soak after which a process looks at its memory
 # What a case is counted by; each has the values of a table's lines.
 GROUPS = ("kind", "estimator", "attend", "skipped", "dtype", "head_dim", "layout", "strides", "scores", "data")
@@ -252,7 +252,7 @@ def run_many(
             if progress:
                 progress(report)
     if soak and on_gpu:
-        report.passes = memory_passes(seed, 60 * minutes * PASSES_SHARE)
+        report.passes = memory_passes(seed, report.started + 60 * minutes - time.monotonic())
     return report
 
 
