@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import forks, guards, memory, programs
-from .errors import ArgumentError, CacheError, CacheWarning, CompileError, GpuError
+from .errors import ArgumentError, CacheError, CacheWarning, CompileError, GpuError, OutOfMemoryError
 from .plans import SUPPORTED_ARCHS, arch_of
 from .private_files import make_new, make_private, read_private, why_not_private
 
@@ -437,7 +437,15 @@ def precompile(specs, arch: str, cache: bool = True) -> list[Compiled]:
 def _arch_of_device(device: int) -> str:
     import cupy
 
-    capability = cupy.cuda.Device(device).compute_capability
+    try:
+        capability = cupy.cuda.Device(device).compute_capability  # makes the process's context
+    except Exception as error:
+        if not memory.is_short(error):
+            raise
+        raise OutOfMemoryError(
+            f"out of memory on cuda:{device}: another process has all but what a CUDA context takes; wait for it, or "
+            "take another GPU with CUDA_VISIBLE_DEVICES"
+        ) from None
     arch = arch_of(int(capability[:-1]), int(capability[-1]))
     if arch is None:
         known = ", ".join(re.sub(r"sm_(\d+)(\d)a?", r"\1.\2", each) for each in SUPPORTED_ARCHS)

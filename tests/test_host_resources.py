@@ -49,8 +49,27 @@ def test_what_says_that_memory_is_short():
     assert memory.is_short(CupysError(5, 6)) and memory.is_short(MemoryError())
     assert all(memory.is_short(error_of_cuda(kind, 2)) for kind in ("CUDADriverError", "CUDARuntimeError"))
     assert memory.is_short(DriverError("the update of a CUDA graph", 2))
-    for other in (DriverError("it", 700), error_of_cuda("CUDADriverError", 700), ValueError(), RuntimeError(), OutOfMemoryError("said")):
+    for other in (DriverError("it", 700), error_of_cuda("CUDADriverError", 700), ValueError(), RuntimeError()):
         assert not memory.is_short(other)
+    assert not memory.is_short(OutOfMemoryError("said"))
+
+
+def test_a_gpu_that_has_no_room_for_a_context(monkeypatch):
+    class Device:
+        def __init__(self, device):
+            pass
+
+        @property
+        def compute_capability(self):
+            raise errors[-1]
+
+    errors = [error_of_cuda("CUDARuntimeError", 2)]
+    monkeypatch.setattr(cupy.cuda, "Device", Device)
+    with pytest.raises(OutOfMemoryError, match="out of memory on cuda:3: .* CUDA_VISIBLE_DEVICES"):
+        jit._arch_of_device(3)
+    errors.append(error_of_cuda("CUDARuntimeError", 700))
+    with pytest.raises(RuntimeError, match="CUDA's text"):
+        jit._arch_of_device(3)
 
 
 def test_the_error_names_the_bytes_and_what_to_change(device):
