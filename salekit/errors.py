@@ -39,10 +39,6 @@ class OutOfMemoryError(SalekitError, MemoryError):
         self.wanted_bytes, self.free_bytes = wanted_bytes, free_bytes
 
 
-class CacheError(SalekitError, OSError):
-    """A compiled kernel can be written nowhere: cache and temporary folder are full, read-only or not private."""
-
-
 class CacheWarning(UserWarning):
     """The cache of compiled kernels cannot be used, for the reason given: each process compiles anew."""
 

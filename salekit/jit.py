@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 import tempfile
 import threading
@@ -22,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from . import forks, guards, memory, programs
-from .errors import ArgumentError, CacheError, CacheWarning, CompileError, GpuError, OutOfMemoryError
+from .errors import ArgumentError, CacheWarning, CompileError, GpuError, OutOfMemoryError
 from .plans import SUPPORTED_ARCHS, arch_of
-from .private_files import make_new, make_private, read_private, why_not_private
+from .private_files import make_private, read_private, why_not_private
 
 CACHE_VERSION = 1
 FLAGS = ("-std=c++17", "--ptxas-options=-v")
@@ -77,12 +75,12 @@ class KernelInfo:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A cubin, in a file and as bytes: another process may remove the file to make room."""
+    """A cubin. path: the cache's file, which another process may remove to make room; None where it has none."""
 
-    path: Path
+    path: Path | None
     lowered_name: str
     info: KernelInfo
-    cubin: bytes = field(default=b"", repr=False)
+    cubin: bytes = field(repr=False)
 
 
 # --- sources -------------------------------------------------------------------------------------------------------
@@ -273,17 +271,7 @@ def _warn(text: str) -> None:
     warnings.warn(text, CacheWarning, stacklevel=2)
 
 
-_process_dirs: list[Path] = []  # at most one
-
-
-def _process_dir() -> Path:
-    """A folder of this process alone, removed when it ends."""
-    with _locks_guard:
-        if not _process_dirs:
-            folder, owner = make_new("salekit-"), os.getpid()
-            atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
-            _process_dirs.append(folder)
-        return _process_dirs[0]
+_unwritten: dict[str, Compiled] = {}  # by key: what this process compiled and the cache does not take
 
 
 @lru_cache(maxsize=None)
@@ -356,7 +344,7 @@ def _store_entry(folder: Path, key: str, cubin: bytes, lowered: str, info: Kerne
 
 
 def _store(key: str, cubin: bytes, lowered: str, info: KernelInfo) -> Compiled:
-    """Into the cache, or else into a folder of this process. CacheError when it can be written to neither."""
+    """Into the cache, or else into this process's memory."""
     folder = private_cache_dir()
     if folder is not None:
         try:
@@ -369,13 +357,7 @@ def _store(key: str, cubin: bytes, lowered: str, info: KernelInfo) -> Compiled:
                 f"the kernel cache {folder} cannot be written ({error.strerror or error}); kernels that it does not "
                 "hold are compiled anew in each process. Make room there, or set SALEKIT_CACHE_DIR"
             )
-    try:
-        return _store_entry(_process_dir(), key, cubin, lowered, info)
-    except OSError as error:
-        raise CacheError(
-            f"compiled kernels can be written neither to the cache, {cache_dir()}, nor to a temporary folder "
-            f"({error.strerror or error}); make room, or set SALEKIT_CACHE_DIR or TMPDIR to a folder of yours alone"
-        ) from None
+    return _unwritten.setdefault(key, Compiled(None, lowered, info, cubin))
 
 
 def cache_bound() -> int:
@@ -412,15 +394,15 @@ def _trim(folder: Path, keep: set[str]) -> None:
 
 def compile_kernel(spec: KernelSpec, arch: str, cache: bool = True) -> Compiled:
     """Compile for ``arch``, or take it from the cache. Needs no GPU. Raises CompileError with the compiler's log,
-    GpuError when CuPy or NVRTC is missing, CacheError when there is no place to write to."""
+    GpuError when CuPy or NVRTC is missing."""
     key = cache_key(spec, arch)
     with _locks_guard:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:
-        for folder in (private_cache_dir(), *_process_dirs) if cache else ():
-            entry = _load_entry(folder, key) if folder else None
-            if entry is not None:
-                return entry
+        folder = private_cache_dir() if cache else None
+        entry = (_load_entry(folder, key) if folder else None) or (_unwritten.get(key) if cache else None)
+        if entry is not None:
+            return entry
         check_nvrtc(arch)
         built = _compile(spec, arch)
         return _store(key, *built)
@@ -485,24 +467,33 @@ def multiprocessors() -> int:
     return _multiprocessors_of_device(cupy.cuda.runtime.getDevice())
 
 
+_MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
 def _load(compiled: Compiled) -> tuple[Any, Any]:
-    """(module, function) of a cubin, from its file; another process may make room in the cache at any time."""
+    """(module, function) of a cubin. Not with CuPy's RawModule: it remembers a module that found no memory, and all
+    launches from that fail."""
+    from cupy.cuda import driver, function
+
+    module = function.Module()
+    module.load(compiled.cubin)
+    loaded = module.get_function(compiled.lowered_name)
+    if compiled.info.dynamic_shared_bytes > 48 * 1024:
+        driver.funcSetAttribute(loaded.ptr, _MAX_DYNAMIC_SHARED_BYTES, compiled.info.dynamic_shared_bytes)
+    return module, loaded
+
+
+def _load_with_room(compiled: Compiled) -> tuple[Any, Any]:
+    """The same, with what CuPy's pool holds unused, if it takes that: the driver has its own memory for code."""
     import cupy
 
     try:
-        if compiled.path.exists():
-            module = cupy.RawModule(path=str(compiled.path))
-            return module, module.get_function(compiled.lowered_name)
-    except cupy.cuda.driver.CUDADriverError:
-        if compiled.path.exists():
+        return _load(compiled)
+    except cupy.cuda.driver.CUDADriverError as error:
+        if not memory.is_short(error):
             raise
-    path = _process_dir() / compiled.path.name
-    try:
-        write_file(path, compiled.cubin)
-    except OSError as error:
-        raise CacheError(f"{path}: cannot be written ({error.strerror or error})") from None
-    module = cupy.RawModule(path=str(path))
-    return module, module.get_function(compiled.lowered_name)
+    cupy.get_default_memory_pool().free_all_blocks()
+    return _load(compiled)
 
 
 class Kernel:
@@ -514,9 +505,7 @@ class Kernel:
 
         self.name, self.info = name, compiled.info
         try:
-            self._module, self._function = _load(compiled)
-            if self.info.dynamic_shared_bytes > 48 * 1024:
-                self._function.max_dynamic_shared_size_bytes = self.info.dynamic_shared_bytes
+            self._module, self._function = _load_with_room(compiled)
         except cupy.cuda.driver.CUDADriverError as error:
             if memory.is_short(error):
                 size = len(compiled.cubin)
@@ -533,7 +522,7 @@ class Kernel:
         block = block if isinstance(block, tuple) else (block,)
         recorder = programs.active()
         if recorder is not None:
-            recorder.launch(self._function.kernel, grid, block, self.info.dynamic_shared_bytes, args, self.name)
+            recorder.launch(self._function, grid, block, self.info.dynamic_shared_bytes, args, self.name)
         else:
             self._function(grid, block, args, shared_mem=self.info.dynamic_shared_bytes)
             if guards.is_on():
@@ -544,7 +533,7 @@ class Kernel:
     @property
     def handle(self) -> int:
         """The driver's ``CUfunction``."""
-        return self._function.kernel.ptr
+        return self._function.ptr
 
     def blocks_per_multiprocessor(self, threads: int) -> int:
         """How many blocks of that many threads a multiprocessor holds at once, by the driver."""

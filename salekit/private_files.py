@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from pathlib import Path
 
 _MAX_LINKS = 40  # as many as Linux follows
@@ -49,10 +48,6 @@ def _problem(folder: Path, is_last: bool) -> str | None:
     status = folder.lstat()
     if status.st_uid not in _trusted():
         return f"{folder} belongs to another user (uid {status.st_uid})"
-    return _who_can_write(folder, status, is_last)
-
-
-def _who_can_write(folder: Path, status: os.stat_result, is_last: bool) -> str | None:
     if status.st_mode & stat.S_ISVTX and not is_last:
         return None
     if status.st_mode & stat.S_IWOTH:
@@ -76,18 +71,6 @@ def _is_own_group(gid: int) -> bool:
     except KeyError:
         return False
     return gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
-
-
-def make_new(prefix: str) -> Path:
-    """A new folder for this process, in the temporary one. OSError when there is none, or others can rename in it.
-
-    Not all of :func:`why_not_private`: in a user namespace /tmp and / belong to nobody that is known there.
-    """
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
-    if os.name == "posix" and (problem := _who_can_write(folder.parent, folder.parent.stat(), is_last=False)):
-        folder.rmdir()
-        raise PermissionError(problem)
-    return folder
 
 
 def read_private(path: Path) -> bytes:

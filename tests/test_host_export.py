@@ -120,7 +120,7 @@ def fake_kernels(target: export.Target) -> list[export.Exported]:
     for index, spec in enumerate(target.specs()):
         shared = 1000 * (index + 30) if spec.storage else 0
         info = jit.KernelInfo(32, 16, shared, 0, 0, 0, (), 0.0)
-        found.append(export.Exported(spec, f"cubins/{index}.cubin", jit.Compiled(Path(), spec.expression, info)))
+        found.append(export.Exported(spec, f"cubins/{index}.cubin", jit.Compiled(None, spec.expression, info, b"")))
     return found
 
 

@@ -13,6 +13,7 @@ import textwrap
 import tracemalloc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,7 +106,9 @@ def test_other_allocations(device, monkeypatch):
         merge._empty((2, 3), np.float32, 0)
 
 
-def test_a_kernel_that_does_not_fit(device, monkeypatch, tmp_path):
+@pytest.mark.parametrize("loads, said", [(2, None), (3, "wants 5 bytes, for a kernel's code")])
+def test_a_kernel_that_does_not_fit(device, monkeypatch, loads, said):
+    """CuPy's pool gives back what it holds, once. A module that was not loaded is never used again."""
     class Full(cupy.cuda.driver.CUDADriverError):
         status = 2
 
@@ -114,13 +117,31 @@ def test_a_kernel_that_does_not_fit(device, monkeypatch, tmp_path):
 
     Full.__name__ = "CUDADriverError"
 
-    def fail(path):
-        raise Full()
+    class Module:
+        def __init__(self):
+            events.append("module")
 
-    monkeypatch.setattr(cupy, "RawModule", fail)
-    compiled = jit.Compiled(tmp_path, "name", jit.KernelInfo(1, 0, 0, 0, 0, 0, (), 0.0), b"cubin")
-    with pytest.raises(OutOfMemoryError, match="wants 5 bytes, for a kernel's code"):
-        jit.Kernel(compiled)
+        def load(self, cubin):
+            assert cubin == b"cubin"
+            if events.count("module") < loads:
+                raise Full()
+
+        def get_function(self, name):
+            return SimpleNamespace(ptr=77)
+
+    events = []
+    pool = SimpleNamespace(free_bytes=lambda: 700, free_all_blocks=lambda: events.append("room"))
+    monkeypatch.setattr(cupy, "get_default_memory_pool", lambda: pool)
+    monkeypatch.setattr(cupy.cuda.function, "Module", Module)
+    monkeypatch.setattr(cupy.cuda.driver, "funcSetAttribute", lambda *args: events.append(args))
+    compiled = jit.Compiled(None, "name", jit.KernelInfo(1, 0, 100_000, 0, 0, 0, (), 0.0), b"cubin")
+    if said is None:
+        assert jit.Kernel(compiled).handle == 77
+        assert events == ["module", "room", "module", (77, 8, 100_000)]
+    else:
+        with pytest.raises(OutOfMemoryError, match=said):
+            jit.Kernel(compiled)
+        assert events == ["module", "room", "module"]
 
 
 # --- one more attempt --------------------------------------------------------------------------------------------
