@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import ml_dtypes
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 
 import salekit
-from salekit import workspaces
+from salekit import jit, workspaces
 from salekit.errors import OutOfMemoryError
 from salekit.workloads import llm_like_qkv
 
@@ -136,6 +137,32 @@ def test_a_full_gpu_with_workspaces_that_can_be_given_up():
     with Filled(8 * MIB):
         assert bits(salekit.sparse_attention(q, k, v, out=out, dense_below=0)) == want
     empty_pools()
+
+
+def test_kernels_that_are_loaded_on_a_full_gpu(monkeypatch):
+    """A call whose kernels' code finds no room fails in one way, and runs as ever once there is room."""
+    q, k, v = make(700, 2, 2)
+    out, own = cp.empty_like(q), cp.empty(64 * MIB, np.uint8)
+    kinds = [
+        {"estimator": estimator, "block": block, **more}
+        for estimator in ("int4", "int8", "int8-sp24")
+        for block in ((64, 32), (128, 128))
+        for more in ({}, {"window_size": (100, 50), "causal": False}, {"softcap": 20.0}, {"query_stride": 2})
+    ]
+    plans = [salekit.plan(q, k, v, dense_below=0, **kind) for kind in kinds]
+
+    def run(plan):
+        plan.run(q, k, v, out=out, workspace=own)
+        return bits(out)
+
+    want = [run(plan) for plan in plans]
+    monkeypatch.setattr(jit, "_loaded", {})
+    plans = [salekit.plan(q, k, v, dense_below=0, **kind) for kind in kinds]  # which have loaded nothing
+    for index, plan in enumerate(plans):
+        empty_pools()
+        with Filled(0), suppress(OutOfMemoryError):
+            run(plan)
+        assert [run(plan), run(plan)] == [want[index]] * 2
 
 
 def test_a_pool_with_a_limit():
