@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import arrays, call_checks, pipeline, sequences
 from .attention_plan import AttentionPlan, check_statistics, plan_of
-from .options import check_flag, check_names
+from .options import Options, check_flag, check_names
 from .plans import DENSE_BELOW
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def sparse_attention(
@@ -120,7 +123,14 @@ def dense_attention(
 
 
 def plan(
-    q: Any, k: Any, v: Any, *, dtype: Any = None, device: int | None = None, layout: str = "bshd", **options: Any
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    dtype: Any = None,
+    device: int | None = None,
+    layout: str = "bshd",
+    **options: Unpack[Options],
 ) -> "AttentionPlan":
     """What :func:`sparse_attention` prepares for calls of one kind, to hold and to run.
 

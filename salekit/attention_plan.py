@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -42,7 +43,7 @@ class AttentionPlan:
     Thresholds on the host are part of the graph; those in an array on the GPU are read at each replay.
     """
 
-    def __init__(self, q: Any, k: Any, v: Any, layout: str, options: dict):
+    def __init__(self, q: Any, k: Any, v: Any, layout: str, options: Mapping[str, Any]):
         views = call_checks.as_arrays(q, k, v, layout)
         self.plan: Plan = plan_of_views(*views[:2], **options)
         self.layout = layout

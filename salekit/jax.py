@@ -6,9 +6,9 @@ Needs JAX 0.5 or newer: ``pip install 'salekit[jax]'``. Importing this module im
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,14 +20,17 @@ try:
 except ImportError as error:
     raise ImportError(f"salekit.jax needs JAX 0.5 or newer: pip install 'salekit[jax]' ({error})") from error
 
-from . import attention, call_checks
+from . import call_checks
 from .block_mask import BlockMask
 from .errors import ArgumentError, DtypeError
-from .options import OPTIONS, check_flag, checked_options
+from .options import DENSE_OPTIONS, DenseOptions, Options, check_flag, check_names, checked_options
 from .pipeline import pack
 from .plans import Plan
 from .thresholds import check_thresholds
 from .xla_attention import ATTRIBUTE, TARGET, Config, handlers, running
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["dense_attention", "sparse_attention"]
 
@@ -42,7 +45,7 @@ def sparse_attention(
     sink_logits: Any = None,
     return_lse: bool = False,
     return_mask: bool = False,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Any:
     """:func:`salekit.sparse_attention` for JAX arrays, traced or not.
 
@@ -64,7 +67,7 @@ def sparse_attention(
     Raises ArgumentError and DtypeError when it is traced. What shows only on the GPU (no CuPy, attend="int8-fp8"
     elsewhere than on Hopper, no memory) comes as JAX's error from the running program, with salekit's message.
     """
-    _check_names(attention.sparse_attention, options)
+    check_names("sparse_attention", options)
     flags = check_flag("return_lse", return_lse), check_flag("return_mask", return_mask)
     operands = [_as_jax(name, x) for name, x in (("q", q), ("k", k), ("v", v))]
     plan = _plan(operands, layout, options)
@@ -90,35 +93,19 @@ def dense_attention(
     layout: str = "bshd",
     sink_logits: Any = None,
     return_lse: bool = False,
-    **options: Any,
+    **options: Unpack[DenseOptions],
 ) -> Any:
     """Exact attention over every visible key: :func:`sparse_attention` with every block selected.
 
     Arguments, result (out, or (out, lse)) and errors are those of :func:`sparse_attention`; options are those of
     ``salekit.dense_attention`` (causal, softmax_scale, softcap, window_size).
     """
-    _check_names(attention.dense_attention, options)
+    check_names("dense_attention", options, DENSE_OPTIONS)
     data = dict(thresholds=0.0, sink_logits=sink_logits)
     return sparse_attention(q, k, v, layout=layout, return_lse=return_lse, **data, **options)
 
 
 # --- checks, when a call is traced ---------------------------------------------------------------------------------
-@lru_cache(maxsize=None)
-def _option_names(function: Any) -> frozenset[str]:
-    """The options of a function of ``salekit`` that are values, part of a plan."""
-    return frozenset(
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name in OPTIONS
-    )
-
-
-def _check_names(function: Any, options: dict) -> None:
-    for name in options:
-        if name not in _option_names(function):
-            raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
-
-
 def _as_jax(name: str, x: Any) -> jax.Array:
     if x is None:  # NaN to older versions of JAX
         raise DtypeError(f"{name}: got NoneType; wants a JAX or NumPy array")
@@ -128,7 +115,7 @@ def _as_jax(name: str, x: Any) -> jax.Array:
         raise DtypeError(f"{name}: got {type(x).__name__}; wants a JAX or NumPy array ({error})") from error
 
 
-def _plan(operands: Any, layout: str, options: dict) -> Plan:
+def _plan(operands: Any, layout: str, options: Mapping[str, Any]) -> Plan:
     """The plan of a call with these operands, which is checked."""
     return call_checks.make_plan(*(_stand_in(name, x) for name, x in zip("qkv", operands)), layout=layout, **options)
 

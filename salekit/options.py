@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
+from collections.abc import Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -28,6 +28,29 @@ from .plans import (
 )
 
 MAX_SOFTCAP = 1e4
+
+
+class DenseOptions(TypedDict, total=False):
+    """The options of a dense call that are values, for type checkers: ``**options: Unpack[DenseOptions]``."""
+
+    causal: bool
+    softmax_scale: float | None
+    softcap: float
+    window_size: int | tuple[int, int] | None
+
+
+class Options(DenseOptions, total=False):
+    """Those of a sparse call."""
+
+    estimator: str
+    attend: str
+    block: tuple[int, int]
+    query_stride: int
+    full_rows: int
+    sink: int
+    local: int
+    dense_below: int
+    skipped: str
 
 
 def shown(value: Any) -> str:
@@ -199,17 +222,18 @@ def plan_of_views(
 
 
 # What callers pass: ``longest`` is of the packed calls, which have checked it.
-OPTIONS = frozenset(inspect.signature(plan_of_views).parameters) - {"q", "k", "longest"}
+OPTIONS = frozenset(Options.__annotations__)
+DENSE_OPTIONS = frozenset(DenseOptions.__annotations__)
 
 
-def check_names(function: str, options: dict) -> None:
+def check_names(function: str, options: Mapping[str, Any], known: frozenset[str] = OPTIONS) -> None:
     """TypeError, in Python's words, where ``function`` got a keyword that is no option."""
     for name in options:
-        if name not in OPTIONS:
+        if name not in known:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
-def checked_options(options: dict, plan: Plan) -> dict:
+def checked_options(options: Mapping[str, Any], plan: Plan) -> dict:
     """The options that ``plan`` was made of, in Python's own types; they mean the same for arrays of such lengths."""
     other = dict(
         block=(plan.block_q, plan.block_k),

@@ -15,6 +15,7 @@ import pytest
 
 import salekit
 from salekit.errors import ArgumentError, DtypeError
+from salekit.options import DENSE_OPTIONS, OPTIONS
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or other tests find no memory on a GPU
 jax = pytest.importorskip("jax")
@@ -562,11 +563,11 @@ def test_bad_arguments(arguments, options, error, match):
 
 def test_every_option_is_there():
     """An option of salekit's functions that a plan does not take shows here: salekit.jax has to learn it."""
-    for name in ("sparse_attention", "dense_attention"):
+    for name, known in (("sparse_attention", OPTIONS), ("dense_attention", DENSE_OPTIONS)):
         there, here = getattr(salekit, name), getattr(salekit_jax, name)
         want = {x.name for x in inspect.signature(there).parameters.values() if x.kind is x.KEYWORD_ONLY}
         got = {x.name for x in inspect.signature(here).parameters.values() if x.kind is x.KEYWORD_ONLY}
-        assert got | salekit_jax._option_names(there) == want - {"out", "stream", "k_statistics"}
+        assert got | known == want - {"out", "stream", "k_statistics"}
     with pytest.raises(TypeError, match=r"dense_attention\(\) got an unexpected keyword argument 'block'"):
         salekit_jax.dense_attention(Q, K, V, block=(64, 32))
 

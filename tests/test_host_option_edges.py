@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from fractions import Fraction
@@ -87,6 +88,21 @@ def test_only_options_are_names_of_options():
 def test_internal_and_unknown_names(function, name):
     with pytest.raises(TypeError, match=rf"^{function}\(\) got an unexpected keyword argument '{name}'$"):
         getattr(salekit, function)(Q, K, V, **{name: (10, 10)})
+
+
+def test_the_options_are_those_of_the_calls():
+    """What type checkers are told, and ``plan`` and ``salekit.jax`` take, is what the other calls have."""
+    def of(function):
+        parameters = inspect.signature(function).parameters.items()
+        return {name: x.annotation for name, x in parameters if name in options.OPTIONS}
+
+    def of_types(kind):
+        return {name: x.__forward_arg__ for name, x in kind.__annotations__.items()}
+
+    views = inspect.signature(options.plan_of_views).parameters
+    assert options.OPTIONS == views.keys() - {"q", "k", "longest"} and options.DENSE_OPTIONS < options.OPTIONS
+    assert of(salekit.sparse_attention) == of_types(options.Options) == of(salekit.sparse_attention_varlen)
+    assert of(salekit.dense_attention) == of_types(options.DenseOptions)
 
 
 @pytest.mark.parametrize("given", [{"longest": [10, 10]}, {"out": None}, 5, None])
