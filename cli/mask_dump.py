@@ -105,6 +105,8 @@ def mask_dump(
         (other,) = source.masks(diff_estimator, [tau])
     if other is not None and _shape(other) != _shape(mask):
         raise click.UsageError(f"the masks differ in shape: {_shape(mask)} and {_shape(other)} (heads, tokens, blocks)")
+    if other is not None and _sight(other) != _sight(mask):
+        raise click.UsageError(f"the masks differ in what rows see: {_sight(mask)} and {_sight(other)}")
     chosen, labels = source.panels()
     metadata = source.metadata(tau, estimator, query_stride)
 
@@ -183,6 +185,10 @@ class _Source:
     def metadata(self, tau: float, estimator: str, query_stride: int) -> dict[str, Any]:
         """What the masks were made with; of a mask file that is what it says."""
         if not self.is_mask:
+            from salekit.jit import device_arch
+            from salekit.plans import resolve_estimator
+
+            estimator = resolve_estimator(estimator, device_arch() if self._use_gpu else None)
             made_with = {"tau": tau, "estimator": estimator, "query_stride": query_stride}
             return {"source": self.name, **self.layer, **made_with}
         from salekit.untrusted_files import Npz
@@ -331,6 +337,11 @@ def _holds_qkv(file: str) -> bool:
 
 def _shape(mask) -> tuple[int, ...]:
     return (*mask.words.shape[:2], mask.seqlen_q, mask.seqlen_k, mask.block_q, mask.block_k)
+
+
+def _sight(mask) -> str:
+    window = (mask.window_left, mask.window_right)
+    return ("causal" if mask.causal else "not causal") + (f", window {window}" if window != (-1, -1) else "")
 
 
 # --- what is drawn -------------------------------------------------------------------------------------------------

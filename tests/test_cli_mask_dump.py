@@ -407,15 +407,17 @@ def test_large_masks_keep_isolated_blocks(tmp_path):
         (("--diff-estimator", "int8"), "is a mask"),
         (("--format", "csr", "-o", "{free}", "--overlay", "anchors"), "holds one mask"),
         (("--diff", "{other}"), "differ in shape"),
+        (("--diff", "{window}"), "differ in what rows see: causal and not causal, window (64, 0)"),
         (("--head", "6"), "there are heads 0 to 5"),
     ],
 )
 def test_usage(files, tmp_path, args, said):
     folder = files[0]
     random_mask((128, 32, 500, 500, True)).save_npz(tmp_path / "other.npz")
+    BlockMask.from_dense(files[1].to_dense(), *BLOCKS[:4], False, 64, 0).save_npz(tmp_path / "window.npz")
     places = {
         "{taken}": folder / "two.npz", "{two}": folder / "two.npz", "{free}": tmp_path / "free",
-        "{other}": tmp_path / "other.npz",
+        "{other}": tmp_path / "other.npz", "{window}": tmp_path / "window.npz",
     }
     result = dump(folder / "one.npz", *(places.get(arg, arg) for arg in args), ok=False)
     assert result.returncode == 2 and said in " ".join(result.stderr.split()) and not (tmp_path / "free").exists()
