@@ -543,6 +543,7 @@ class Kernel:
 
 
 _loaded: dict[tuple, Kernel] = {}
+_loading = threading.Lock()  # a module that a second thread loads in vain is unloaded, which captures do not survive
 
 
 def get_kernel(spec: KernelSpec, arch: str | None = None) -> Kernel:
@@ -553,7 +554,9 @@ def get_kernel(spec: KernelSpec, arch: str | None = None) -> Kernel:
     key = (spec, cupy.cuda.runtime.getDevice())
     kernel = _loaded.get(key)
     if kernel is None:
-        kernel = _loaded.setdefault(key, Kernel(compile_kernel(spec, arch or device_arch()), spec.label))
+        compiled = compile_kernel(spec, arch or device_arch())
+        with _loading:
+            kernel = _loaded.get(key) or _loaded.setdefault(key, Kernel(compiled, spec.label))
     return kernel
 
 

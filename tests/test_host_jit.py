@@ -1,5 +1,7 @@
 """Compiling: cache hits, what a key follows, and what the compiler reports. Needs NVRTC, no GPU."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -95,3 +97,20 @@ def test_a_gpu_without_kernels(monkeypatch):
     jit._arch_of_device.cache_clear()
     with pytest.raises(GpuError, match=r"GPU 3 has compute capability 7.5; salekit has kernels for 8.0, 8.6, .*12.1$"):
         jit._arch_of_device(3)
+
+
+def test_threads_load_a_kernel_once(cache, monkeypatch):
+    import cupy
+
+    class Slow:
+        def __init__(self, compiled, name):
+            loads.append(name)
+            time.sleep(0.05)
+
+    loads: list[str] = []
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
+    monkeypatch.setattr(jit, "Kernel", Slow)
+    monkeypatch.setattr(jit, "_loaded", {})
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: jit.get_kernel(SPEC, ARCH), range(8)))
+    assert loads == [SPEC.label] and all(kernel is found[0] for kernel in found)
