@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import secrets
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +57,32 @@ def fuzz(context: click.Context, **settings: Any) -> None:
 
     Shapes, layouts, strides, options, thresholds and values are drawn from the seed; out, lse and mask are compared
     with float64 attention and with the twin within bounds that follow from roundings (docs/fuzz.md). A failing case
-    is made small and written to a file that "salekit validate --input FILE" replays. Exit 5 when one fails.
+    is made small and written to a file that "salekit validate --input FILE" replays. Exit 5 when one fails. Ctrl-C or
+    SIGTERM ends it with the report of what was checked, exit 130.
     """
-    report = run_fuzz(**settings)
+    with _terminated_as_interrupted():
+        report = run_fuzz(**settings)
     if settings["as_json"]:
         render.print_json(report)
     else:
         print_tables(report)
+    if report["interrupted"]:
+        context.exit(ExitCode.INTERRUPTED)
     if not report["passed"]:
         context.exit(ExitCode.ACCURACY)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, which a time limit sends, is Ctrl-C meanwhile."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_fuzz(
@@ -90,20 +111,28 @@ def run_fuzz(
         f"fuzz: seed {seed}, {what}, {workers} {'worker' if workers == 1 else 'workers'}; "
         + ("GPU kernels" if cuda else "no GPU in use: the NumPy twin")
     )
-    last = time.monotonic()
+    last, latest, is_interrupted = time.monotonic(), None, False
 
     def progress(report: Any) -> None:
-        nonlocal last
+        nonlocal last, latest
+        latest = report
         if time.monotonic() - last >= PROGRESS_SECONDS:
             last = time.monotonic()
             render.note(f"fuzz: {report.cases} cases, {len(report.failures)} failed, {last - report.started:.0f} s")
 
-    found = run_many(seed, on_gpu=cuda, cases=cases, minutes=minutes, workers=workers, folder=output, progress=progress)
+    how = dict(on_gpu=cuda, cases=cases, minutes=minutes, workers=workers, folder=output)
+    try:
+        found = run_many(seed, progress=progress, **how)
+    except KeyboardInterrupt:
+        if latest is None:
+            raise
+        found, is_interrupted = latest, True
     memory = memory_verdict(found.live_bytes, found.passes)
     return {
         "schema": SCHEMA,
         "kind": "salekit-fuzz",
         "passed": not found.failures and (memory is None or memory["passed"]),
+        "interrupted": is_interrupted,
         "seed": seed,
         "backend": "cuda" if cuda else "numpy",
         "workers": workers,
@@ -179,7 +208,7 @@ def print_tables(report: dict[str, Any]) -> None:
     ]
     render.table(
         f"salekit fuzz: {where}; seed {report['seed']}, {report['cases']} cases, {report['pairs']:.2g} pairs of a row "
-        f"and a key, {report['seconds']:.0f} s",
+        f"and a key, {report['seconds']:.0f} s" + (", interrupted" if report["interrupted"] else ""),
         ["drawn", "", "cases", "failed"],
         rows,
     )

@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -543,6 +544,26 @@ def test_a_soak_ends_in_time():
     result = CliRunner().invoke(cli, ["fuzz", "--minutes", "0.02", "--seed", "1", "--backend", "numpy", "--json"])
     report = json_of(result)
     assert result.exit_code == 0 and report["cases"] >= 1 and report["minutes"] == 0.02 and report["memory"] is None
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_checked_is_reported_when_it_is_ended(tmp_path, ending, workers):
+    code = "from salekit.cli import fuzz, main; fuzz.PROGRESS_SECONDS = 0; main.main()"
+    arguments = ["fuzz", "--minutes", "10", "--backend", "numpy", "--seed", "3", "--workers", str(workers), "--json"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], **pipes)
+    try:
+        for line in process.stderr:
+            if " 2 cases" in line:
+                process.send_signal(ending)
+                break
+        out, problems = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    report = json.loads(out)
+    assert process.returncode == 130 and report["interrupted"] and report["passed"] and report["cases"] >= 2, problems
+    assert "Traceback" not in problems
 
 
 def test_processes_give_the_same_results_and_may_die(monkeypatch, tmp_path):
