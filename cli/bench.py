@@ -53,7 +53,10 @@ TWIN_LIMIT_SECONDS = 120.0
     help="Per-head thresholds (JSON) instead of --tau.",
 )
 @click.option(
-    "--layer", type=click.IntRange(min=0), default=None, help="Layer of a --thresholds file that holds several."
+    "--layer",
+    type=click.IntRange(min=0),
+    default=None,
+    help="Layer of an --input and of a --thresholds file that hold several.",
 )
 @options.block
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the generated input.")
@@ -98,12 +101,12 @@ def run_bench(
     **_: Any,
 ) -> dict[str, Any]:
     """The report as a JSON object. Raises SalekitError children and click.UsageError."""
-    from salekit import timing
+    from salekit import data_files, timing
 
     if thresholds_file:
         options.refuse(("tau",), "--thresholds has those of each head; wants one of the two")
-    elif layer is not None:
-        raise click.UsageError("--layer: is that of a --thresholds file; there is none")
+    elif layer is not None and not input_file:
+        raise click.UsageError("--layer: is that of an --input or a --thresholds file; there is neither")
     cuda = _has_gpu()
     settings: dict[str, Any] = dict(
         estimator=estimator,
@@ -114,7 +117,10 @@ def run_bench(
         skipped=skipped,
     )
     masks = load_masks(masks_file, settings["block"]) if masks_file else None
-    cases = cases_of(seqlen, heads, kv_heads, int(head_dim), dtype, input_file, masks, cuda, seed)
+    of_input = layer
+    if input_file and thresholds_file and layer is not None and not data_files.holds_layers(input_file):
+        of_input = None  # it is that of the thresholds alone
+    cases = cases_of(seqlen, heads, kv_heads, int(head_dim), dtype, input_file, masks, cuda, seed, of_input)
     if not cuda:
         render.note("no usable GPU: timing the NumPy twin")
         for case in cases:
@@ -314,7 +320,8 @@ def load_masks(path: str, block: tuple[int, int]):
 
 
 def cases_of(
-    seqlen, heads, kv_heads, head_dim: int, dtype: str, input_file, masks, cuda: bool, seed: int
+    seqlen, heads, kv_heads, head_dim: int, dtype: str, input_file, masks, cuda: bool, seed: int,
+    layer: int | None = None,
 ) -> list[dict]:
     lengths = None if seqlen is None else options.parse_seqlens(seqlen)
     if input_file:
@@ -324,7 +331,7 @@ def cases_of(
             wanted["--head-dim"] = head_dim
         if options.given("dtype"):
             wanted["--dtype"] = dtype
-        cases = _cases_of_file(input_file, lengths, wanted, cuda)
+        cases = _cases_of_file(input_file, layer, lengths, wanted, cuda)
     else:
         if masks is not None:
             if lengths is not None and list(lengths) != [masks.seqlen_k]:
@@ -375,12 +382,12 @@ def _generated(seqlen: int, masks, heads, kv_heads, head_dim, dtype, cuda, seed)
     )
 
 
-def _cases_of_file(path: str, lengths, wanted: dict[str, Any], cuda: bool) -> list[dict]:
+def _cases_of_file(path: str, layer: int | None, lengths, wanted: dict[str, Any], cuda: bool) -> list[dict]:
     """wanted: by option, what the file has to have."""
     from salekit.arrays import DTYPE_NAMES
     from salekit.data_files import load_qkv
 
-    q, k, v, _ = load_qkv(path)
+    q, k, v, _ = load_qkv(path, layer)
     dtype = {name: short for short, name in DTYPES.items()}[DTYPE_NAMES[q.dtype]]
     have = {"--heads": q.shape[2], "--kv-heads": k.shape[2], "--head-dim": q.shape[3], "--dtype": dtype}
     for name, want in wanted.items():

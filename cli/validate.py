@@ -26,6 +26,9 @@ TWIN_SECONDS_A_PAIR = 5e-8  # the whole command without float64, a query head; a
     "--input", "input_file", type=click.Path(exists=True, dir_okay=False), help="q, k, v (safetensors or npz)."
 )
 @click.option(
+    "--layer", type=click.IntRange(min=0), default=None, help="Layer of an --input that holds several."
+)
+@click.option(
     "--seqlen", default=None, help="Only the first tokens, as 2k; without --input of a generated workload past 4k."
 )
 @options.backend
@@ -70,6 +73,7 @@ def run_validate(
     block: tuple[int, int],
     attend: str = "exact",
     skipped: str = "drop",
+    layer: int | None = None,
     **_: Any,
 ) -> dict[str, Any]:
     """The report as a JSON object. Raises SalekitError children and click.UsageError."""
@@ -80,12 +84,12 @@ def run_validate(
     if input_file and is_case_file(input_file):
         if seqlen is not None:
             raise click.UsageError("--seqlen: --input is a fuzz case, which has its own lengths")
-        fixed = ("estimator", "query_stride", "attend", "skipped", "tau", "block")
+        fixed = ("layer", "estimator", "query_stride", "attend", "skipped", "tau", "block")
         options.refuse(fixed, "--input is a fuzz case, which has options of its own")
         from .fuzz import replay
 
         return replay(input_file, cuda)
-    q, k, v, source = _load(input_file, seqlen)
+    q, k, v, source = _load(input_file, layer, seqlen)
     plan_options: dict[str, Any] = dict(
         estimator=estimator, query_stride=query_stride, block=block, dense_below=0
     )
@@ -153,7 +157,7 @@ def run_validate(
     }
 
 
-def _load(input_file: str | None, seqlen: str | None):
+def _load(input_file: str | None, layer: int | None, seqlen: str | None):
     """q, k, v on the host and where they came from."""
     from salekit.data_files import load_qkv, load_sample
 
@@ -161,9 +165,11 @@ def _load(input_file: str | None, seqlen: str | None):
     if len(lengths) != 1:
         raise click.UsageError(f"--seqlen: got {seqlen}; wants one length")
     length = lengths[0]
+    if layer is not None and not input_file:
+        raise click.UsageError("--layer: is that of an --input; there is none")
     if input_file:
-        q, k, v, _ = load_qkv(input_file)
-        source = Path(input_file).name
+        q, k, v, _ = load_qkv(input_file, layer)
+        source = Path(input_file).name + ("" if layer is None else f", layer {layer}")
     else:
         sample = load_sample()
         q, k, v, source = sample["q"], sample["k"], sample["v"], "the built-in sample"

@@ -42,17 +42,23 @@ def load_sample() -> dict[str, np.ndarray]:
     return {"q": q, "k": k, "v": v}
 
 
-def load_qkv(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, str]]:
+def load_qkv(
+    path: str | Path, layer: int | str | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, str]]:
     """(q, k, v, metadata) of a ``.safetensors`` or ``.npz`` file, as bshd views, float16 or bfloat16.
 
     The file holds tensors named q, k and v. Its metadata (safetensors: the header's; npz: JSON in an entry
     ``__meta__``, which may be missing) says ``layout`` = "bshd" (default) or "bhsd". In an npz a 2-byte void dtype,
     which is how NumPy writes ml_dtypes.bfloat16, is bfloat16. Pickles are never loaded.
+    layer: of a file that has those of layers, ``layers.12.q`` and so on (any prefix before the dot), the one to load.
     The arrays of a safetensors file stay in it until they are used: a file that is cut meanwhile ends the process.
     Raises FileFormatError, with the path, when the file is missing, truncated, or not this, in bounded memory: see
     docs/edges.md.
     """
     path = Path(path)
+    if layer is not None:
+        ((_, of_layer),) = iter_layers(path, str(layer))
+        return of_layer
     try:
         if path.suffix == ".safetensors":
             return _of_safetensors(*_map_safetensors(path), str(path))
@@ -76,38 +82,59 @@ def iter_layers(
 ) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, str]]]]:
     """The same layer by layer, so that a long dump need not fit in memory; the names are checked before the first.
 
-    only: the one layer to read.
+    only: the one layer to read. FileFormatError where there is none of that name.
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
-            entries, metadata = _map_safetensors(path)
-            names = list(entries)
-            read = lambda keys: {key: _safetensors_array(str(path), key, entries[key]) for key in keys}  # noqa: E731
-        elif path.suffix == ".npz":
-            with Npz(path) as archive:
-                names, metadata = archive.names, archive.metadata()
-            read = lambda keys: _npz_tensors(path, keys)  # noqa: E731
-        else:
-            raise FileFormatError(f"{path}: got the suffix {path.suffix!r}; wants .safetensors or .npz")
-        layers: dict[str, dict[str, str]] = {}  # by layer and tensor, the entry
-        for key in names:
-            if _layer_of(key) is None:
-                continue
-            layer, tensor = _layer_of(key)
-            if tensor in layers.setdefault(layer, {}):
-                raise FileFormatError(f"{path}: holds {tensor} of layer {layer} twice")
-            layers[layer][tensor] = key
-        if not layers:
-            raise FileFormatError(f"{path}: has no tensors named q, k and v, or layers.N.q and so on")
-        for layer, of in layers.items():
-            _check_names(of, list(of), f"{path}, layer {layer}")
+        layers, metadata, read = _find_layers(path)
+        if only is not None and only not in layers:
+            raise FileFormatError(f"{path}: has no layer {only}; holds {_listed(layers)}")
         for layer in sorted(layers, key=int) if only is None else [only]:
             tensors = read(set(layers[layer].values()))
             tensors = {tensor: tensors[key] for tensor, key in layers[layer].items()}
             yield layer, _check(tensors, metadata, list(tensors), f"{path}, layer {layer}")
     except OSError as error:
         raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def holds_layers(path: str | Path) -> bool:
+    """Whether a file's tensors are those of layers, and not plain q, k and v. FileFormatError."""
+    try:
+        layers, *_ = _find_layers(Path(path))
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return any(tensor != key for of in layers.values() for tensor, key in of.items())
+
+
+def _find_layers(path: Path) -> tuple[dict[str, dict[str, str]], Any, Callable[[set[str]], dict[str, np.ndarray]]]:
+    """(by layer and tensor, the entry; the file's metadata; what reads entries) of a file."""
+    if path.suffix == ".safetensors":
+        entries, metadata = _map_safetensors(path)
+        names = list(entries)
+        read = lambda keys: {key: _safetensors_array(str(path), key, entries[key]) for key in keys}  # noqa: E731
+    elif path.suffix == ".npz":
+        with Npz(path) as archive:
+            names, metadata = archive.names, archive.metadata()
+        read = lambda keys: _npz_tensors(path, keys)  # noqa: E731
+    else:
+        raise FileFormatError(f"{path}: got the suffix {path.suffix!r}; wants .safetensors or .npz")
+    layers: dict[str, dict[str, str]] = {}
+    for key in names:
+        if _layer_of(key) is None:
+            continue
+        layer, tensor = _layer_of(key)
+        if tensor in layers.setdefault(layer, {}):
+            raise FileFormatError(f"{path}: holds {tensor} of layer {layer} twice")
+        layers[layer][tensor] = key
+    if not layers:
+        raise FileFormatError(f"{path}: has no tensors named q, k and v, or layers.N.q and so on")
+    for layer, of in layers.items():
+        _check_names(of, list(of), f"{path}, layer {layer}")
+    return layers, metadata, read
+
+
+def _listed(layers: Iterable[str]) -> str:
+    return ", ".join(sorted(layers, key=int))
 
 
 def _layer_of(key: str) -> tuple[str, str] | None:
@@ -210,6 +237,8 @@ def _as_tensors(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _check_names(tensors: dict, found: list, name: str) -> None:
     missing = [key for key in NAMES if key not in tensors]
+    if len(missing) == len(NAMES) and (layers := {of[0] for key in found if (of := _layer_of(key))}):
+        raise FileFormatError(f"{name}: holds layers, {_listed(layers)}; wants the one to load, as layer= or --layer")
     if missing:
         raise FileFormatError(f"{name}: has no tensor {missing[0]!r}; got {sorted(found)}, wants q, k and v")
 

@@ -16,7 +16,7 @@ from test_host_validate import SETTINGS, failed, kernels  # noqa: F401  a fixtur
 import salekit
 from salekit import calibration, reference
 from salekit.block_mask import BlockMask
-from salekit.errors import ArgumentError
+from salekit.errors import ArgumentError, FileFormatError
 
 
 def run(*arguments, code=0):
@@ -93,6 +93,28 @@ def test_bench_takes_the_thresholds_of_each_length_and_layer(no_gpu, tmp_path):
     assert "--tau" in said(bench("--thresholds", file, "--layer", 3, "--tau", 0.5, code=2))
     assert "--layer" in said(bench("--layer", 3, "--seqlen", "512", code=2))
     assert json.loads(bench("--seqlen", 512).stdout)["settings"]["tau"] == 0.008
+
+
+def test_the_layer_of_an_input(no_gpu, tmp_path, folder):
+    """A dump of several layers is timed and validated a layer at a time; of what the thresholds are, too."""
+    plain = dict(np.load(folder / "two.npz"))
+    np.savez(tmp_path / "dump.npz", **{f"layers.{i}.{name}": x for i in (3, 12) for name, x in plain.items()})
+    salekit.save_thresholds(tmp_path / "t.json", {"3": {300: [0.0, 0.0]}, "4": {300: [1.0, 1.0]}}, ABOUT)
+    for arguments in (("--input", tmp_path / "dump.npz"), ("--input", folder / "two.npz")):
+        report = json.loads(bench(*arguments, "--thresholds", tmp_path / "t.json", "--layer", 3).stdout)
+        assert report["results"][0]["density"] == 1.0
+    assert json.loads(bench("--input", tmp_path / "dump.npz", "--layer", 12).stdout)["settings"]["layer"] == 12
+    report = json.loads(run("validate", "--json", "--input", tmp_path / "dump.npz", "--layer", 12).stdout)
+    assert report["passed"] and report["input"] == "dump.npz, layer 12"
+    for command in ("bench", "validate"):
+        for file, layer, words in (
+            ("dump.npz", (), "holds layers, 3, 12; wants the one to load"),
+            ("dump.npz", ("--layer", 4), "has no layer 4; holds 3, 12"),
+            (folder / "two.npz", ("--layer", 4), "has no layer 4; holds 0"),
+        ):
+            result = CliRunner().invoke(cli, [command, "--input", str(tmp_path / file), *map(str, layer)])
+            assert isinstance(result.exception, FileFormatError) and words in str(result.exception)
+    assert "there is none" in said(run("validate", "--layer", 3, code=2))
 
 
 @pytest.mark.parametrize(

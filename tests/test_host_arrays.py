@@ -289,6 +289,23 @@ def test_load_qkv(tmp_path, dtype, suffix, layout):
     assert got == {"model": "m", "layout": "bshd"}
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_load_qkv_of_a_layer(tmp_path, suffix):
+    arrays = {
+        f"model.layers.{layer}.{name}": x + np.float16(layer) for layer in (3, 12) for name, x in zip("qkv", (Q, K, V))
+    }
+    path = tmp_path / f"x{suffix}"
+    np.savez(path, **arrays) if suffix == ".npz" else save_safetensors(path, arrays, {})
+    for layer in (3, "12"):
+        *got, _ = load_qkv(path, layer)
+        assert all((a == b + np.float16(layer)).all() for a, b in zip(got, (Q, K, V)))
+    with pytest.raises(FileFormatError, match="holds layers, 3, 12; wants the one to load, as layer= or --layer"):
+        load_qkv(path)
+    for layer in (7, "03", "x"):
+        with pytest.raises(FileFormatError, match=f"has no layer {layer}; holds 3, 12"):
+            load_qkv(path, layer)
+
+
 def test_npz_without_metadata(tmp_path):
     np.savez_compressed(tmp_path / "x.npz", q=Q, k=K, v=V)
     assert load_qkv(tmp_path / "x.npz")[3] == {"layout": "bshd"}
