@@ -127,7 +127,7 @@ def run_fuzz(
         if latest is None:
             raise
         found, is_interrupted = latest, True
-    memory = memory_verdict(found.live_bytes, found.passes)
+    memory = memory_verdict(found.live_bytes, found.pass_cases, found.passes)
     return {
         "schema": SCHEMA,
         "kind": "salekit-fuzz",
@@ -146,16 +146,18 @@ def run_fuzz(
     }
 
 
-def memory_verdict(live_bytes: list[int], passes: list[int]) -> dict[str, Any] | None:
+def memory_verdict(live_bytes: list[int], pass_cases: int, passes: list[int]) -> dict[str, Any] | None:
     """Of a soak: nothing of CuPy's pool may be in use between cases, and the GPU's memory has to be, after the last of
-    several passes over the same cases, what it was after the second, when all kernels and plans had been there."""
-    if not live_bytes or len(passes) < 2:
+    several passes over the same cases, what it was after the second, when all kernels and plans had been there. An
+    interrupted one has no passes."""
+    if not live_bytes:
         return None
     return {
         "samples": len(live_bytes),
         "live_bytes": max(live_bytes),
+        "cases_of_a_pass": pass_cases,
         "used_after_passes": passes,
-        "passed": max(live_bytes) == 0 and passes[-1] <= passes[1],
+        "passed": max(live_bytes) == 0 and (len(passes) < 2 or passes[-1] <= passes[1]),
     }
 
 
@@ -234,9 +236,10 @@ def print_tables(report: dict[str, Any]) -> None:
     if report["memory"]:
         memory = report["memory"]
         used = ", ".join(f"{used / 2**20:.0f}" for used in memory["used_after_passes"])
+        passes = f"; after passes over the same {memory['cases_of_a_pass']} cases {used} MiB of the GPU" if used else ""
         render.text(
-            f"memory: {memory['live_bytes']} bytes in use between cases ({memory['samples']} times); after passes over "
-            f"the same cases {used} MiB of the GPU: {'ok' if memory['passed'] else 'FAILED'}"
+            f"memory: {memory['live_bytes']} bytes in use between cases ({memory['samples']} times){passes}: "
+            f"{'ok' if memory['passed'] else 'FAILED'}"
         )
     for failed in report["failed_cases"]:
         render.text(f"case {failed['case']} FAILED: {failed['drawn']}")
@@ -247,5 +250,8 @@ def print_tables(report: dict[str, Any]) -> None:
             render.text(f"  shrunk: {failed['shrunk']}")
             render.text(f"  salekit validate --input {failed['file']}")
         else:
-            render.text("  not written, for this check failed in enough others")
-    render.note("all cases ok" if report["passed"] else "a case FAILED" if report["failures"] else "memory FAILED")
+            is_cut = report["interrupted"] and failed["shrunk"] is None
+            why = "this was interrupted" if is_cut else "this check failed in enough others"
+            render.text(f"  not written, for {why}")
+    which = "all cases until it was interrupted" if report["interrupted"] else "all cases"
+    render.note(f"{which} ok" if report["passed"] else "a case FAILED" if report["failures"] else "memory FAILED")

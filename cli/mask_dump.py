@@ -340,8 +340,10 @@ def _shape(mask) -> tuple[int, ...]:
 
 
 def _sight(mask) -> str:
-    window = (mask.window_left, mask.window_right)
-    return ("causal" if mask.causal else "not causal") + (f", window {window}" if window != (-1, -1) else "")
+    """What the rows see, however it was said."""
+    left, right = mask.window_left, 0 if mask.causal else mask.window_right
+    left, right = (-1 if x >= most else x for x, most in ((left, mask.seqlen_k - 1), (right, mask.seqlen_q - 1)))
+    return ("causal" if right == 0 else "not causal") + (f", window {(left, right)}" if left >= 0 or right > 0 else "")
 
 
 # --- what is drawn -------------------------------------------------------------------------------------------------

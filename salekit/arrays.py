@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Callable, Iterator
 
 import ml_dtypes
@@ -293,9 +293,9 @@ def on_stream(q: Any, stream: Any, name: str = "q") -> AbstractContextManager[in
 
 @contextmanager
 def _switch(device: int, stream: Any) -> Iterator[int]:
-    with import_cupy().cuda.Device(device):
-        if stream is None:
-            yield device
-        else:
-            with _as_stream(stream, device):
-                yield device
+    with ExitStack() as stack:
+        with memory.for_a_context(device):
+            stack.enter_context(import_cupy().cuda.Device(device))
+        if stream is not None:
+            stack.enter_context(_as_stream(stream, device))
+        yield device

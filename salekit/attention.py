@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import arrays, call_checks, pipeline, sequences
 from .attention_plan import AttentionPlan, check_statistics, plan_of
-from .options import Options, check_flag, check_names
+from .options import Options, Unpack, check_flag, check_names
 from .plans import DENSE_BELOW
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def sparse_attention(

@@ -24,7 +24,10 @@ class DriverError(GpuError):
 
     def __init__(self, what: str, status: int):
         super().__init__(f"{what} failed with CUDA error {status}")
-        self.status = status
+        self.what, self.status = what, status
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.what, self.status)
 
 
 class CompileError(SalekitError, RuntimeError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,14 +23,11 @@ except ImportError as error:
 from . import call_checks
 from .block_mask import BlockMask
 from .errors import ArgumentError, DtypeError
-from .options import DENSE_OPTIONS, DenseOptions, Options, check_flag, check_names, checked_options
+from .options import DENSE_OPTIONS, DenseOptions, Options, Unpack, check_flag, check_names, checked_options
 from .pipeline import pack
 from .plans import Plan
 from .thresholds import check_thresholds
 from .xla_attention import ATTRIBUTE, TARGET, Config, handlers, running
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["dense_attention", "sparse_attention"]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import forks, guards, memory, programs
-from .errors import ArgumentError, CacheWarning, CompileError, GpuError, OutOfMemoryError
+from .errors import ArgumentError, CacheWarning, CompileError, GpuError
 from .plans import SUPPORTED_ARCHS, arch_of
 from .private_files import make_private, read_private, why_not_private
 
@@ -357,7 +357,8 @@ def _store(key: str, cubin: bytes, lowered: str, info: KernelInfo) -> Compiled:
                 f"the kernel cache {folder} cannot be written ({error.strerror or error}); kernels that it does not "
                 "hold are compiled anew in each process. Make room there, or set SALEKIT_CACHE_DIR"
             )
-    return _unwritten.setdefault(key, Compiled(None, lowered, info, cubin))
+    _unwritten[key] = Compiled(None, lowered, info, cubin)
+    return _unwritten[key]
 
 
 def cache_bound() -> int:
@@ -419,15 +420,8 @@ def precompile(specs, arch: str, cache: bool = True) -> list[Compiled]:
 def _arch_of_device(device: int) -> str:
     import cupy
 
-    try:
-        capability = cupy.cuda.Device(device).compute_capability  # makes the process's context
-    except Exception as error:
-        if not memory.is_short(error):
-            raise
-        raise OutOfMemoryError(
-            f"out of memory on cuda:{device}: another process has all but what a CUDA context takes; wait for it, or "
-            "take another GPU with CUDA_VISIBLE_DEVICES"
-        ) from None
+    with memory.for_a_context(device):
+        capability = cupy.cuda.Device(device).compute_capability
     arch = arch_of(int(capability[:-1]), int(capability[-1]))
     if arch is None:
         known = ", ".join(re.sub(r"sm_(\d+)(\d)a?", r"\1.\2", each) for each in SUPPORTED_ARCHS)
@@ -543,7 +537,8 @@ class Kernel:
 
 
 _loaded: dict[tuple, Kernel] = {}
-_loading = threading.Lock()  # a module that a second thread loads in vain is unloaded, which captures do not survive
+# By GPU: a module that a second thread loads in vain would be unloaded, which captures do not survive.
+_loading: dict[int, threading.Lock] = {}
 
 
 def get_kernel(spec: KernelSpec, arch: str | None = None) -> Kernel:
@@ -555,7 +550,7 @@ def get_kernel(spec: KernelSpec, arch: str | None = None) -> Kernel:
     kernel = _loaded.get(key)
     if kernel is None:
         compiled = compile_kernel(spec, arch or device_arch())
-        with _loading:
+        with _loading.setdefault(key[1], threading.Lock()):
             kernel = _loaded.get(key) or _loaded.setdefault(key, Kernel(compiled, spec.label))
     return kernel
 

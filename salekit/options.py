@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, Union
 
 import numpy as np
 
@@ -26,6 +27,13 @@ from .plans import (
     default_softmax_scale,
     resolve_estimator,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+elif sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    Unpack = Union  # so that Unpack[Options] is Options, where nobody asks
 
 MAX_SOFTCAP = 1e4
 

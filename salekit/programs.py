@@ -24,7 +24,7 @@ from typing import Any, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from . import guards, nvtx
+from . import guards, memory, nvtx
 from .errors import GpuError
 from .graphs import LaunchGraph, stream_priority
 
@@ -279,7 +279,9 @@ class Gpu:
         which a graph would not have."""
         try:
             return LaunchGraph(program) if stream_priority(stream) == 0 else None
-        except GpuError:
+        except GpuError as error:
+            if memory.is_short(error):
+                raise
             return None
 
 

@@ -478,7 +478,7 @@ def test_workers_end_quietly(kill, delay, tmp_path):
     time.sleep(0.2 + delay)
     kill(process.pid, signal.SIGINT if kill is os.killpg else signal.SIGTERM)
     _, errors = process.communicate(timeout=60)  # which waits for all that could write there
-    assert process.returncode == 130 and not errors.strip(), errors
+    assert process.returncode == 130 and errors.strip() in ("", "all cases until it was interrupted ok"), errors
 
 
 def test_no_more_workers_than_cases(monkeypatch):

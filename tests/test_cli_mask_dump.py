@@ -407,7 +407,7 @@ def test_large_masks_keep_isolated_blocks(tmp_path):
         (("--diff-estimator", "int8"), "is a mask"),
         (("--format", "csr", "-o", "{free}", "--overlay", "anchors"), "holds one mask"),
         (("--diff", "{other}"), "differ in shape"),
-        (("--diff", "{window}"), "differ in what rows see: causal and not causal, window (64, 0)"),
+        (("--diff", "{window}"), "differ in what rows see: causal and causal, window (64, 0)"),
         (("--head", "6"), "there are heads 0 to 5"),
     ],
 )
@@ -421,6 +421,19 @@ def test_usage(files, tmp_path, args, said):
     }
     result = dump(folder / "one.npz", *(places.get(arg, arg) for arg in args), ok=False)
     assert result.returncode == 2 and said in " ".join(result.stderr.split()) and not (tmp_path / "free").exists()
+
+
+@pytest.mark.parametrize("causal, left, right", [(False, -1, 0), (True, -1, 0), (True, 1299, -1), (False, 5000, 0)])
+def test_the_same_sight_in_other_words(files, tmp_path, causal, left, right):
+    BlockMask.from_dense(files[1].to_dense(), *BLOCKS[:4], causal, left, right).save_npz(tmp_path / "same.npz")
+    report = json.loads(dump(files[0] / "one.npz", "--diff", tmp_path / "same.npz", "--json").stdout)
+    alone = report["blocks"]["in the first alone"] + report["blocks"]["in the second alone"]
+    assert sum(report["blocks"]["in both"]) > 0 and not any(alone)
+
+
+def test_auto_is_said_by_name():
+    report = json.loads(dump("--sample", "--head", "0", "--json").stdout)
+    assert report["estimator"] == "int8"
 
 
 def test_force_overwrites(files, tmp_path):

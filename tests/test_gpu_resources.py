@@ -12,7 +12,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-from contextlib import suppress
 from pathlib import Path
 
 import ml_dtypes
@@ -158,11 +157,16 @@ def test_kernels_that_are_loaded_on_a_full_gpu(monkeypatch):
     want = [run(plan) for plan in plans]
     monkeypatch.setattr(jit, "_loaded", {})
     plans = [salekit.plan(q, k, v, dense_below=0, **kind) for kind in kinds]  # which have loaded nothing
+    num_failed = 0
     for index, plan in enumerate(plans):
         empty_pools()
-        with Filled(0), suppress(OutOfMemoryError):
-            run(plan)
+        with Filled(0):
+            try:
+                run(plan)
+            except OutOfMemoryError:
+                num_failed += 1
         assert [run(plan), run(plan)] == [want[index]] * 2
+    assert num_failed  # or nothing was tried: the driver takes memory for code in pieces, of many kernels each
 
 
 def test_a_pool_with_a_limit():

@@ -596,7 +596,7 @@ def test_processes_give_the_same_results_and_may_die(monkeypatch, tmp_path):
     }
 
 
-@pytest.mark.parametrize("seconds, want", [(900.0, 120), (30.0, 11), (0.0, 1)])
+@pytest.mark.parametrize("seconds, want", [(900.0, 120), (30.0, 11), (0.0, 1), (-50.0, 1)])
 def test_memory_passes_end_in_time(monkeypatch, seconds, want):
     """Each case takes a second in the first pass, which decides how many the others take."""
     from types import SimpleNamespace
@@ -609,18 +609,52 @@ def test_memory_passes_end_in_time(monkeypatch, seconds, want):
     pool = SimpleNamespace(used_bytes=lambda: 0, free_all_blocks=lambda: None)
     monkeypatch.setattr(arrays, "import_cupy", lambda: SimpleNamespace(cuda=cuda, get_default_memory_pool=lambda: pool))
     monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(running, "draw", lambda seed, index: SHARP.replace(seed=index, lengths=((100, 100),)))
+    lengths = [((5000, 5000),)] * 2 + [((100, 100),)] * 200
+    monkeypatch.setattr(running, "draw", lambda seed, index: SHARP.replace(seed=index, lengths=lengths[index]))
     monkeypatch.setattr(running.calls, "make_calls", lambda case, given, on_gpu: made.append(case.seed))
-    assert running.memory_passes(1, seconds) == [30, 40, 40]
-    assert made == 3 * list(range(want))
+    assert running.memory_passes(1, seconds) == (want, [30, 40, 40])
+    assert made == 3 * list(range(2, 2 + want))  # the first two are too large
 
 
 def test_memory_verdicts():
     from salekit.cli.fuzz import memory_verdict
 
-    assert memory_verdict([], []) is None
-    assert memory_verdict([0, 0], [100, 120, 120])["passed"] and memory_verdict([0], [100, 120, 119])["passed"]
-    assert not memory_verdict([0, 5], [100, 120, 120])["passed"] and not memory_verdict([0], [100, 120, 122])["passed"]
+    assert memory_verdict([], 0, []) is None
+    for live, used in (([0, 0], [100, 120, 120]), ([0], [100, 120, 119]), ([0], [])):
+        assert memory_verdict(live, 9, used)["passed"]
+    for live, used in (([0, 5], [100, 120, 120]), ([0], [100, 120, 122]), ([5], [])):
+        assert not memory_verdict(live, 9, used)["passed"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failure_that_is_being_shrunk_is_reported(tmp_path, workers):
+    """Ended meanwhile, in this process or in another, the report has it, as it was drawn."""
+    (tmp_path / "slow.py").write_text(
+        "import time\n"
+        "from salekit.fuzz import checking, running\n"
+        "from salekit.fuzz.checking import Outcome\n"
+        "from salekit.checks import Check\n"
+        "running.check_case = lambda *_: Outcome([Check('call', 'made up', 1.0, 0.0, False)])\n"
+        "def shrink(*_):\n"
+        "    print('shrinking', flush=True)\n"
+        "    time.sleep(60)\n"
+        "running.shrink = shrink\n"
+    )
+    arguments = ["fuzz", "--cases", "9", "--backend", "numpy", "--workers", str(workers), "-o", str(tmp_path), "--json"]
+    program = tmp_path / "program.py"
+    program.write_text("import slow\nfrom salekit.cli import main\nif __name__ == '__main__':\n    main.main()\n")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, str(program), *arguments], **pipes)
+    try:
+        for _ in range(workers):
+            assert process.stdout.readline() == "shrinking\n"
+        process.send_signal(signal.SIGTERM)
+        out, problems = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    report = json.loads(out)
+    assert process.returncode == 130 and report["interrupted"] and not report["passed"], problems
+    assert report["failures"] == workers and all(case["file"] is None for case in report["failed_cases"])
 
 
 def test_rows_are_sampled():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import typing
 import warnings
 from fractions import Fraction
 from itertools import product
@@ -103,6 +104,7 @@ def test_the_options_are_those_of_the_calls():
     assert options.OPTIONS == views.keys() - {"q", "k", "longest"} and options.DENSE_OPTIONS < options.OPTIONS
     assert of(salekit.sparse_attention) == of_types(options.Options) == of(salekit.sparse_attention_varlen)
     assert of(salekit.dense_attention) == of_types(options.DenseOptions)
+    assert "options" in typing.get_type_hints(salekit.plan)
 
 
 @pytest.mark.parametrize("given", [{"longest": [10, 10]}, {"out": None}, 5, None])

@@ -240,8 +240,8 @@ def test_a_graph_follows_the_arguments():
 class FakeDriver:
     """The driver's functions that build and update graphs; handles are small numbers."""
 
-    def __init__(self, error_in=None):
-        self.log, self.handles, self.error_in = [], itertools.count(100), error_in
+    def __init__(self, error_in=None, status=700):
+        self.log, self.handles, self.error_in, self.status = [], itertools.count(100), error_in, status
 
     def __call__(self, name):
         def function(*args):
@@ -249,7 +249,7 @@ class FakeDriver:
             if name in ("cuGraphCreate", "cuCtxGetCurrent", "cuGraphInstantiateWithFlags") or "Add" in name:
                 args[0]._obj.value = handle
             self.log.append((name, handle, args))
-            return 700 if name == self.error_in else 0
+            return self.status if name == self.error_in else 0
 
         return function
 
@@ -298,6 +298,24 @@ def test_launch_graph(monkeypatch):
     del graph
     gc.collect()
     assert len(driver.take("Destroy")) == 2
+
+
+def test_a_graph_that_finds_no_memory_is_tried_again(monkeypatch):
+    """It is not given up, as where the driver has none: the call fails, and the next one makes it."""
+    driver = FakeDriver("cuGraphInstantiateWithFlags", 2)
+    monkeypatch.setattr(graphs, "_function", driver)
+    gpu, program = FakeGpu(), small_program()
+    replays = []
+    gpu.graph = lambda program, stream: programs.Gpu.graph(gpu, program, stream)
+    gpu.replay = lambda *launch: replays.append(launch)
+    with pytest.raises(GpuError, match="cuGraphInstantiateWithFlags failed with CUDA error 2"):
+        program.submit(gpu, STREAM)
+    driver.error_in = None
+    for _ in range(2):
+        program.submit(gpu, STREAM)
+    assert replays == [(program._graphs[STREAM].executable, STREAM)] * 2
+    del program
+    gc.collect()
 
 
 @pytest.mark.parametrize("function", ["cuGraphCreate", "cuGraphAddKernelNode_v2", "cuGraphInstantiateWithFlags"])

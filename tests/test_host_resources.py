@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -35,7 +36,10 @@ def device(monkeypatch):
     """A GPU of 80,000,000,000 bytes, 5,000,000 of them free."""
     monkeypatch.setattr(cupy.cuda.runtime, "memGetInfo", lambda: (5_000_000, 80_000_000_000))
     monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 3)
-    monkeypatch.setattr(cupy, "get_default_memory_pool", lambda: type("Pool", (), {"free_bytes": lambda self: 700})())
+    pool = SimpleNamespace(free_bytes=lambda: 700, free_all_blocks=lambda: given_back.append(True))
+    given_back: list[bool] = []
+    monkeypatch.setattr(cupy, "get_default_memory_pool", lambda: pool)
+    return given_back
 
 
 def error_of_cuda(kind, status):
@@ -55,9 +59,35 @@ def test_what_says_that_memory_is_short():
     assert not memory.is_short(OutOfMemoryError("said"))
 
 
+def test_a_drivers_error_goes_to_another_process():
+    error = pickle.loads(pickle.dumps(DriverError("the update of a CUDA graph", 2)))
+    assert (str(error), error.status) == ("the update of a CUDA graph failed with CUDA error 2", 2)
+
+
+def test_what_the_driver_has_no_room_for(device):
+    """CuPy's pool gives back what it keeps, which the driver can use then; nobody knows how much it wanted."""
+    def run():
+        attempts.append(len(device))
+        if len(attempts) < 2:
+            return "done"
+        raise DriverError("the update of a CUDA graph", 2)
+
+    attempts: list[int] = []
+    assert memory.once_more(run, 10**9, "a call", "Do less") == "done" and attempts == [1]
+    said = "^out of memory on cuda:3: the driver has none to launch a call; .* free"
+    with pytest.raises(OutOfMemoryError, match=said):
+        memory.once_more(run, 10**9, "a call", "Do less")
+
+
 def test_a_gpu_that_has_no_room_for_a_context(monkeypatch):
     class Device:
         def __init__(self, device):
+            pass
+
+        def __enter__(self):
+            raise errors[-1]
+
+        def __exit__(self, *_):
             pass
 
         @property
@@ -66,8 +96,9 @@ def test_a_gpu_that_has_no_room_for_a_context(monkeypatch):
 
     errors = [error_of_cuda("CUDARuntimeError", 2)]
     monkeypatch.setattr(cupy.cuda, "Device", Device)
-    with pytest.raises(OutOfMemoryError, match="out of memory on cuda:3: .* CUDA_VISIBLE_DEVICES"):
-        jit._arch_of_device(3)
+    for use in (jit._arch_of_device, lambda device: arrays._switch(device, None).__enter__()):
+        with pytest.raises(OutOfMemoryError, match="out of memory on cuda:3: .* CUDA_VISIBLE_DEVICES"):
+            use(3)
     errors.append(error_of_cuda("CUDARuntimeError", 700))
     with pytest.raises(RuntimeError, match="CUDA's text"):
         jit._arch_of_device(3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
@@ -64,7 +65,8 @@ class Report:
     worst: dict[tuple[str, str], tuple[float, Check, int]] = field(default_factory=dict)
     checks: Counter = field(default_factory=Counter)
     live_bytes: list[int] = field(default_factory=list)  # of each result that has them
-    passes: list[int] = field(default_factory=list)  # bytes of the GPU in use after each pass of memory_passes
+    pass_cases: int = 0  # of memory_passes
+    passes: list[int] = field(default_factory=list)  # bytes of the GPU in use after each of them
     started: float = field(default_factory=time.monotonic)
 
     def add(self, result: Result) -> None:
@@ -135,14 +137,23 @@ def groups_of(case: Case) -> dict[str, str]:
 
 
 # --- one case ------------------------------------------------------------------------------------------------------
-def run_case(seed: int, index: int, on_gpu: bool, folder: str | None, soak: bool = False) -> Result:
-    """Draw, check; when it fails, shrink and write to the folder."""
+def run_case(
+    seed: int,
+    index: int,
+    on_gpu: bool,
+    folder: str | None,
+    soak: bool = False,
+    announce: Callable[[Result], None] | None = None,
+) -> Result:
+    """Draw, check; when it fails, announce that, shrink, which takes a while, and write to the folder."""
     case = draw(seed, index, long=is_long(index, on_gpu, soak))
     started = time.monotonic()
     outcome = check_case(case, on_gpu)
     result = Result(index, case, outcome.checks, outcome.in_doubt, time.monotonic() - started)
     if not outcome.failed:
         return result
+    if announce is not None:
+        announce(result)
     file, smaller = write_failure(seed, index, case, outcome.failed, on_gpu, folder)
     return replace(result, file=file, shrunk=smaller)
 
@@ -191,30 +202,33 @@ def live_bytes() -> int:
     return import_cupy().get_default_memory_pool().used_bytes()
 
 
-def memory_passes(seed: int, seconds: float) -> list[int]:
-    """Bytes of the GPU in use after each of three passes over the same cases, more of them than plans are kept if a
-    third of ``seconds`` is enough for so many.
+def memory_passes(seed: int, seconds: float) -> tuple[int, list[int]]:
+    """(the cases of a pass, bytes of the GPU in use after each of three passes over the same cases).
 
-    The first loads kernels. Nothing else may use the GPU meanwhile.
+    They are more than plans are kept if a third of ``seconds`` is enough for so many, and one at least. The first pass
+    loads kernels. Nothing else may use the GPU meanwhile.
     """
     from ..arrays import import_cupy
 
-    cupy, used, count = import_cupy(), [], PASS_CASES
+    cupy, used = import_cupy(), []
     end_of_first = time.monotonic() + seconds / 3
+    drawn = (calls.adapted(draw(seed, index), True) for index in itertools.count())
+    small = (case for case in drawn if case.pairs < PASS_PAIRS)
+    cases: list[Case] = []
     for number in range(3):
-        for index in range(count):
-            if number == 0 and index and time.monotonic() > end_of_first:
-                count = index
-                break
-            case = calls.adapted(draw(seed, index), True)
-            if case.pairs < PASS_PAIRS:
+        if number == 0:
+            while len(cases) < PASS_CASES and (not cases or time.monotonic() <= end_of_first):
+                cases.append(next(small))
+                calls.make_calls(cases[-1], make_arrays(cases[-1]), True)
+        else:
+            for case in cases:
                 calls.make_calls(case, make_arrays(case), True)
         live_bytes()
         cupy.cuda.Device().synchronize()
         cupy.get_default_memory_pool().free_all_blocks()
         free, total = cupy.cuda.runtime.memGetInfo()
         used.append(total - free)
-    return used
+    return len(cases), used
 
 
 # --- many cases ----------------------------------------------------------------------------------------------------
@@ -232,7 +246,8 @@ def run_many(
     one case at least. The last fifth of a soak on a GPU watches its memory.
 
     workers: processes that share the GPU; 1: this process. Which process takes a case decides nothing about it. A
-    process that dies with a case has failed it, and is replaced.
+    process that dies with a case has failed it, and is replaced. progress: called after each case, and when this is
+    interrupted, with failures that were being shrunk among those of the report.
     """
     report, soak = Report(seed), minutes is not None
     share = 1 - PASSES_SHARE if on_gpu else 1
@@ -246,20 +261,32 @@ def run_many(
 
     results = _in_this_process if workers == 1 else _in_processes
     workers = workers if cases is None else min(workers, cases)
-    with closing(results(seed, indices(), on_gpu, folder, soak, workers)) as found:
-        for result in found:
+    failing: dict[int, Result] = {}  # which are being shrunk, by index
+    try:
+        with closing(results(seed, indices(), on_gpu, folder, soak, failing, workers)) as found:
+            for result in found:
+                failing.pop(result.index, None)
+                report.add(result)
+                if progress:
+                    progress(report)
+    except KeyboardInterrupt:
+        for result in failing.values():
             report.add(result)
-            if progress:
-                progress(report)
+        if progress and report.cases:
+            progress(report)
+        raise
     if soak and on_gpu:
-        report.passes = memory_passes(seed, report.started + 60 * minutes - time.monotonic())
+        report.pass_cases, report.passes = memory_passes(seed, report.started + 60 * minutes - time.monotonic())
     return report
 
 
-def _in_this_process(seed, indices, on_gpu, folder, soak, _workers) -> Iterator[Result]:
+def _in_this_process(seed, indices, on_gpu, folder, soak, failing, _workers) -> Iterator[Result]:
+    def announce(result: Result) -> None:
+        failing[result.index] = result
+
     for index in indices:
         try:
-            result = _measured(run_case(seed, index, on_gpu, folder, soak), on_gpu and soak)
+            result = _measured(run_case(seed, index, on_gpu, folder, soak, announce), on_gpu and soak)
         except Exception:  # the GPU is lost to this process
             yield _lost(seed, index, traceback.format_exc(limit=-4), on_gpu, folder, soak)
             return
@@ -274,9 +301,14 @@ def _work(connection: Any, seed: int, on_gpu: bool, folder: str | None, soak: bo
     """A worker: takes indices until None comes, or nobody is there to ask or to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the one that listens ends the others
     answer: Result | str | None = None
+
+    def announce(result: Result) -> None:
+        with suppress(OSError):  # nobody is there: the next answer will show it
+            connection.send((result,))
+
     while not isinstance(answer, str) and (index := _next_index(connection)) is not None:
         try:
-            answer = _measured(run_case(seed, index, on_gpu, folder, soak), on_gpu and soak)
+            answer = _measured(run_case(seed, index, on_gpu, folder, soak, announce), on_gpu and soak)
         except Exception:  # this process's GPU may be lost: say why, and let another go on
             answer = traceback.format_exc(limit=-4)
         try:
@@ -320,7 +352,7 @@ class _Worker:
         self.connection.send(index)
 
 
-def _in_processes(seed, indices, on_gpu, folder, soak, workers) -> Iterator[Result]:
+def _in_processes(seed, indices, on_gpu, folder, soak, failing, workers) -> Iterator[Result]:
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # of the workers, who have a core each
     context = multiprocessing.get_context("spawn")
@@ -344,13 +376,22 @@ def _in_processes(seed, indices, on_gpu, folder, soak, workers) -> Iterator[Resu
                 except (EOFError, OSError):
                     worker.process.join()
                     result = f"the process ended with code {worker.process.exitcode}"
+                if isinstance(result, tuple):  # that it has failed; how it does when it is small is to come
+                    failing[worker.index] = result[0]
+                    busy[connection] = worker
+                    continue
                 if isinstance(result, str):
                     result = _lost(seed, worker.index, result, on_gpu, folder, soak)
                     worker = _Worker(context, arguments)
                 idle.append(worker)
                 yield result
     finally:
-        for worker in busy.values():  # this was interrupted
+        for connection, worker in busy.items():  # this was interrupted
+            with suppress(EOFError, OSError):
+                found = connection.recv() if connection.poll() else None
+                found = found[0] if isinstance(found, tuple) else found
+                if isinstance(found, Result) and found.failed:
+                    failing[worker.index] = found
             worker.process.terminate()
         for worker in idle:
             with suppress(OSError):  # it has died
