@@ -331,11 +331,19 @@ def _without_interrupts() -> Iterator[None]:
         yield
         return
     resource_tracker.ensure_running()  # to start it later would let interrupts through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    with _held(signal.SIGINT):
+        yield
+
+
+@contextmanager
+def _held(*signals: int) -> Iterator[None]:
+    """These signals come afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals) if hasattr(signal, "pthread_sigmask") else ()
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker:
@@ -370,16 +378,19 @@ def _in_processes(seed, indices, on_gpu, folder, soak, failing, workers) -> Iter
             if not busy:
                 return
             for connection in wait(list(busy)):
-                worker = busy.pop(connection)
-                try:
-                    result = connection.recv()
-                except (EOFError, OSError):
-                    worker.process.join()
-                    result = f"the process ended with code {worker.process.exitcode}"
-                if isinstance(result, tuple):  # that it has failed; how it does when it is small is to come
-                    failing[worker.index] = result[0]
-                    busy[connection] = worker
-                    continue
+                with _held(signal.SIGINT, signal.SIGTERM):  # what has been taken from a pipe is not lost
+                    worker = busy.pop(connection)
+                    try:
+                        result = connection.recv()
+                    except (EOFError, OSError):
+                        worker.process.join()
+                        result = f"the process ended with code {worker.process.exitcode}"
+                    if isinstance(result, tuple):  # that it has failed; how it does when it is small is to come
+                        failing[worker.index] = result[0]
+                        busy[connection] = worker
+                        continue
+                    if isinstance(result, Result) and result.failed:
+                        failing[worker.index] = result
                 if isinstance(result, str):
                     result = _lost(seed, worker.index, result, on_gpu, folder, soak)
                     worker = _Worker(context, arguments)
