@@ -113,21 +113,12 @@ class AttentionPlan:
 
     # --- on the GPU ------------------------------------------------------------------------------------------------
     def _run(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        thresholds: Any,
-        return_lse: Any,
-        return_mask: Any,
-        out: Any,
-        workspace: Any,
-        sink_logits: Any = None,
-        k_statistics: Any = None,
+        self, q: Any, k: Any, v: Any, thresholds: Any, return_lse: bool, return_mask: bool, out: Any, workspace: Any,
+        **more: Any,
     ) -> Any:
-        """A call with CuPy arrays of this plan's kind; q's GPU and the call's stream are current."""
-        given = (q, k, v, thresholds, return_lse, return_mask, out, workspace, sink_logits, k_statistics)
-        result, lse, mask = self._execute(self._check(*given))
+        """A call with the arguments of :meth:`_check`; q's GPU and the call's stream are current."""
+        arguments = self._check(q, k, v, thresholds, return_lse, return_mask, out, workspace, **more)
+        result, lse, mask = self._execute(arguments)
         return pipeline.pack(result if out is None else out, lse, mask, return_lse, return_mask)
 
     def _check(
@@ -145,7 +136,7 @@ class AttentionPlan:
         lse_out: Any = None,
         words_out: Any = None,
     ) -> tuple:
-        """The arguments of :meth:`_execute`, for any number of calls with the same arrays.
+        """The arguments of :meth:`_execute`, for any number of calls with the same CuPy arrays, which are of this kind.
 
         What the kind does not say is checked: addresses, thresholds, sink logits and out. lse_out, words_out: where lse
         and the mask's words go, contiguous CuPy arrays of their shapes (not checked); None allocates them.

@@ -400,10 +400,11 @@ def compile_kernel(spec: KernelSpec, arch: str, cache: bool = True) -> Compiled:
     with _locks_guard:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:
-        folder = private_cache_dir() if cache else None
-        entry = (_load_entry(folder, key) if folder else None) or (_unwritten.get(key) if cache else None)
-        if entry is not None:
-            return entry
+        if cache:
+            folder = private_cache_dir()
+            entry = _load_entry(folder, key) if folder else None
+            if entry := entry or _unwritten.get(key):
+                return entry
         check_nvrtc(arch)
         built = _compile(spec, arch)
         return _store(key, *built)

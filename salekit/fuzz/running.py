@@ -385,12 +385,10 @@ def _in_processes(seed, indices, on_gpu, folder, soak, failing, workers) -> Iter
                     except (EOFError, OSError):
                         worker.process.join()
                         result = f"the process ended with code {worker.process.exitcode}"
-                    if isinstance(result, tuple):  # that it has failed; how it does when it is small is to come
-                        failing[worker.index] = result[0]
+                    _note(result, failing)
+                    if isinstance(result, tuple):  # the case when it is small is to come
                         busy[connection] = worker
                         continue
-                    if isinstance(result, Result) and result.failed:
-                        failing[worker.index] = result
                 if isinstance(result, str):
                     result = _lost(seed, worker.index, result, on_gpu, folder, soak)
                     worker = _Worker(context, arguments)
@@ -399,16 +397,20 @@ def _in_processes(seed, indices, on_gpu, folder, soak, failing, workers) -> Iter
     finally:
         for connection, worker in busy.items():  # this was interrupted
             with suppress(EOFError, OSError):
-                found = connection.recv() if connection.poll() else None
-                found = found[0] if isinstance(found, tuple) else found
-                if isinstance(found, Result) and found.failed:
-                    failing[worker.index] = found
+                _note(connection.recv() if connection.poll() else None, failing)
             worker.process.terminate()
         for worker in idle:
             with suppress(OSError):  # it has died
                 worker.give(None)
         for worker in (*idle, *busy.values()):
             worker.process.join()
+
+
+def _note(message: tuple | Result | str | None, failing: dict[int, Result]) -> None:
+    """What a worker says of a failure: (the result,) before it shrinks it, and the result afterwards."""
+    result = message[0] if isinstance(message, tuple) else message
+    if isinstance(result, Result) and result.failed:
+        failing[result.index] = result
 
 
 def _lost(seed: int, index: int, why: str, on_gpu: bool, folder: str | None, soak: bool) -> Result:
