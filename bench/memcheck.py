@@ -7,9 +7,10 @@
     compute-sanitizer --tool initcheck --error-exitcode 9 python bench/memcheck.py --few --no-pools
     SALEKIT_GUARD=1 python bench/memcheck.py
 
---few takes bf16, head_dim 128 and two lengths alone. initcheck does not see what the copy engine stores, on Hopper
-the pools of skipped keys: --no-pools leaves them out. SALEKIT_GUARD=1 is salekit's own guard bands, between which all
-memory is NaN at first: results would show what is read before it is written, those pools included.
+--few takes bf16, head_dim 128 and two lengths alone; --dims 96,192 takes those head_dims. initcheck does not see what
+the copy engine stores, on Hopper the pools of skipped keys: --no-pools leaves them out. SALEKIT_GUARD=1 is salekit's
+own guard bands, between which all memory is NaN at first: results would show what is read before it is written, those
+pools included.
 CuPy's memory pool is off, so that each buffer is an allocation that the tool can see the ends of.
 """
 
@@ -34,6 +35,8 @@ POOLS = "--no-pools" not in sys.argv
 LENGTHS = ((65, 63), (333, 300)) if FEW else ((1, 1), (65, 63), (127, 1029), (333, 300))
 DTYPES = (ml_dtypes.bfloat16,) if FEW else (np.float16, ml_dtypes.bfloat16)
 HEAD_DIMS = (128,) if FEW else ALL_HEAD_DIMS
+if "--dims" in sys.argv:
+    HEAD_DIMS = tuple(int(dim) for dim in sys.argv[sys.argv.index("--dims") + 1].split(","))
 
 
 def main() -> None:
@@ -177,15 +180,15 @@ def check_scores(gpu: list) -> int:
 
 def check_segments() -> int:
     """Attention over two segments of the keys, which a call this small does not have, and over one."""
-    rng = np.random.default_rng(1)
+    rng, head_dim = np.random.default_rng(1), HEAD_DIMS[-1]
     q, k, v = (
-        cupy.asarray(rng.standard_normal((1, seqlen, heads, 128), dtype=np.float32).astype(ml_dtypes.bfloat16))
+        cupy.asarray(rng.standard_normal((1, seqlen, heads, head_dim), dtype=np.float32).astype(ml_dtypes.bfloat16))
         for seqlen, heads in ((200, 2), (33_000, 1), (33_000, 1))
     )
     options = dict(estimator="int8", thresholds=1.0, dense_below=0)
     whole = salekit.sparse_attention(q, k, v, **options).get().astype(np.float32)
     attend_grid.WHOLE_BYTES = attend_grid.SEGMENTED_ITEMS = 0
-    attend_grid.SEGMENT_BYTES = attend_grid.SEGMENT_GRAIN * 128 * 4
+    attend_grid.SEGMENT_BYTES = attend_grid.SEGMENT_GRAIN * head_dim * 4
     plan = salekit.plan(q, k, v, **{name: x for name, x in options.items() if name != "thresholds"})
     segmented = plan.run(q, k, v, thresholds=options["thresholds"]).get().astype(np.float32)
     assert np.linalg.norm(segmented - whole) <= 2**-7 * np.linalg.norm(whole)

@@ -298,6 +298,21 @@ mutate("attend_sm90", "coarse-bits", "wrong stride", "all words of a coarse mask
 mutate("attend_sm90", "top-left", "wrong causal offset", "row 0 sees key 0 alone, however many keys there are",
        "__device__ int offset() const { return seqlen_k - seqlen_q; }", "__device__ int offset() const { return 0; }",
        ATTEND.format("sm90 and masked_lengths"), "tile/shape.cuh")
+DIMS = "test_kernel_head_dims.py -k '{}'"
+mutate("attend_sm90", "first-slots", "off by one", "tiles of three or two slots take the first of four",
+       "first[i] = all[4 - SLOTS + i];", "first[i] = all[i];", DIMS.format("attention and sm90"),
+       "tile/attend_ring.cuh")
+mutate("attend_sm90", "selected-slots", "wrong stride", "slots of smaller tiles are masked by the bits of absent ones",
+       "(selected >> (4 - SLOTS + j / 4) & 1)", "(selected >> (j / 4) & 1)", DIMS.format("attention and sm90"),
+       "tile/attend_ring.cuh")
+mutate("attend_sm90", "last-dims", "wrong bound of a tail", "of 96 dims the last 32 are not fetched",
+       "HALVES = ceil_div(HEAD_DIM, 64);", "HALVES = HEAD_DIM / 64;", DIMS.format("attention and sm90"))
+mutate("estimate_int8_sm90", "second-half", "wrong stride", "second halves of 256-byte rows are those of others",
+       "return step / 4 * (1024 / 16)", "return step / 4 * (2048 / 16)", DIMS.format("masks_are or long_rows"),
+       "ptx/wgmma.cuh")
+mutate("quantize_int8_sparse", "second-part", "off by one", "of 64 rows of 256 dims the first 32 are quantised twice",
+       "first_row = part_row + threadIdx.x / CHUNKS;", "first_row = threadIdx.x / CHUNKS;",
+       DIMS.format("codes_and_scales"))
 LOW = "test_kernel_low_bit.py -k '{}'"
 mutate("attend_int8_fp8_sm90", "no-rescale", "rescale forgotten", "outputs so far stay relative to the old base",
        "          if (raised) output.rescale(state.rescale);\n", "", LOW.format("rise_late or test_masks"))

@@ -45,7 +45,7 @@ from salekit.attend import attend as attend_stage  # noqa: E402
 from salekit.attention import dense_attention, sparse_attention  # noqa: E402
 from salekit.block_mask import BlockMask  # noqa: E402
 from salekit.errors import GpuError, SalekitError  # noqa: E402
-from salekit.plans import ESTIMATORS, QUERY_STRIDES, TILE_ROWS, Plan  # noqa: E402
+from salekit.plans import ESTIMATORS, HEAD_DIMS, QUERY_STRIDES, TILE_ROWS, Plan  # noqa: E402
 from salekit.staged import StagedCall  # noqa: E402
 from salekit.thresholds import as_thresholds  # noqa: E402
 from salekit.workloads import TAU, llm_like_qkv  # noqa: E402
@@ -751,7 +751,7 @@ class Taus(click.ParamType):
 @click.option("--masks", "masks_file", type=click.Path(exists=True, dir_okay=False), help="Masks (npz) of one length.")
 @click.option("--heads", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--kv-heads", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--head-dim", type=click.Choice(["64", "128"]), default="128", show_default=True)
+@click.option("--head-dim", type=click.Choice([str(dim) for dim in HEAD_DIMS]), default="128", show_default=True)
 @click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the generated input.")
 @click.option("--budget-seconds", type=float, default=135.0, show_default=True, help="Of the whole run, roughly.")
@@ -870,9 +870,9 @@ def precompile(settings: dict[str, Any]) -> None:
 
 def is_wanted(template: tuple[str, ...], settings: dict[str, Any]) -> bool:
     """Whether a kernel of these template arguments can be of this head_dim and dtype."""
-    other_dim = {64: "128", 128: "64"}[settings["head_dim"]]
+    other_dims = {str(dim) for dim in HEAD_DIMS} - {str(settings["head_dim"])}
     other_type = {"bfloat16": "Half", "float16": "BFloat16"}[settings["dtype"]]
-    return other_type not in template and template[:1] != (other_dim,)
+    return other_type not in template and not other_dims.intersection(template[:1])
 
 
 def release_memory() -> None:

@@ -11,6 +11,7 @@ from .attend_grid import (
     DENSE_BLOCK_Q,
     NULL,
     SM90_THREADS,
+    SM90_TILE_KEYS,
     carried_floats,
     expand_log2,
     persistent_grid,
@@ -19,10 +20,9 @@ from .attend_grid import (
     whole_call,
 )
 from .block_mask import BlockMask
-from .plans import KEY_BLOCK, WGMMA_HEAD_DIMS, Plan, ceil_div
+from .plans import KEY_BLOCK, Plan, ceil_div
 from .programs import stage
 
-_SM90_TILE_K = 128  # keys of a tile of attend_sm90
 # Stages of K and V in attend_sm80. On an H100 two gain 1% on dense calls of 128 rows and lose 1% (128 rows) and 30% (64
 # rows: fewer CTAs an SM) on real masks.
 STAGES = 1
@@ -93,7 +93,7 @@ def kernel_specs(plan: Plan, has_sinks: bool = False) -> list[jit.KernelSpec]:
 
 
 def _uses_wgmma(plan: Plan) -> bool:
-    return plan.head_dim in WGMMA_HEAD_DIMS and (plan.arch or jit.device_arch()) == "sm_90a"
+    return (plan.arch or jit.device_arch()) == "sm_90a"
 
 
 def _launch_sm90(
@@ -101,7 +101,7 @@ def _launch_sm90(
 ) -> None:
     args = (
         tensor_map.tensor_map(q, DENSE_BLOCK_Q),
-        *(tensor_map.tensor_map(x, rows) for rows in (KEY_BLOCK, _SM90_TILE_K) for x in (k, v)),
+        *(tensor_map.tensor_map(x, rows) for rows in (KEY_BLOCK, SM90_TILE_KEYS[plan.head_dim]) for x in (k, v)),
         arrays.tensor_view(out),
         NULL if lse is None else lse,
         NULL if mask is None else mask.words,

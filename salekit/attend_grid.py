@@ -12,6 +12,7 @@ from .plans import KEY_BLOCK, Plan, ceil_div
 
 DENSE_BLOCK_Q = 128  # query rows of a CTA when there is no mask to say so
 SM90_THREADS = 384  # a producer and two consumer warpgroups
+SM90_TILE_KEYS = {64: 128, 96: 128, 128: 128, 192: 96, 256: 64}  # by head_dim: AttendTiles of attend_sm90.cu
 RUN = 16  # neighbouring query blocks of a head before the next head: ATTEND_RUN of tile/attend_ring.cuh
 SEGMENT_GRAIN = 1024 * KEY_BLOCK  # segments start at a multiple of as many keys
 # Of K and V of a KV head. On an H100 (50 MB of L2) sparse calls take 1.04 times density times the dense time at 64 MB,

@@ -10,7 +10,7 @@ from . import arrays, jit, reference
 from .block_mask import BlockMask
 from .codes import Quantized
 from .errors import ArgumentError
-from .plans import CODE_TILE_ROWS, KEY_BLOCK, WGMMA_HEAD_DIMS, Plan, ceil_div
+from .plans import CODE_TILE_ROWS, KEY_BLOCK, Plan, ceil_div
 
 KERNELS = ("auto", "mma", "wgmma")
 _WGMMA_ROWS = 256  # tested query rows of a CTA of estimate_int8_sm90 and estimate_int4_sm90
@@ -56,8 +56,10 @@ def kernel_specs(plan: Plan) -> list[jit.KernelSpec]:
 
 def _launch_estimate(quantized: Quantized, limits: Any, words: Any, plan: Plan, kernel: str) -> None:
     heads = plan.batch * plan.num_heads
-    if kernel == "wgmma" and (plan.has_window or plan.head_dim not in WGMMA_HEAD_DIMS):
-        raise ArgumentError("kernel: 'wgmma' has no windows and no such head_dim; wants 'auto' or 'mma' for this plan")
+    if kernel == "wgmma" and not plan.replace(arch="sm_90a").uses_wgmma_estimate:
+        raise ArgumentError(
+            "kernel: 'wgmma' has no windows, and int4 with head_dim 64 and 128; wants 'auto' or 'mma' for this plan"
+        )
     if _uses_wgmma(plan, kernel) and plan.estimator == "int4":
         _launch_int4_wgmma(quantized, limits, words, plan)
         return

@@ -15,7 +15,7 @@ CODE_TILE_ROWS = 128  # codes are stored in tiles of 128 rows, in the shared-mem
 BLOCKS = tuple((q, k) for q in (64, 128) for k in (32, 64, 128))
 ESTIMATORS = ("int4", "int8", "int8-sp24")
 HEAD_DIMS = (64, 96, 128, 192, 256)
-WGMMA_HEAD_DIMS = (64, 128)  # of Hopper's kernels; the others run on mma.sync
+WGMMA_HEAD_DIMS = (64, 128)  # of Hopper's kernels for anchors and int4; of the others those of mma.sync run
 LOW_BIT_HEAD_DIMS = (64, 128)  # of attend="int8-fp8"
 POOLED_HEAD_DIMS = (64, 128)  # of skipped="pool"
 DTYPES = ("float16", "bfloat16")
@@ -259,8 +259,9 @@ class Plan:
 
     @property
     def uses_wgmma_estimate(self) -> bool:
-        """Whether Hopper's estimation kernels run; those of ``mma.sync`` know windows and every head_dim."""
-        return self.arch == "sm_90a" and not self.has_window and self.head_dim in WGMMA_HEAD_DIMS
+        """Whether Hopper's estimation kernels run; those of ``mma.sync`` know windows and int4 in every head_dim."""
+        is_known = self.estimator != "int4" or self.head_dim in WGMMA_HEAD_DIMS
+        return self.arch == "sm_90a" and not self.has_window and is_known
 
     @cached_property
     def q_row_map(self) -> np.ndarray:

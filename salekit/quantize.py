@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import arrays, jit, reference
-from .codes import Quantized
+from .codes import Quantized, sparse_steps
 from .plans import CODE_TILE_ROWS, Plan, ceil_div, padded_dim, row_map_record
 
 _NULL = np.uint64(0)  # a pointer that a kernel does not read or write
@@ -109,10 +109,11 @@ def _quantize_int8(x: Any, side: str, scale: Any, statistics: Any, plan: Plan) -
     row_map = row_map_record(1, 0, 0, seqlen, plan.padded_k) if side.startswith("k") else plan.q_row_map
     positions = int(row_map["num_positions"][0])
     if side == "q sparse":
-        codes = _empty((batch, heads, positions // 64, head_dim // 64, 5, 128), np.uint32)
+        codes = _empty((batch, heads, positions // 64, sparse_steps(head_dim), 5, 128), np.uint32)
     else:
         codes = _empty_codes(heads, positions, plan)
     rows = _THREADS // (padded_dim(head_dim) // 8) * _STEPS
+    rows = max(rows, 64) if side == "q sparse" else rows
     group_size = plan.group_size if side in ("q pruned", "q sparse") else 1
     # Rows of q past a sequence's end are zeros, which have codes 0; zeros of k would not, after smoothing.
     lengths = () if side == "q sparse" else (plan.lengths_of("k") if side.startswith("k") else _NULL,)

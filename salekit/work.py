@@ -19,6 +19,7 @@ from .anchors import kernel_specs as anchor_specs
 from .attend import is_segment, sm80_grid
 from .attend import kernel_specs as attend_specs
 from .attend_grid import DENSE_BLOCK_Q
+from .codes import sparse_steps
 from .estimate import kernel_specs as estimate_specs
 from .jit import KernelSpec
 from .plans import CODE_TILE_ROWS, KEY_BLOCK, TILE_ROWS, Plan, ceil_div, padded_dim
@@ -203,7 +204,7 @@ class _Sizes:
     def q_codes(self) -> int:
         plan = self.plan
         if plan.q_is_sparse:  # two of four codes and two bits for the place of each
-            return self.heads * plan.num_positions * plan.head_dim * 5 // 8
+            return self.heads * plan.num_positions * 64 * sparse_steps(plan.head_dim) * 5 // 8
         return self.heads * plan.num_positions * plan.code_row_bytes
 
     @property

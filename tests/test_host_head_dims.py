@@ -1,4 +1,4 @@
-"""Head dims 96, 192 and 256: the twin against float64, their codes' order, and what stays with 64 and 128."""
+"""Head dims 96, 192 and 256: the twin against float64, their codes' order, and which kernels know them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import score_oracle
 from test_host_scores import FEATURES, check_attention, dequantised, make, scores_of, window_of
 
 import salekit
-from salekit import codes, reference
+from salekit import catalog, codes, reference
 from salekit.errors import ArgumentError
 from salekit.plans import HEAD_DIMS, padded_dim
 
@@ -60,6 +60,12 @@ def test_tiles_hold_rows(head_dim, code_bits):
         marked[0, 0, 8:16, :16] = 1
         found = np.flatnonzero(codes.rows_to_tiles(marked, 8)[0, 0, 0].reshape(-1, 16).any(axis=1))
         assert sorted(found % 8) == list(range(8))
+    # As wgmma reads them: 128-byte rows, eight to a group; the second halves of 256-byte rows a group further.
+    if row_bytes == 256:
+        marked = np.zeros((1, 1, 128, 256), np.int8)
+        marked[0, 0, 8:16, 128:] = 1
+        found = np.flatnonzero(codes.rows_to_tiles(marked, 8)[0, 0, 0])
+        assert found[0] == 8 * 256 + 1024 and len(found) == 1024 == found[-1] - found[0] + 1
 
 
 def test_padded_dims():
@@ -72,7 +78,29 @@ def test_low_bit_attention_takes_64_and_128(head_dim):
         salekit.sparse_attention(*make(20, 40, d=head_dim), attend="int8-fp8")
 
 
-def test_hopper_plans_of_other_dims_hold_all_rows_in_tiles():
-    plan = salekit.make_plan(*make(300, 300, d=96), estimator="int8-sp24", query_stride=4).replace(arch="sm_90a")
-    assert not plan.q_is_sparse and not plan.holds_tested_rows and plan.num_positions == plan.padded_q
-    assert plan.replace(head_dim=128).q_is_sparse and plan.replace(head_dim=128).holds_tested_rows
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_sparse_codes_hold_rows(head_dim):
+    rng = np.random.default_rng(head_dim)
+    rows = rng.integers(-127, 128, (1, 2, 200, head_dim)).astype(np.int8)
+    fours = rows.reshape(-1, 4)
+    np.put_along_axis(fours, rng.permuted(np.tile(np.arange(4), (len(fours), 1)), axis=1)[:, :2], 0, axis=1)
+    sparse = codes.rows_to_sparse(rows)
+    assert sparse.shape == (1, 2, 4, -(-head_dim // 64), 5, 128)
+    assert np.array_equal(codes.sparse_to_rows(sparse, 200, head_dim), rows)
+    padded = codes.sparse_to_rows(sparse, 256)
+    assert not padded[..., head_dim:].any() and not padded[:, :, 200:].any()
+
+
+@pytest.mark.parametrize("head_dim", (96, 192, 256))
+def test_hopper_kernels_know_other_dims(head_dim):
+    """But for anchors and int4."""
+    given = make(300, 300, d=head_dim)
+    plan = salekit.make_plan(*given, estimator="int8-sp24", query_stride=4, full_rows=0).replace(arch="sm_90a")
+    assert plan.q_is_sparse and plan.holds_tested_rows and plan.num_positions < plan.padded_q
+    sources = {spec.source for spec in catalog.call_specs(plan)}
+    assert {"quantize_int8_sparse", "estimate_int8_sm90", "attend_sm90", "anchor_statistics"} <= sources
+    assert not {"estimate_sm80", "anchor_statistics_sm90"} & sources
+    plan = plan.replace(estimator="int4")
+    assert not plan.holds_tested_rows and plan.num_positions == plan.padded_q
+    sources = {spec.source for spec in catalog.call_specs(plan)}
+    assert {"estimate_sm80", "attend_sm90"} <= sources and "estimate_int4_sm90" not in sources

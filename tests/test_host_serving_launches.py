@@ -215,12 +215,11 @@ def test_score_features_reach_their_kernels(gpu, options, flags, window, sinks, 
     located = pointer(calls[0][4][3])
     named = {name.split("<")[0]: (name, args) for name, *_, args in calls}
     record = LENGTHS_WINDOW_RECORD if window else plans.LENGTHS_RECORD
-    hopper = dim == 128
-    assert ("anchor_statistics_sm90" in named) == (hopper and flags == 0)
-    assert ("estimate_int8_sm90" in named) == (hopper and window is None)
-    attend = "attend_sm90" if hopper else "attend_sm80"
-    anchors = "anchor_statistics" if flags or not hopper else "anchor_statistics_sm90"
-    estimate = "estimate_int8_sm90" if hopper and window is None else "estimate_sm80"
+    assert ("anchor_statistics_sm90" in named) == (dim == 128 and flags == 0)
+    assert ("estimate_int8_sm90" in named) == (window is None)
+    attend = "attend_sm90"
+    anchors = "anchor_statistics_sm90" if dim == 128 and flags == 0 else "anchor_statistics"
+    estimate = "estimate_int8_sm90" if window is None else "estimate_sm80"
     for source in (anchors, estimate, "row_limits", attend):
         name, args = named[source]
         (shape,) = (np.frombuffer(arg, record)[0] for arg in args if len(arg) == record.itemsize)

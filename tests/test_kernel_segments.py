@@ -31,7 +31,7 @@ def in_segments(monkeypatch):
     return shorten
 
 
-@pytest.mark.parametrize("head_dim, block_q", ((64, 128), (128, 64), (128, 128)))
+@pytest.mark.parametrize("head_dim, block_q", ((64, 128), (96, 64), (128, 64), (128, 128), (192, 128), (256, 64)))
 @pytest.mark.parametrize("causal, density", ((True, 0.4), (True, 0.01), (False, 0.05)))
 def test_few_rows_many_keys(head_dim, block_q, causal, density, in_segments):
     plan = make_plan(190, 70_001, head_dim=head_dim, block_q=block_q, causal=causal)

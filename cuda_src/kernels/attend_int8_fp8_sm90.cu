@@ -41,7 +41,7 @@ struct AttendInt8Fp8Sm90Storage {
 
 // Fills a tile's four slots from 32-key blocks of BYTES each; in one copy when they are neighbours.
 template <int BYTES>
-__device__ __forceinline__ void load_slots(uint32_t smem_address, const uint8_t* blocks_gmem, const SlotKeys& keys,
+__device__ __forceinline__ void load_slots(uint32_t smem_address, const uint8_t* blocks_gmem, const SlotKeys<ATTEND_SLOTS>& keys,
                                            uint32_t barrier) {
   if (keys.are_neighbours) {
     bulk_copy(smem_address, blocks_gmem + int64_t(keys.first[0] / KEY_BLOCK) * BYTES, ATTEND_SLOTS * BYTES, barrier);
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(384, 1)
   if (threadIdx.x < 128) {
     setmaxnreg_dec<40>();
     if (warp == 0) {
-      auto load_k = [&](const Rows& rows, const SlotKeys& keys, int stage) {
+      auto load_k = [&](const Rows& rows, const SlotKeys<ATTEND_SLOTS>& keys, int stage) {
         constexpr int SCALE_BYTES = sizeof(float4);
         const int64_t first_row = int64_t(rows.batch * shape.num_kv_heads + rows.kv_head) * shape.padded_k();
         const uint8_t* scales = reinterpret_cast<const uint8_t*>(k_scale_gmem) + first_row / KEY_BLOCK * SCALE_BYTES;
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(384, 1)
         mbarrier_arrive_expect_tx(&ring.q_full, BYTES);
         bulk_copy(shared_address(smem.Q_smem), q_codes_gmem + row * HEAD_DIM, BYTES, shared_address(&ring.q_full));
       };
-      auto load_v = [&](const Rows& rows, const SlotKeys& keys, int stage) {
+      auto load_v = [&](const Rows& rows, const SlotKeys<ATTEND_SLOTS>& keys, int stage) {
         const int64_t first_row = int64_t(rows.batch * shape.num_kv_heads + rows.kv_head) * shape.padded_k();
         mbarrier_arrive_expect_tx(&ring.v_full[stage], V_TILE_BYTES);
         load_slots<V_SLOT_BYTES>(shared_address(smem.V_smem[stage]), v_codes_gmem + first_row * (HEAD_DIM + 8), keys,

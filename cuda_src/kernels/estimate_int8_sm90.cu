@@ -5,7 +5,7 @@
 // q_codes too; or SPARSE: q pruned 2:4, in the order of registers, for the sparse tensor cores. limits: int32 [batch,
 // num_heads, positions]. What is tested where: tile/row_map.cuh.
 // Two consumer warpgroups have 128 positions each, as two products of 64 rows that cover for each other's decisions; a
-// thread of a third warpgroup copies key tiles through a ring of six stages.
+// thread of a third warpgroup copies key tiles through a ring of six stages (four where rows of codes are 256 bytes).
 // Grid: ceil(positions / 256) * batch * num_heads CTAs of 384 threads, the rows that see most first.
 #include "ptx/bar_sync.cuh"
 #include "ptx/bulk_copy.cuh"
@@ -19,19 +19,22 @@
 #include "tile/votes.cuh"
 
 constexpr int ESTIMATE_BLOCK_Q = 256;
-constexpr int ESTIMATE_STAGES = 6;
 constexpr int ESTIMATE_CONSUMERS = 2;       // warpgroups
 constexpr int ESTIMATE_TILES_PER_WORD = 8;  // 128-key tiles of a mask word
 constexpr int ESTIMATE_VOTE_WORDS = 32;     // words between two stores
-constexpr int ESTIMATE_RUN = 16;            // tiles of pruned rows in straight code
-static_assert(ESTIMATE_VOTE_WORDS * ESTIMATE_TILES_PER_WORD % ESTIMATE_RUN == 0, "no run goes past a store");
+
+// Tiles of pruned rows in straight code; with 256 dims, whose rows take 40 registers, 16 would spill.
+template <int HEAD_DIM>
+constexpr int ESTIMATE_RUN = HEAD_DIM == 256 ? 8 : 16;
 
 template <int HEAD_DIM>
 struct EstimateInt8Storage {
-  alignas(1024) uint8_t Q_smem[ESTIMATE_CONSUMERS][CODE_TILE_ROWS * HEAD_DIM];
-  alignas(1024) uint8_t K_smem[ESTIMATE_STAGES][CODE_TILE_ROWS * HEAD_DIM];
+  static constexpr int ROW_BYTES = padded_dim(HEAD_DIM), TILE_BYTES = CODE_TILE_ROWS * ROW_BYTES;
+  static constexpr int STAGES = ROW_BYTES == 256 ? 4 : 6;
+  alignas(1024) uint8_t Q_smem[ESTIMATE_CONSUMERS][TILE_BYTES];
+  alignas(1024) uint8_t K_smem[STAGES][TILE_BYTES];
   uint32_t votes[ESTIMATE_CONSUMERS][2][4][ESTIMATE_VOTE_WORDS];  // [warpgroup][64-row half][warp][word]
-  alignas(8) uint64_t full[ESTIMATE_STAGES], empty[ESTIMATE_STAGES], q_full;
+  alignas(8) uint64_t full[STAGES], empty[STAGES], q_full;
   uint8_t alignment_slack[1024];
 };
 
@@ -40,13 +43,13 @@ template <int HEAD_DIM>
 __device__ __forceinline__ void multiply(int (&d)[64], uint64_t q_desc, uint64_t k_desc) {
 #pragma unroll
   for (int step = 0; step < HEAD_DIM / 32; ++step)
-    wgmma_m64n128k32_s8(d, q_desc + step * 2, k_desc + step * 2, step != 0);
+    wgmma_m64n128k32_s8(d, q_desc + wgmma_step(step), k_desc + wgmma_step(step), step != 0);
 }
 
 // Rows pruned 2:4, in registers: a warpgroup's 64 rows, 64 dims a step.
 template <int HEAD_DIM>
 struct SparseRows {
-  static constexpr int STEPS = HEAD_DIM / 64;
+  static constexpr int STEPS = ceil_div(HEAD_DIM, 64);
   uint32_t codes[STEPS][4], metadata[STEPS];
 
   // words: null: no rows.
@@ -63,8 +66,8 @@ struct SparseRows {
 template <int HEAD_DIM>
 __device__ __forceinline__ void multiply(int (&d)[64], const SparseRows<HEAD_DIM>& q, uint64_t k_desc) {
 #pragma unroll
-  for (int step = 0; step < HEAD_DIM / 64; ++step)
-    wgmma_sp_m64n128k64_s8(d, q.codes[step], q.metadata[step], k_desc + step * 4, step != 0);
+  for (int step = 0; step < SparseRows<HEAD_DIM>::STEPS; ++step)
+    wgmma_sp_m64n128k64_s8(d, q.codes[step], q.metadata[step], k_desc + wgmma_step(2 * step), step != 0);
 }
 
 // Bit b: a score of the lane's two rows in the tile's block b passes its threshold.
@@ -94,8 +97,8 @@ __device__ __forceinline__ uint32_t tile_votes_present(const int (&d)[64], const
 // What a lane of a consumer warpgroup holds: q, the thresholds of its rows, its place in the ring, its votes so far.
 template <int HEAD_DIM, bool SPARSE>
 struct Voter {
-  static constexpr uint32_t TILE_BYTES = CODE_TILE_ROWS * HEAD_DIM;
-  EstimateInt8Storage<HEAD_DIM>& smem;
+  using Storage = EstimateInt8Storage<HEAD_DIM>;
+  Storage& smem;
   int thresholds[2][2];        // [half][row]
   uint64_t q_desc, k_desc;     // of the first stage
   SparseRows<HEAD_DIM> q[2];   // of each half
@@ -105,8 +108,8 @@ struct Voter {
 
   // Starts the product of one half's rows and the key tile of the current stage.
   __device__ __forceinline__ void start(int (&d)[64], int half) const {
-    constexpr uint64_t HALF = TILE_BYTES / 2 / 16;  // 64 rows further, in a descriptor's units
-    const uint64_t k = k_desc + stage * uint64_t(TILE_BYTES / 16);
+    constexpr uint64_t HALF = Storage::TILE_BYTES / 2 / 16;  // 64 rows further, in a descriptor's units
+    const uint64_t k = k_desc + stage * uint64_t(Storage::TILE_BYTES / 16);
     wgmma_fence();
     if constexpr (SPARSE)
       multiply(d, q[half], k);
@@ -129,7 +132,7 @@ struct Voter {
       const bool has_next = i + 1 < NUM;
       const int shift = (tile + i) % ESTIMATE_TILES_PER_WORD * 4;
       const int done = stage;
-      if (++stage == ESTIMATE_STAGES) stage = 0, parity ^= 1;
+      if (++stage == Storage::STAGES) stage = 0, parity ^= 1;
       if (has_next) mbarrier_wait(&smem.full[stage], parity);
       wgmma_wait<1>();
       touch(upper);
@@ -172,10 +175,9 @@ template <int HEAD_DIM, int BLOCK_Q, bool SPARSE>
 __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
     estimate_int8_sm90(const uint8_t* q_codes_gmem, const uint8_t* k_codes_gmem, const int* limits_gmem,
                        uint32_t* words_gmem, Shape shape, RowMap map) {
-  static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "code rows are one 64- or 128-byte swizzled row");
   static_assert(BLOCK_Q == 64 || BLOCK_Q == 128, "mask blocks are 64 or 128 query rows");
   using Storage = EstimateInt8Storage<HEAD_DIM>;
-  constexpr uint32_t TILE_BYTES = CODE_TILE_ROWS * HEAD_DIM;
+  constexpr uint32_t TILE_BYTES = Storage::TILE_BYTES;
   extern __shared__ uint8_t dynamic_smem[];
   Storage& smem = aligned_storage<Storage>(dynamic_smem);
 
@@ -192,7 +194,7 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
   const int num_tiles = ceil_div(sequence.visible_keys(rows_end - 1), CODE_TILE_ROWS);
 
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < ESTIMATE_STAGES; ++stage) {
+    for (int stage = 0; stage < Storage::STAGES; ++stage) {
       mbarrier_init(&smem.full[stage], 1);
       mbarrier_init(&smem.empty[stage], 4 * ESTIMATE_CONSUMERS);  // every consumer warp
     }
@@ -212,7 +214,7 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
         const uint8_t* q_tiles = q_codes_gmem + (int64_t(head) * num_code_tiles + first_code_tile) * TILE_BYTES;
         bulk_copy(shared_address(smem.Q_smem), q_tiles, q_bytes, shared_address(&smem.q_full));
       }
-      const uint8_t* k_tiles = k_codes_gmem + int64_t(kv_head) * shape.padded_k() * HEAD_DIM;
+      const uint8_t* k_tiles = k_codes_gmem + int64_t(kv_head) * shape.padded_k() * Storage::ROW_BYTES;
       int stage = 0;
       uint32_t parity = 1;
       for (int tile = 0; tile < num_tiles; ++tile) {
@@ -220,7 +222,7 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
         mbarrier_arrive_expect_tx(&smem.full[stage], TILE_BYTES);
         bulk_copy(shared_address(smem.K_smem[stage]), k_tiles + int64_t(tile) * TILE_BYTES, TILE_BYTES,
                   shared_address(&smem.full[stage]));
-        if (++stage == ESTIMATE_STAGES) stage = 0, parity ^= 1;
+        if (++stage == Storage::STAGES) stage = 0, parity ^= 1;
       }
     }
   } else {
@@ -262,8 +264,8 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
       }
     };
 
-    voter.q_desc = wgmma_descriptor<HEAD_DIM>(shared_address(smem.Q_smem[warpgroup]));
-    voter.k_desc = wgmma_descriptor<HEAD_DIM>(shared_address(smem.K_smem[0]));
+    voter.q_desc = wgmma_descriptor<Storage::ROW_BYTES>(shared_address(smem.Q_smem[warpgroup]));
+    voter.k_desc = wgmma_descriptor<Storage::ROW_BYTES>(shared_address(smem.K_smem[0]));
     // Causal calls need no care: the rows that see the ragged last block have it as an anchor.
     const bool ragged = !shape.causal && sequence.seqlen_k % KEY_BLOCK != 0;
 
@@ -290,9 +292,11 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
     };
     int tile = 0;
     if constexpr (SPARSE) {  // the dense products are twice as long and lose by it
-      for (; tile + ESTIMATE_RUN <= num_tiles - int(ragged); tile += ESTIMATE_RUN) {
-        voter.template estimate<ESTIMATE_RUN>(tile);
-        store(tile + ESTIMATE_RUN - 1);
+      constexpr int RUN = ESTIMATE_RUN<HEAD_DIM>;
+      static_assert(ESTIMATE_VOTE_WORDS * ESTIMATE_TILES_PER_WORD % RUN == 0, "no run goes past a store");
+      for (; tile + RUN <= num_tiles - int(ragged); tile += RUN) {
+        voter.template estimate<RUN>(tile);
+        store(tile + RUN - 1);
       }
       for (; tile + 2 <= num_tiles - int(ragged); tile += 2) {
         voter.template estimate<2>(tile);

@@ -29,7 +29,7 @@ struct HalfProducts {
   float sums[64] = {};
   __device__ static uint32_t element_bits(uint32_t bits) { return small_halves<Element>(bits); }
   __device__ void multiply(uint64_t a_desc, const uint32_t (&)[4], uint64_t b_desc, int i) {
-    wgmma_m64n128k16_ss<Element>(sums, a_desc + i % 4 * 2, b_desc + i % 4 * 2, true);
+    wgmma_m64k16_ss<Element, 64>(sums, a_desc + i % 4 * 2, b_desc + i % 4 * 2, true);
   }
 };
 

@@ -26,17 +26,20 @@ __device__ __forceinline__ void touch(int (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
-// The descriptor of a K-major operand whose rows are ROW_BYTES long and swizzled by as much (PTX ISA, "matrix
+// The descriptor of a K-major operand whose rows are ROW_BYTES long, in the order of tile/swizzle.cuh (PTX ISA, "matrix
 // descriptor"): bits 0-13 address / 16, 32-45 distance of 8-row groups / 16, 62-63 swizzle (1: 128 bytes, 2: 64 bytes).
-// Eight-row groups start on multiples of 8 * ROW_BYTES. The operand's next 32 bytes along K are 2 further.
+// Eight-row groups start on multiples of 8 * ROW_BYTES. The operand's next 32 bytes along K: wgmma_step.
 template <int ROW_BYTES>
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem_address) {
-  static_assert(ROW_BYTES == 64 || ROW_BYTES == 128, "swizzled rows are 64 or 128 bytes");
+  static_assert(ROW_BYTES == 64 || ROW_BYTES == 128 || ROW_BYTES == 256, "rows are 64, 128 or 256 bytes");
   constexpr uint64_t LEADING = 1;  // not used with a swizzle
   constexpr uint64_t GROUP = 8 * ROW_BYTES / 16;
-  constexpr uint64_t SWIZZLE = ROW_BYTES == 128 ? 1 : 2;
+  constexpr uint64_t SWIZZLE = ROW_BYTES == 64 ? 2 : 1;
   return uint64_t((smem_address & 0x3FFFF) >> 4) | LEADING << 16 | GROUP << 32 | SWIZZLE << 62;
 }
+
+// What to add to a descriptor for bytes [32 * step, + 32) of its rows; those of 256 bytes have halves 1024 bytes apart.
+__device__ __forceinline__ constexpr uint64_t wgmma_step(int step) { return step / 4 * (1024 / 16) + step % 4 * 2; }
 
 // d (64 x 128) = or += A (64 x 32) * B (128 x 32), both in shared memory, K-major. A warpgroup holds 64 rows: lane l of
 // warp w has rows 16w + l/4 in d[4j], d[4j+1] and + 8 in d[4j+2], d[4j+3], columns 8j + 2*(l%4) and + 1.

@@ -5,38 +5,42 @@
 #pragma once
 #include "tile/element.cuh"
 
+// Accumulators as operands of asm, %0 on.
 #define SALEKIT_D32_TEXT \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define SALEKIT_D32_OUT \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SALEKIT_D48_TEXT \
+  SALEKIT_D32_TEXT ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define SALEKIT_D64_TEXT \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SALEKIT_D64_OUT \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), \
-  "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
-  "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
-  "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
-  "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+  SALEKIT_D48_TEXT ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SALEKIT_D96_TEXT \
+  SALEKIT_D64_TEXT ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define SALEKIT_D128_TEXT \
+  SALEKIT_D96_TEXT ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define SALEKIT_OUT8(I) \
+  "+f"(d[I]), "+f"(d[I + 1]), "+f"(d[I + 2]), "+f"(d[I + 3]), "+f"(d[I + 4]), "+f"(d[I + 5]), "+f"(d[I + 6]), \
+      "+f"(d[I + 7])
+#define SALEKIT_OUT16(I) SALEKIT_OUT8(I), SALEKIT_OUT8(I + 8)
+#define SALEKIT_D32_OUT SALEKIT_OUT16(0), SALEKIT_OUT16(16)
+#define SALEKIT_D48_OUT SALEKIT_D32_OUT, SALEKIT_OUT16(32)
+#define SALEKIT_D64_OUT SALEKIT_D48_OUT, SALEKIT_OUT16(48)
+#define SALEKIT_D96_OUT SALEKIT_D64_OUT, SALEKIT_OUT16(64), SALEKIT_OUT16(80)
+#define SALEKIT_D128_OUT SALEKIT_D96_OUT, SALEKIT_OUT16(96), SALEKIT_OUT16(112)
 
-// d (64 x 128) = or += A (64 x 16, shared memory, K-major) * B (128 x 16, shared memory, K-major).
-template <typename Element>
-__device__ __forceinline__ void wgmma_m64n128k16_ss(float (&d)[64], uint64_t a_desc, uint64_t b_desc, bool accumulate);
+// d (64 x N) = or += A (64 x 16, shared memory, K-major) * B (N x 16, shared memory, K-major); N is 2 * NUM_REGS: 64,
+// 96 or 128.
+template <typename Element, int NUM_REGS>
+__device__ __forceinline__ void wgmma_m64k16_ss(float (&d)[NUM_REGS], uint64_t a_desc, uint64_t b_desc,
+                                                bool accumulate);
 
-// d (64 x N) += A (64 x 16, registers) * B (16 x N, shared memory, N-major); N is 2 * NUM_REGS.
+// d (64 x N) += A (64 x 16, registers) * B (16 x N, shared memory, N-major); N is 2 * NUM_REGS: 64, 96, 128, 192 or
+// 256.
 template <typename Element, int NUM_REGS>
 __device__ __forceinline__ void wgmma_m64k16_rs(float (&d)[NUM_REGS], const uint32_t (&a)[4], uint64_t b_desc);
 
-// The same, d = or += A * B.
+// The same, d = or += A * B; N is 64 or 128.
 template <typename Element, int NUM_REGS>
 __device__ __forceinline__ void wgmma_m64k16_rs(float (&d)[NUM_REGS], const uint32_t (&a)[4], uint64_t b_desc,
                                                 bool accumulate);
@@ -48,7 +52,27 @@ __device__ __forceinline__ void wgmma_m64n64k16_rs(float (&d)[32], const uint32_
 
 #define SALEKIT_WGMMA(ELEMENT, NAME) \
   template <> \
-  __device__ __forceinline__ void wgmma_m64n128k16_ss<ELEMENT>(float (&d)[64], uint64_t a_desc, uint64_t b_desc, \
+  __device__ __forceinline__ void wgmma_m64k16_ss<ELEMENT, 32>(float (&d)[32], uint64_t a_desc, uint64_t b_desc, \
+                                                              bool accumulate) { \
+    asm volatile( \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" SALEKIT_D32_TEXT \
+        "}, %32, %33, p, 1, 1, 0, 0;\n}" \
+        : SALEKIT_D32_OUT \
+        : "l"(a_desc), "l"(b_desc), "r"(int(accumulate))); \
+  } \
+  template <> \
+  __device__ __forceinline__ void wgmma_m64k16_ss<ELEMENT, 48>(float (&d)[48], uint64_t a_desc, uint64_t b_desc, \
+                                                              bool accumulate) { \
+    asm volatile( \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n" \
+        "wgmma.mma_async.sync.aligned.m64n96k16.f32." NAME "." NAME " {" SALEKIT_D48_TEXT \
+        "}, %48, %49, p, 1, 1, 0, 0;\n}" \
+        : SALEKIT_D48_OUT \
+        : "l"(a_desc), "l"(b_desc), "r"(int(accumulate))); \
+  } \
+  template <> \
+  __device__ __forceinline__ void wgmma_m64k16_ss<ELEMENT, 64>(float (&d)[64], uint64_t a_desc, uint64_t b_desc, \
                                                               bool accumulate) { \
     asm volatile( \
         "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" \
@@ -56,6 +80,22 @@ __device__ __forceinline__ void wgmma_m64n64k16_rs(float (&d)[32], const uint32_
         "}, %64, %65, p, 1, 1, 0, 0;\n}" \
         : SALEKIT_D64_OUT \
         : "l"(a_desc), "l"(b_desc), "r"(int(accumulate))); \
+  } \
+  template <> \
+  __device__ __forceinline__ void wgmma_m64k16_rs<ELEMENT, 32>(float (&d)[32], const uint32_t (&a)[4], \
+                                                              uint64_t b_desc) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" SALEKIT_D32_TEXT \
+                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;" \
+                 : SALEKIT_D32_OUT \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc)); \
+  } \
+  template <> \
+  __device__ __forceinline__ void wgmma_m64k16_rs<ELEMENT, 48>(float (&d)[48], const uint32_t (&a)[4], \
+                                                              uint64_t b_desc) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n96k16.f32." NAME "." NAME " {" SALEKIT_D48_TEXT \
+                 "}, {%48, %49, %50, %51}, %52, 1, 1, 1, 1;" \
+                 : SALEKIT_D48_OUT \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc)); \
   } \
   template <> \
   __device__ __forceinline__ void wgmma_m64k16_rs<ELEMENT, 64>(float (&d)[64], const uint32_t (&a)[4], \
@@ -66,11 +106,19 @@ __device__ __forceinline__ void wgmma_m64n64k16_rs(float (&d)[32], const uint32_
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc)); \
   } \
   template <> \
-  __device__ __forceinline__ void wgmma_m64k16_rs<ELEMENT, 32>(float (&d)[32], const uint32_t (&a)[4], \
+  __device__ __forceinline__ void wgmma_m64k16_rs<ELEMENT, 96>(float (&d)[96], const uint32_t (&a)[4], \
                                                               uint64_t b_desc) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" SALEKIT_D32_TEXT \
-                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;" \
-                 : SALEKIT_D32_OUT \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32." NAME "." NAME " {" SALEKIT_D96_TEXT \
+                 "}, {%96, %97, %98, %99}, %100, 1, 1, 1, 1;" \
+                 : SALEKIT_D96_OUT \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc)); \
+  } \
+  template <> \
+  __device__ __forceinline__ void wgmma_m64k16_rs<ELEMENT, 128>(float (&d)[128], const uint32_t (&a)[4], \
+                                                              uint64_t b_desc) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." NAME "." NAME " {" SALEKIT_D128_TEXT \
+                 "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;" \
+                 : SALEKIT_D128_OUT \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc)); \
   } \
   template <> \

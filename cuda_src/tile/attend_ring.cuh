@@ -1,5 +1,6 @@
 // What the attention kernels of Hopper share: work items, the ring of key tiles, who fetches what, how a warpgroup's
-// output is stored. A CTA attends 128 query rows of one head at a time to 128-key tiles of four selected 32-key slots.
+// output is stored. A CTA attends 128 query rows of one head at a time to tiles of four selected 32-key slots (fewer with
+// large head dims).
 // Warpgroup 0 produces: its warp 0 hands out work items and fetches K, its warp 1 fetches Q and V. Warpgroups 1 and 2
 // consume, 64 rows each.
 #pragma once
@@ -9,8 +10,8 @@
 #include "tile/tensor_view.cuh"
 
 constexpr int ATTEND_BLOCK_Q = 128;
-constexpr int ATTEND_TILE_K = 128;
-constexpr int ATTEND_SLOTS = ATTEND_TILE_K / KEY_BLOCK;
+constexpr int ATTEND_SLOTS = 4;
+constexpr int ATTEND_TILE_K = ATTEND_SLOTS * KEY_BLOCK;
 constexpr int ATTEND_RUN = 16;   // neighbouring query blocks of a head before the next head
 constexpr int TURN_BARRIER = 2;  // named barriers 2 and 3: the turns of the two consumers
 constexpr int ITEM_SLOTS = 2;    // work items on their way from the warp that fetches K to all others
@@ -84,7 +85,7 @@ struct Rows {
 };
 
 // Barriers of Q, of STAGES tiles of K and V, and of the work items.
-template <int STAGES>
+template <int STAGES, int SLOTS = ATTEND_SLOTS>
 struct AttendRing {
   alignas(16) SlotTile tiles[STAGES];
   alignas(8) uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
@@ -119,8 +120,8 @@ struct ItemCursor {
   }
 
   // For all but the warp that hands them out: the next work item.
-  template <int STAGES>
-  __device__ __forceinline__ WorkItem receive(AttendRing<STAGES>& ring) {
+  template <int STAGES, int SLOTS>
+  __device__ __forceinline__ WorkItem receive(AttendRing<STAGES, SLOTS>& ring) {
     mbarrier_wait(&ring.item_full[slot], phase);
     const WorkItem& read = ring.items[slot];
     // Shuffled, so that the compiler knows them to be uniform.
@@ -131,24 +132,39 @@ struct ItemCursor {
   }
 };
 
+// A tile's slots, the first of four left out that it has not.
+template <int SLOTS>
+struct SlotStarts {
+  int first[SLOTS];
+
+  __device__ explicit SlotStarts(int4 slots) {
+    const int all[4] = {slots.x, slots.y, slots.z, slots.w};
+#pragma unroll
+    for (int i = 0; i < SLOTS; ++i) first[i] = all[4 - SLOTS + i];
+  }
+};
+
 // An absent slot repeats the last one: its scores are masked, and 0 * v must not meet stale NaNs.
+template <int SLOTS>
 struct SlotKeys {
-  int first[ATTEND_SLOTS];
+  int first[SLOTS];
   bool are_neighbours;
 
-  __device__ explicit SlotKeys(int4 slots)
-      : first{slots.x < 0 ? slots.w : slots.x, slots.y < 0 ? slots.w : slots.y, slots.z < 0 ? slots.w : slots.z,
-              slots.w},
-        are_neighbours(slots.x >= 0 && slots.w - slots.x == 3 * KEY_BLOCK) {}
+  __device__ explicit SlotKeys(int4 slots) {
+    const SlotStarts<SLOTS> starts(slots);
+#pragma unroll
+    for (int i = 0; i < SLOTS; ++i) first[i] = starts.first[i] < 0 ? slots.w : starts.first[i];
+    are_neighbours = starts.first[0] >= 0 && slots.w - starts.first[0] == (SLOTS - 1) * KEY_BLOCK;
+  }
 };
 
 // For warp 0: hands out the segment's work items from the counter `next_item` (zero before the launch; null when there
 // is a CTA for each item) and fetches their K. load_k(rows, keys, stage), called by one lane, starts the copies of a tile.
 // Waits are for whole warps, here and below: a diverged warp would spin instead of sleeping.
-template <int MASK_ROWS, bool WINDOWED = false, int STAGES, typename LoadK>
-__device__ __forceinline__ void hand_out_items(AttendRing<STAGES>& ring, const Shape& shape, const Segment& segment,
-                                               const uint32_t* mask_gmem, int expand_log2, uint32_t* next_item,
-                                               LoadK load_k) {
+template <int MASK_ROWS, bool WINDOWED = false, int STAGES, int SLOTS, typename LoadK>
+__device__ __forceinline__ void hand_out_items(AttendRing<STAGES, SLOTS>& ring, const Shape& shape,
+                                               const Segment& segment, const uint32_t* mask_gmem, int expand_log2,
+                                               uint32_t* next_item, LoadK load_k) {
   const bool elected = threadIdx.x % 32 == 0;
   ItemCursor cursor;
   int stage = 0;
@@ -167,18 +183,18 @@ __device__ __forceinline__ void hand_out_items(AttendRing<STAGES>& ring, const S
     if (elected) following = next_item == nullptr ? segment.num_items : gridDim.x + atomicAdd(next_item, 1);
     const Rows rows(shape, segment.first_item + item);
     auto walker = rows.walker<MASK_ROWS, WINDOWED>(shape, segment, mask_gmem, expand_log2);
-    const int num_tiles = ceil_div(walker.count(), ATTEND_SLOTS);
+    const int num_tiles = ceil_div(walker.count(), SLOTS);
     if (elected) {
       ring.items[cursor.slot] = {segment.first_item + item, num_tiles};
       mbarrier_arrive(&ring.item_full[cursor.slot]);
     }
     cursor.advance();
     for (int t = 0; t < num_tiles; ++t) {
-      const SlotTile tile = walker.next();
+      const SlotTile tile = walker.template next<SLOTS>();
       mbarrier_wait(&ring.k_empty[stage], phase);
       if (elected) {
         ring.tiles[stage] = tile;
-        load_k(rows, SlotKeys(tile.first_key), stage);
+        load_k(rows, SlotKeys<SLOTS>(tile.first_key), stage);
       }
       __syncwarp();
       if (++stage == STAGES) stage = 0, phase ^= 1;
@@ -188,8 +204,8 @@ __device__ __forceinline__ void hand_out_items(AttendRing<STAGES>& ring, const S
 }
 
 // For warp 1: fetches Q by load_q(rows) and V by load_v(rows, keys, stage), called by one lane.
-template <int MASK_ROWS, bool WINDOWED = false, int STAGES, typename LoadQ, typename LoadV>
-__device__ __forceinline__ void fetch_queries_and_values(AttendRing<STAGES>& ring, const Shape& shape,
+template <int MASK_ROWS, bool WINDOWED = false, int STAGES, int SLOTS, typename LoadQ, typename LoadV>
+__device__ __forceinline__ void fetch_queries_and_values(AttendRing<STAGES, SLOTS>& ring, const Shape& shape,
                                                          const Segment& segment, const uint32_t* mask_gmem,
                                                          int expand_log2, LoadQ load_q, LoadV load_v) {
   const bool elected = threadIdx.x % 32 == 0;
@@ -203,21 +219,23 @@ __device__ __forceinline__ void fetch_queries_and_values(AttendRing<STAGES>& rin
     if (elected) load_q(rows);
     auto walker = rows.walker<MASK_ROWS, WINDOWED>(shape, segment, mask_gmem, expand_log2);
     for (int t = 0; t < item.num_tiles; ++t) {
-      const SlotTile tile = walker.next();
+      const SlotTile tile = walker.template next<SLOTS>();
       mbarrier_wait(&ring.v_empty[stage], phase);
-      if (elected) load_v(rows, SlotKeys(tile.first_key), stage);
+      if (elected) load_v(rows, SlotKeys<SLOTS>(tile.first_key), stage);
       __syncwarp();
       if (++stage == STAGES) stage = 0, phase ^= 1;
     }
   }
 }
 
-// Scores of keys before a row's first become -inf.
-__device__ __forceinline__ void mask_scores_before(float (&s)[64], int4 slots, int begin_upper, int begin_lower) {
-  const int starts[ATTEND_SLOTS] = {slots.x, slots.y, slots.z, slots.w};
+// Scores of keys before a row's first become -inf. A slot has 16 of a lane's scores.
+template <int NUM_SCORES>
+__device__ __forceinline__ void mask_scores_before(float (&s)[NUM_SCORES], int4 slots, int begin_upper,
+                                                   int begin_lower) {
+  const SlotStarts<NUM_SCORES / 16> starts(slots);
 #pragma unroll
-  for (int j = 0; j < 16; ++j) {
-    const int key = starts[j / 4] + (j % 4) * 8 + (threadIdx.x % 4) * 2;
+  for (int j = 0; j < NUM_SCORES / 4; ++j) {
+    const int key = starts.first[j / 4] + (j % 4) * 8 + (threadIdx.x % 4) * 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (key + i < begin_upper) s[4 * j + i] = -INFINITY;
@@ -227,13 +245,15 @@ __device__ __forceinline__ void mask_scores_before(float (&s)[64], int4 slots, i
 }
 
 // Scores of slots that are not selected and of keys beyond a row's limit become -inf.
-__device__ __forceinline__ void mask_scores(float (&s)[64], int4 slots, uint32_t selected, int visible_upper,
+template <int NUM_SCORES>
+__device__ __forceinline__ void mask_scores(float (&s)[NUM_SCORES], int4 slots, uint32_t selected, int visible_upper,
                                             int visible_lower) {
-  const int starts[ATTEND_SLOTS] = {slots.x, slots.y, slots.z, slots.w};
+  constexpr int SLOTS = NUM_SCORES / 16;
+  const SlotStarts<SLOTS> starts(slots);
 #pragma unroll
-  for (int j = 0; j < 16; ++j) {
-    const bool absent = (selected >> (j / 4) & 1) == 0;
-    const int key = starts[j / 4] + (j % 4) * 8 + (threadIdx.x % 4) * 2;
+  for (int j = 0; j < NUM_SCORES / 4; ++j) {
+    const bool absent = (selected >> (4 - SLOTS + j / 4) & 1) == 0;
+    const int key = starts.first[j / 4] + (j % 4) * 8 + (threadIdx.x % 4) * 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (absent | (key + i >= visible_upper)) s[4 * j + i] = -INFINITY;

@@ -1,9 +1,8 @@
-// Walks the selected, visible 32-key blocks of a mask from the last to the first, four at a time: a 128-key tile's
-// slots.
+// Walks the selected, visible 32-key blocks of a mask from the last to the first, up to four at a time: a tile's slots.
 #pragma once
 #include "tile/shape.cuh"
 
-// Four 32-key blocks, keys rising.
+// Four 32-key blocks, keys rising; in tiles of fewer slots the first are always absent.
 struct SlotTile {
   int4 first_key;     // -1: absent; the last slot is absent only when the walk has ended
   uint32_t selected;  // bit 4*g + s: slot s is there and selected by the rows of warpgroup g, 64 rows each
@@ -57,20 +56,24 @@ struct SlotWalker : WalkBegin<WINDOWED> {
     return __reduce_add_sync(~0u, total);
   }
 
+  // The next SLOTS blocks.
+  template <int SLOTS = 4>
   __device__ SlotTile next() {
     SlotTile tile;
     tile.selected = 0;
+    if constexpr (SLOTS < 4) tile.first_key.x = -1;
+    if constexpr (SLOTS < 3) tile.first_key.y = -1;
     int owner = last_owner();
     if (owner >= 0) {
       uint32_t bits[NUM_ROWS];
 #pragma unroll
       for (int r = 0; r < NUM_ROWS; ++r) bits[r] = __shfl_sync(~0u, mine[r], owner);
-      if (__popc(all(bits)) >= 4) {  // the usual case: all four from one word
+      if (__popc(all(bits)) >= SLOTS) {  // the usual case: all from one word
         const int first = (base_word + owner) * 32;
         tile.first_key.w = (first + take_highest(bits, 3, tile.selected)) * KEY_BLOCK;
         tile.first_key.z = (first + take_highest(bits, 2, tile.selected)) * KEY_BLOCK;
-        tile.first_key.y = (first + take_highest(bits, 1, tile.selected)) * KEY_BLOCK;
-        tile.first_key.x = (first + take_highest(bits, 0, tile.selected)) * KEY_BLOCK;
+        if constexpr (SLOTS >= 3) tile.first_key.y = (first + take_highest(bits, 1, tile.selected)) * KEY_BLOCK;
+        if constexpr (SLOTS >= 4) tile.first_key.x = (first + take_highest(bits, 0, tile.selected)) * KEY_BLOCK;
 #pragma unroll
         for (int r = 0; r < NUM_ROWS; ++r) mine[r] = lane == owner ? bits[r] : mine[r];
         return tile;
@@ -78,8 +81,8 @@ struct SlotWalker : WalkBegin<WINDOWED> {
     }
     tile.first_key.w = next_key(3, tile.selected);
     tile.first_key.z = next_key(2, tile.selected);
-    tile.first_key.y = next_key(1, tile.selected);
-    tile.first_key.x = next_key(0, tile.selected);
+    if constexpr (SLOTS >= 3) tile.first_key.y = next_key(1, tile.selected);
+    if constexpr (SLOTS >= 4) tile.first_key.x = next_key(0, tile.selected);
     return tile;
   }
 
