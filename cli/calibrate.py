@@ -10,8 +10,6 @@ from typing import Any
 import click
 import numpy as np
 
-from salekit.written_files import check_output
-
 from . import backends, options, render
 
 TWIN = "the NumPy twin calibrates, which takes long beyond a few thousand tokens"
@@ -28,7 +26,7 @@ TWIN = "the NumPy twin calibrates, which takes long beyond a few thousand tokens
 @options.query_stride
 @options.skipped
 @options.backend
-@click.option("--force", is_flag=True, help="Overwrite an output that exists.")
+@options.force
 @options.as_json
 @click.option("-o", "--output", type=click.Path(dir_okay=False, writable=True), required=True, help="Write this JSON.")
 def calibrate(
@@ -46,9 +44,7 @@ def calibrate(
     given = {name: value for name, value in targets.items() if value is not None} or {"relative_error": 0.1}
     if len(given) > 1:
         raise click.UsageError("give one of --max-relative-error, --max-error, --min-recall and --density")
-    check_output("-o", output, *files)
-    if Path(output).exists() and not force:
-        raise click.UsageError(f"{output} exists; --force overwrites it")
+    options.check_output("-o", output, *files, force=force)
     ((target, value),) = given.items()
 
     from salekit import __version__, thresholds

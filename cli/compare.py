@@ -8,8 +8,6 @@ from typing import Any
 import click
 import numpy as np
 
-from salekit.written_files import check_output
-
 from . import backends, options, plots, render
 
 TWIN = "the NumPy twin compares, which takes minutes beyond a few thousand tokens"
@@ -57,7 +55,7 @@ def _methods(ctx: Any, param: Any, text: str) -> list[Any]:
 @options.backend
 @options.as_json
 @click.option("--plot", type=click.Path(dir_okay=False, writable=True), help="Draw to this .svg or .png (matplotlib).")
-@click.option("--force", is_flag=True, help="Overwrite a plot that exists.")
+@options.force
 def compare(
     file, sample, layer, heads, methods, densities, shared, anchors, per_head, block, skipped, backend, as_json, plot,
     force,
@@ -71,9 +69,9 @@ def compare(
     """
     if sample == (file is not None):
         raise click.UsageError("give either FILE or --sample")
-    check_output("--plot", plot, file)
+    options.check_output("--plot", plot, file, force=force)
     if plot:
-        plots.check(plot, force)
+        plots.check(plot)
     name, layer_name, q, k, v = _load(file, layer)
     heads = list(dict.fromkeys(heads)) or list(range(q.shape[2]))
     if max(heads) >= q.shape[2]:

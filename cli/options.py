@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 from click.core import ParameterSource
 
+from salekit import written_files
 from salekit.plans import BLOCKS, ESTIMATORS, SKIPPED
 
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
@@ -97,6 +99,25 @@ def refuse(names: tuple[str, ...], why: str) -> None:
         raise click.UsageError(f"{', '.join(found)}: {why}")
 
 
+def check_output(option: str, path: str | None, *others: str | None, force: bool) -> None:
+    """``written_files.check_output``; a file that exists is overwritten with ``force`` alone. click.UsageError."""
+    _refuse_dash(option, path)
+    written_files.check_output(option, path, *others)
+    if path is not None and Path(path).exists() and not force:
+        raise click.UsageError(f"{path} exists; --force overwrites it")
+
+
+def check_folder(option: str, path: str) -> None:
+    """``written_files.check_folder``. click.UsageError."""
+    _refuse_dash(option, path)
+    written_files.check_folder(option, path)
+
+
+def _refuse_dash(option: str, path: str | None) -> None:
+    if path == "-":
+        raise click.UsageError(f"{option}: got -, which is not stdout here; wants a name (--json prints on stdout)")
+
+
 def check_qkv(name: str, *tensors: np.ndarray) -> None:
     """click.UsageError unless q, k and v have elements, which are finite: else there is nothing to measure."""
     q, k, _ = tensors
@@ -148,4 +169,5 @@ backend = click.option(
     help="Where to compute.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+force = click.option("--force", is_flag=True, help="Overwrite an output that exists.")
 output = click.option("-o", "--output", type=click.Path(dir_okay=False, writable=True), help="Write to this file.")

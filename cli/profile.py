@@ -12,7 +12,7 @@ import click
 
 from salekit.errors import GpuError, SalekitError
 from salekit.plans import HEAD_DIMS
-from salekit.written_files import check_output, write
+from salekit.written_files import write
 
 from . import bench, options, render, roofline
 
@@ -74,7 +74,7 @@ def _known_gpu(context: Any, parameter: Any, name: str | None) -> str | None:
 @click.option(
     "--trace", "trace_file", type=click.Path(dir_okay=False, writable=True), help="Write a Chrome trace (JSON)."
 )
-@click.option("--force", is_flag=True, help="Overwrite outputs that exist.")
+@options.force
 @options.as_json
 def profile(**settings: Any) -> None:
     """Time each kernel of a call and compare it with what the GPU can do at most.
@@ -99,8 +99,9 @@ def profile(**settings: Any) -> None:
 
 def _check_outputs(settings: dict[str, Any]) -> None:
     """What is wrong with the options is said before anything is measured."""
-    check_output("--roofline", settings["picture"], settings["masks_file"])
-    check_output("--trace", settings["trace_file"], settings["picture"], settings["masks_file"])
+    picture, trace, masks, force = (settings[name] for name in ("picture", "trace_file", "masks_file", "force"))
+    options.check_output("--roofline", picture, masks, force=force)
+    options.check_output("--trace", trace, picture, masks, force=force)
     if settings["gpu_name"]:
         for name in ("trace_file", "remeasure"):
             if settings[name]:
@@ -109,9 +110,6 @@ def _check_outputs(settings: dict[str, Any]) -> None:
         options.refuse(("tau", "seed"), "of what runs here; --gpu predicts, from --density or --masks")
     if settings["density"] is not None and settings["masks_file"]:
         raise click.UsageError("--density and --masks exclude each other: the masks have a density")
-    for path in filter(None, (settings["picture"], settings["trace_file"])):
-        if Path(path).exists() and not settings["force"]:
-            raise click.UsageError(f"{path} exists; --force overwrites it")
     if settings["picture"]:
         path = Path(settings["picture"])
         if path.suffix.lower() not in roofline.SUFFIXES:
