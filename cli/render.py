@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, Sequence, TextIO
 
 import numpy as np
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -19,6 +22,7 @@ from rich.text import Text
 from salekit.errors import escaped
 
 MAX_TABLE_WIDTH = 1000
+PROGRESS_SECONDS = 10.0  # between two lines of progress, where there is no bar
 SHADES = " .:-=+*#%@"  # lightest to darkest, where there is no colour
 _NOTHING, _HALVES = "·", "▀"  # a cell in which no block is set; two rows of a picture
 _ASCII = str.maketrans({_NOTHING: "`", "±": "+-"})  # where the encoding has no other
@@ -88,7 +92,10 @@ def text(line: str = "") -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on stdout; cells are shown as ``str`` gives them, never cut."""
+    """A table on stdout; cells are shown as ``str`` gives them, never cut.
+
+    On a terminal that is too narrow columns are closer, and cells go on in a next line, at a space.
+    """
     console = _console()
     title = escape(console.shown(escaped(title)))
     drawn = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
@@ -98,18 +105,54 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
         drawn.add_row(*(_text(str(cell), console) for cell in row))
     if not console.is_terminal:
         console.width = max(console.width, 400)  # a file or a pipe has no width to fit
-    needed = console.measure(drawn, options=console.options.update(max_width=MAX_TABLE_WIDTH)).maximum
-    console.width = max(console.width, needed)  # a narrow terminal wraps lines; cells stay whole
+    options = console.options.update(max_width=MAX_TABLE_WIDTH)
+    if console.is_terminal and console.measure(drawn, options=options).maximum > console.width:
+        drawn.padding, drawn.collapse_padding, drawn.show_edge = (0, 1), True, False
+        _fold(drawn, console.width - 2 * (len(columns) - 1))
+    needed = console.measure(drawn, options=options).maximum
+    console.width = max(console.width, needed)  # where words are too wide for it, the terminal wraps lines
     console.print(drawn, crop=False)
+
+
+def _fold(drawn: Table, room: int) -> None:
+    """Makes the widest columns narrower until all fit into ``room``, or each is as wide as its longest word."""
+    texts = [[str(column.header), *map(str, column.cells)] for column in drawn.columns]
+    least = [max(cell_len(word) for text in of for word in (text.split() or [""])) for of in texts]
+    widths = [max(map(cell_len, of)) for of in texts]
+    while sum(widths) > room and widths != least:
+        widest = max(range(len(widths)), key=lambda i: (widths[i] > least[i], widths[i]))
+        widths[widest] -= 1
+    for column, width in zip(drawn.columns, widths):
+        column.width, column.no_wrap = width, False
 
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr, gone when done, where that is a terminal; yields a function that advances it by one."""
+    """Progress on stderr: a bar, gone when done, where that is a terminal, else a line now and then.
+
+    Yields a function that advances it by one, for any thread.
+    """
     console = _console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:
+        yield _lines(label, total)
+        return
+    with Progress(console=console, transient=True) as bar:
         task = bar.add_task(escape(escaped(label)), total=total)
         yield lambda: bar.advance(task)
+
+
+def _lines(label: str, total: int) -> Callable[[], None]:
+    done, last, lock = 0, time.monotonic(), threading.Lock()
+
+    def advance() -> None:
+        nonlocal done, last
+        with lock:
+            done += 1
+            if done < total and time.monotonic() - last >= PROGRESS_SECONDS:
+                last = time.monotonic()
+                note(f"{label}: {done} of {total}")
+
+    return advance
 
 
 def ramp(values: np.ndarray) -> np.ndarray:
