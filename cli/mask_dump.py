@@ -489,6 +489,8 @@ def _draw(mask, drawing, chosen: list[int], width: int) -> None:
             render.heat_map(pictures.cells(drawing.kinds(head), drawing.visible, rows, width))
             continue
         counts = np.bincount(drawing.kinds(head).ravel(), minlength=len(drawing.layers) + 1)[1:]
-        for layer, count in zip(drawing.layers, counts):
-            render.text(f"  {layer.name}: {count} blocks")
-        render.picture(pictures.head_picture(drawing, head, rows, width))
+        names = [f"{layer.name}: {count} blocks" for layer, count in zip(drawing.layers, counts)]
+        render.legend(names, [layer.colour for layer in drawing.layers])
+        render.kinds(
+            pictures.head_kinds(drawing, head, rows, width), pictures.head_picture(drawing, head, rows, width)
+        )

@@ -26,6 +26,7 @@ PROGRESS_SECONDS = 10.0  # between two lines of progress, where there is no bar
 SHADES = " .:-=+*#%@"  # lightest to darkest, where there is no colour
 _NOTHING, _HALVES = "·", "▀"  # a cell in which no block is set; two rows of a picture
 _ASCII = str.maketrans({_NOTHING: "`", "±": "+-"})  # where the encoding has no other
+_LETTERS = "abcdefgh"  # of kinds, where there is no colour
 _RAMP = ((13, 8, 35), (84, 15, 109), (187, 55, 84), (249, 142, 9), (252, 255, 164))  # dark to bright
 
 
@@ -89,6 +90,14 @@ def text(line: str = "") -> None:
     """A line on stdout."""
     console = _console()
     console.print(_text(line, console))
+
+
+def legend(names: Sequence[str], colours: Sequence[tuple[int, int, int]]) -> None:
+    """A line on stdout for each kind of ``kinds``, with its colour, or its letter."""
+    console = _console()
+    for letter, name, colour in zip(_LETTERS, names, colours):
+        mark = Text(letter) if _is_plain(console) else Text("  ", style="on rgb({},{},{})".format(*colour))
+        console.print(Text("  ") + mark + _text(f"  {name}", console))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -177,7 +186,21 @@ def heat_map(values: np.ndarray) -> None:
             ]
             console.print(Text("".join(shades)))
         return
-    picture(ramp(values))
+    _picture(ramp(values), console)
+
+
+def kinds(cells: np.ndarray, colours: np.ndarray) -> None:
+    """Draw cells of several kinds, as ``legend`` has them: in colour, or a letter a cell without.
+
+    cells: int [rows, columns], 1 + the kind; 0: no block is set, -1: nothing there. colours: uint8 RGB of each.
+    """
+    console = _console()
+    if not _is_plain(console):
+        _picture(colours, console)
+        return
+    letters = np.array([*" ", console.shown(_NOTHING), *_LETTERS])
+    for row in letters[cells + 1]:
+        console.print(Text("".join(row)))
 
 
 def _is_plain(console: _Console) -> bool:
@@ -185,13 +208,8 @@ def _is_plain(console: _Console) -> bool:
     return console.color_system is None or console.no_color or not console.has(_HALVES)
 
 
-def picture(colours: np.ndarray) -> None:
-    """Draw uint8 RGB [rows, columns, 3], two rows a line; without colour, a shade a cell by its brightness."""
-    console = _console()
-    if _is_plain(console):
-        for row in colours.max(axis=2) / 255:
-            console.print(Text("".join(SHADES[round(x * (len(SHADES) - 1))] for x in row)))
-        return
+def _picture(colours: np.ndarray, console: _Console) -> None:
+    """uint8 RGB [rows, columns, 3], two rows a line."""
     for top in range(0, len(colours), 2):
         line = Text()
         for column in range(colours.shape[1]):
