@@ -163,13 +163,13 @@ def run_bench(
 # --- what is timed -------------------------------------------------------------------------------------------------
 def _bench_case(case, settings, thresholds, masks, report, cuda: bool) -> dict[str, Any]:
     """thresholds: a number, or (file, layer)."""
-    from salekit import call_checks, timing
+    from salekit import timing
     from salekit.attention import dense_attention, sparse_attention
     from salekit.staged import StagedCall
     from salekit.thresholds import as_thresholds
 
     q, k, v = case["make"]()
-    plan = call_checks.make_plan(q, k, v, **settings)
+    plan = options.make_plan(q, k, v, **settings)
     if isinstance(thresholds, tuple):
         thresholds = _load_thresholds(*thresholds, plan)
     thresholds = as_thresholds(thresholds, case["heads"], q)

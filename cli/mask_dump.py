@@ -283,7 +283,7 @@ class _Source:
         q, k, v = self._load(layer)
         if self._use_gpu:
             q, k, v = backends.on_gpu(q, k, v)
-        plan = salekit.make_plan(
+        plan = options.make_plan(
             q, k, v, block=self.block, estimator=estimator, query_stride=self.query_stride, dense_below=0
         )
         codes = salekit.quantize(q, k, plan)

@@ -12,25 +12,27 @@ import numpy as np
 from click.core import ParameterSource
 
 from salekit import written_files
+from salekit.errors import ArgumentError
 from salekit.plans import BLOCKS, ESTIMATORS, SKIPPED
 
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 
-def parse_seqlen(text: str) -> int:
-    """ "4096", "128k" (131072), "1m" (1048576). click.BadParameter otherwise."""
+def parse_seqlen(text: str, option: str | None = None) -> int:
+    """ "4096", "128k" (131072), "1m" (1048576). click.BadParameter otherwise, of the option where it is given."""
+    hint = option and f"'{option}'"
     match = re.fullmatch(r"(\d{1,10})([km]?)", text.strip().lower())
     if not match:
-        raise click.BadParameter(f"{text!r} is not a length; wants e.g. 4096, 32k or 1m")
+        raise click.BadParameter(f"{text!r} is not a length; wants e.g. 4096, 32k or 1m", param_hint=hint)
     length = int(match[1]) * _UNITS[match[2]]
     if not 1 <= length <= 2**30:
-        raise click.BadParameter(f"{text!r} is out of range; wants 1 to 1024m")
+        raise click.BadParameter(f"{text!r} is out of range; wants 1 to 1024m", param_hint=hint)
     return length
 
 
 def parse_seqlens(text: str) -> list[int]:
-    """ "8k,32k,128k" as a list of lengths."""
-    return [parse_seqlen(part) for part in text.split(",")]
+    """ "8k,32k,128k", a --seqlen, as a list of lengths."""
+    return [parse_seqlen(part, "--seqlen") for part in text.split(",")]
 
 
 def seqlen_name(tokens: int) -> str:
@@ -125,6 +127,19 @@ def check_qkv(name: str, *tensors: np.ndarray) -> None:
         raise click.UsageError(f"{name}: has shapes {q.shape} and {k.shape}: there is nothing to measure")
     if not all(np.isfinite(row.astype(np.float32)).all() for x in tensors for rows in x for row in rows):
         raise click.UsageError(f"{name}: holds NaN or infinity; wants finite q, k and v")
+
+
+def make_plan(*tensors: Any, **settings: Any) -> Any:
+    """``salekit.make_plan``; where it refuses an option of the command line, click.UsageError names that."""
+    from salekit import call_checks
+
+    try:
+        return call_checks.make_plan(*tensors, **settings)
+    except ArgumentError as error:
+        name, _, why = str(error).partition(": ")
+        if not given(name):
+            raise
+        raise click.UsageError(f"{given(name)[0]}: {why}") from None
 
 
 BLOCK, TAU = _Block(), _Tau()

@@ -150,9 +150,10 @@ def run_profile(
             raise click.UsageError("--density is for predictions (--gpu); what runs here has that of --tau or --masks")
     masks = bench.load_masks(masks_file, block) if masks_file else None
     if seqlen is not None:
-        if options.parse_seqlen(seqlen) > MOST_TOKENS:
+        tokens = options.parse_seqlen(seqlen, "--seqlen")
+        if tokens > MOST_TOKENS:
             raise click.UsageError(f"--seqlen: got {seqlen}; wants at most {options.seqlen_name(MOST_TOKENS)}")
-        seqlen = str(options.parse_seqlen(seqlen))
+        seqlen = str(tokens)
     elif masks is None:
         seqlen = DEFAULT_SEQLEN
     [case] = bench.cases_of(seqlen, heads, kv_heads, int(head_dim), dtype, None, masks, True, seed)
@@ -210,7 +211,7 @@ def _predict(report: dict, case: dict, settings: dict, dtype: str, masks: Any, d
     if case["heads"] > MAX_GRID:
         raise click.UsageError(f"--heads: got {case['heads']}; wants at most {MAX_GRID}")
     stand_ins = call_checks.examples(of_q, of_kv, of_kv, bench.DTYPES[dtype], None)
-    plan = call_checks.make_plan(*stand_ins, **settings)  # refuses what the call would refuse
+    plan = options.make_plan(*stand_ins, **settings)  # refuses what the call would refuse
     plan = plan.replace(arch=known.arch, estimator=resolve_estimator(settings["estimator"], known.arch))
     if masks is None:
         pairs, density = work.pairs_at(plan, density)
@@ -255,13 +256,13 @@ def _measure(
     report: dict, case: dict, settings: dict, tau: float, masks: Any, remeasure: bool, with_trace: bool
 ) -> dict[str, Any] | None:
     """Fills the report with what this GPU does; returns the trace."""
-    from salekit import call_checks, ceilings, launches, nvtx, timing, work
+    from salekit import ceilings, launches, nvtx, timing, work
     from salekit.attention import dense_attention, sparse_attention
     from salekit.staged import StagedCall
 
     limits = ceilings.of_this_gpu(remeasure, render.note)
     q, k, v = case["make"]()
-    plan = call_checks.make_plan(q, k, v, **settings)
+    plan = options.make_plan(q, k, v, **settings)
     mask = None if masks is None else bench.given_mask(masks, case["heads"], q)
     attended = mask or StagedCall(q, k, v, tau, plan).estimated
     blocks = attended.selected_blocks()

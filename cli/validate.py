@@ -94,7 +94,7 @@ def run_validate(
     plan_options: dict[str, Any] = dict(
         estimator=estimator, query_stride=query_stride, block=block, dense_below=0
     )
-    call_checks.make_plan(q, k, v, **plan_options, attend=attend, skipped=skipped)  # refuses what a call refuses
+    options.make_plan(q, k, v, **plan_options, attend=attend, skipped=skipped)  # refuses what a call refuses
     rounded = options.rounded(tau)
     render.note(
         f"validate: {source}, {q.shape[1]} tokens, {q.shape[2]}/{k.shape[2]} heads, head_dim {q.shape[3]}; "
