@@ -14,7 +14,7 @@ import click
 
 from salekit.errors import GpuError
 from salekit.plans import HEAD_DIMS
-from salekit.written_files import check_output, write
+from salekit.written_files import write
 
 from . import options, render
 
@@ -60,6 +60,7 @@ TWIN_LIMIT_SECONDS = 120.0
 )
 @options.block
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the generated input.")
+@options.force
 @options.as_json
 @options.output
 def bench(**settings: Any) -> None:
@@ -68,7 +69,8 @@ def bench(**settings: Any) -> None:
     CUDA events, L2 flushed before each sample, median and spread (interquartile range / median). Without a GPU the
     NumPy twin is timed, at small sizes.
     """
-    check_output("-o", *(settings[name] for name in ("output", "input_file", "masks_file", "thresholds_file")))
+    files = (settings[name] for name in ("output", "input_file", "masks_file", "thresholds_file"))
+    options.check_output("-o", *files, force=settings["force"])
     report = run_bench(**settings)
     text = json.dumps(report, indent=2)
     if settings["output"]:
@@ -161,13 +163,13 @@ def run_bench(
 # --- what is timed -------------------------------------------------------------------------------------------------
 def _bench_case(case, settings, thresholds, masks, report, cuda: bool) -> dict[str, Any]:
     """thresholds: a number, or (file, layer)."""
-    from salekit import call_checks, timing
+    from salekit import timing
     from salekit.attention import dense_attention, sparse_attention
     from salekit.staged import StagedCall
     from salekit.thresholds import as_thresholds
 
     q, k, v = case["make"]()
-    plan = call_checks.make_plan(q, k, v, **settings)
+    plan = options.make_plan(q, k, v, **settings)
     if isinstance(thresholds, tuple):
         thresholds = _load_thresholds(*thresholds, plan)
     thresholds = as_thresholds(thresholds, case["heads"], q)

@@ -10,8 +10,6 @@ from typing import Any
 import click
 import numpy as np
 
-from salekit.written_files import check_output
-
 from . import backends, options, render
 
 TWIN = "the NumPy twin calibrates, which takes long beyond a few thousand tokens"
@@ -28,7 +26,7 @@ TWIN = "the NumPy twin calibrates, which takes long beyond a few thousand tokens
 @options.query_stride
 @options.skipped
 @options.backend
-@click.option("--force", is_flag=True, help="Overwrite an output that exists.")
+@options.force
 @options.as_json
 @click.option("-o", "--output", type=click.Path(dir_okay=False, writable=True), required=True, help="Write this JSON.")
 def calibrate(
@@ -46,13 +44,12 @@ def calibrate(
     given = {name: value for name, value in targets.items() if value is not None} or {"relative_error": 0.1}
     if len(given) > 1:
         raise click.UsageError("give one of --max-relative-error, --max-error, --min-recall and --density")
-    check_output("-o", output, *files)
-    if Path(output).exists() and not force:
-        raise click.UsageError(f"{output} exists; --force overwrites it")
+    options.check_output("-o", output, *files, force=force)
     ((target, value),) = given.items()
 
     from salekit import __version__, thresholds
 
+    _check_layers(files)
     use_gpu = backends.use_gpu(backend, TWIN)
     found: dict[str, dict[int, np.ndarray]] = {}
     rows, inputs, used = [], [], {}
@@ -60,11 +57,7 @@ def calibrate(
         inputs.append({"name": Path(file).name, "sha256": _sha256(file)})
         plan_options = dict(block=block, estimator=estimator, query_stride=query_stride, skipped=skipped)
         for layer, plan, tau, measured in _layers(file, target, value, plan_options, use_gpu):
-            if plan.seqlen_k in found.setdefault(layer, {}):
-                raise click.UsageError(f"{file}: layer {layer} at {plan.seqlen_k} tokens was in a file before")
-            if any(len(other) != len(tau) for other in found[layer].values()):
-                raise click.UsageError(f"{file}: layer {layer} has {len(tau)} heads here and others in a file before")
-            found[layer][plan.seqlen_k] = tau
+            found.setdefault(layer, {})[plan.seqlen_k] = tau
             used = {"estimator": plan.estimator, "softmax_scale": plan.softmax_scale}
             rows += [_row(layer, plan.seqlen_k, head, tau, measured) for head in range(len(tau))]
     about = {
@@ -87,6 +80,21 @@ def calibrate(
         _print_fits(fits)
 
 
+def _check_layers(files: tuple[str, ...]) -> None:
+    """click.UsageError unless a layer is at each length once, with the same heads in all files."""
+    from salekit.data_files import iter_layers
+
+    heads: dict[str, int] = {}
+    seen = set()
+    for file in files:
+        for layer, (q, k, *_) in iter_layers(file):
+            if (layer, k.shape[1]) in seen:
+                raise click.UsageError(f"{file}: layer {layer} at {k.shape[1]} tokens was in a file before")
+            if heads.setdefault(layer, q.shape[2]) != q.shape[2]:
+                raise click.UsageError(f"{file}: layer {layer} has {q.shape[2]} heads here and others in a file before")
+            seen.add((layer, k.shape[1]))
+
+
 def _sha256(file: str) -> str:
     from salekit.untrusted_files import open_plain
 
@@ -99,7 +107,7 @@ def _sha256(file: str) -> str:
 
 def _layers(file: str, target: str, value: float, plan_options: dict[str, Any], use_gpu: bool):
     """(layer, plan, thresholds, what they give) of each layer of a file, one at a time."""
-    from salekit import calibration, make_plan
+    from salekit import calibration
     from salekit.data_files import iter_layers
 
     for layer, (q, k, v, _) in iter_layers(file):
@@ -107,7 +115,7 @@ def _layers(file: str, target: str, value: float, plan_options: dict[str, Any], 
         options.check_qkv(f"{file}, layer {layer}", q, k, v)
         if use_gpu:
             q, k, v = backends.on_gpu(q, k, v)
-        plan = make_plan(q, k, v, **plan_options, dense_below=0)
+        plan = options.make_plan(q, k, v, **plan_options, dense_below=0)
         prepared = calibration.Layer(q, k, v, plan)
         steps = calibration.GRID if target == "density" else calibration.STEPS
         with render.progress(f"{Path(file).name}, layer {layer}", steps * prepared.num_groups) as tick:

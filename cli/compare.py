@@ -8,8 +8,6 @@ from typing import Any
 import click
 import numpy as np
 
-from salekit.written_files import check_output
-
 from . import backends, options, plots, render
 
 TWIN = "the NumPy twin compares, which takes minutes beyond a few thousand tokens"
@@ -57,7 +55,7 @@ def _methods(ctx: Any, param: Any, text: str) -> list[Any]:
 @options.backend
 @options.as_json
 @click.option("--plot", type=click.Path(dir_okay=False, writable=True), help="Draw to this .svg or .png (matplotlib).")
-@click.option("--force", is_flag=True, help="Overwrite a plot that exists.")
+@options.force
 def compare(
     file, sample, layer, heads, methods, densities, shared, anchors, per_head, block, skipped, backend, as_json, plot,
     force,
@@ -71,22 +69,22 @@ def compare(
     """
     if sample == (file is not None):
         raise click.UsageError("give either FILE or --sample")
-    check_output("--plot", plot, file)
+    options.check_output("--plot", plot, file, force=force)
     if plot:
-        plots.check(plot, force)
+        plots.check(plot)
     name, layer_name, q, k, v = _load(file, layer)
     heads = list(dict.fromkeys(heads)) or list(range(q.shape[2]))
     if max(heads) >= q.shape[2]:
         raise click.UsageError(f"--head {max(heads)}: there are heads 0 to {q.shape[2] - 1}")
 
-    from salekit import frontier, make_plan
+    from salekit import frontier
 
     use_gpu = backends.use_gpu(backend, TWIN)
     q, k, v = _of_heads(q, k, v, heads)
     options.check_qkv(f"{name}, layer {layer_name}", q, k, v)
     if use_gpu:
         q, k, v = backends.on_gpu(q, k, v)
-    plan = make_plan(q, k, v, block=block, estimator="int8", dense_below=0, skipped=skipped)
+    plan = options.make_plan(q, k, v, block=block, estimator="int8", dense_below=0, skipped=skipped)
     found = {}
     with render.progress(name, 1 + len(methods) * (1 + len(densities))) as tick:
         comparison = frontier.Comparison(q, k, v, plan, shared, anchors)
@@ -199,8 +197,9 @@ def _print(result: dict[str, Any], densities: list[float], per_head: bool) -> No
     titles = {name: name.replace("_", " ") for name in VALUES}
     if pools:
         titles["relative_error"] += ", skipped blocks pooled"
+    together = np.mean if result["shared"] else max  # of sparsest: from there on the method has a mask for all heads
     for name in VALUES:
-        _table(f"{titles[name]}, mean of the heads", result, densities, lambda p, name=name: p["mean"][name])
+        _table(f"{titles[name]}, mean of the heads", result, densities, lambda p, name=name: p["mean"][name], together)
     for index, head in enumerate(heads if per_head else []):
         for name in VALUES:
             _table(
@@ -208,10 +207,12 @@ def _print(result: dict[str, Any], densities: list[float], per_head: bool) -> No
                 result,
                 densities,
                 lambda p, name=name, index=index: p["heads"][name][index],
+                together if result["shared"] else lambda heads, index=index: heads[index],
             )
     means = [point["mean"] for of in result["methods"].values() for point in of["points"]]
     if any(mean["density"] is None for mean in means):
-        render.text("-: on some head no mask of the method is this sparse (see sparsest) or this dense")
+        where = "" if result["shared"] else "on some head "
+        render.text(f"-: {where}no mask of the method is this sparse (see sparsest) or this dense")
     if any(mean[name] is None and mean["density"] is not None for mean in means for name in VALUES):
         render.text("NaN: scores or outputs of some head leave float32")
     plots.draw(result)
@@ -223,10 +224,11 @@ def _cell(value: float | None, density: float | None) -> str:
     return f"{value:.4f}"
 
 
-def _table(title: str, result: dict[str, Any], densities: list[float], value: Any) -> None:
+def _table(title: str, result: dict[str, Any], densities: list[float], value: Any, sparsest: Any) -> None:
+    """value: of a point, what a cell shows; sparsest: of the sparsest densities of the heads, the one that is shown."""
     rows = []
     for name, of in result["methods"].items():
         cells = [_cell(value(point), point["mean"]["density"]) for point in of["points"]]
-        rows.append([name, f"{of['cost']:.3f}", f"{np.mean(of['sparsest']):.3f}", *cells])
+        rows.append([name, f"{of['cost']:.3f}", f"{sparsest(of['sparsest']):.3f}", *cells])
     render.text()
     render.table(title, ["method", "cost", "sparsest", *(f"{density:g}" for density in densities)], rows)

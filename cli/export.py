@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from salekit.plans import BLOCKS, ESTIMATORS, HEAD_DIMS, SUPPORTED_ARCHS
-from salekit.written_files import check_folder
 
 from . import options, render
 
@@ -38,11 +37,11 @@ def export(
     """
     from salekit import export as exports
 
-    check_folder("-o", folder)
+    options.check_folder("-o", folder)
     target = exports.Target(
         arch, int(head_dim), DTYPES[dtype], estimators or ESTIMATORS, tuple(map(tuple, blocks)) or BLOCKS
     )
-    with render.progress(target.tag, len(target.specs())) as advance:
+    with render.progress(f"compiling {target.tag}", len(target.specs())) as advance:
         report = exports.export(folder, target, force, advance)
     if as_json:
         render.print_json(report)

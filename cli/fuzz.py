@@ -13,8 +13,6 @@ from typing import Any
 
 import click
 
-from salekit.written_files import check_folder
-
 from . import backends, options, render
 from .main import ExitCode
 
@@ -101,7 +99,7 @@ def run_fuzz(
 
     if cases is not None and minutes is not None:
         raise click.UsageError("--cases and --minutes: wants one of them")
-    check_folder("-o", output)
+    options.check_folder("-o", output)
     cases = CASES if cases is None and minutes is None else cases
     workers = workers if cases is None else min(workers, cases)
     cuda = backends.use_gpu(backend)

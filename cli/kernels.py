@@ -7,7 +7,7 @@ import json
 import click
 
 from salekit.plans import SUPPORTED_ARCHS
-from salekit.written_files import check_output, write
+from salekit.written_files import write
 
 from . import options, render
 
@@ -25,15 +25,16 @@ def _parse_archs(context, parameter, text: str) -> list[str]:
 
 @click.command("kernels")
 @click.option("--arch", "archs", default=DEFAULT_ARCHS, show_default=True, callback=_parse_archs, help="Architectures.")
+@options.force
 @options.as_json
 @options.output
 @click.pass_context
-def kernels(context: click.Context, archs: list[str], as_json: bool, output: str | None) -> None:
+def kernels(context: click.Context, archs: list[str], force: bool, as_json: bool, output: str | None) -> None:
     """Compile every kernel; print registers, shared memory, stack, spills and warnings.
 
     Exit code 4 on a compile error, a spill or a wgmma serialisation warning.
     """
-    check_output("-o", output)
+    options.check_output("-o", output, force=force)
     report = {"schema": SCHEMA, "kind": "salekit-kernels", "nvrtc": None, "kernels": []}
     from salekit import catalog, jit
 
@@ -42,7 +43,7 @@ def kernels(context: click.Context, archs: list[str], as_json: bool, output: str
         jit.check_nvrtc(arch)  # one error, not one a kernel
     for arch in archs:
         specs = catalog.all_specs(arch)
-        with render.progress(arch, len(specs)) as advance:
+        with render.progress(f"compiling for {arch}", len(specs)) as advance:
             results = compile_all([spec for _, spec in specs], arch, advance)
         for (stage, spec), (info, error) in zip(specs, results):
             entry = {

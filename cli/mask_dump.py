@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from salekit.errors import escaped
-from salekit.written_files import check_output, write, writing
+from salekit.written_files import write, writing
 
 from . import backends, options, render
 
@@ -64,7 +64,7 @@ TAU_STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of --tau, for --overlay tau
 @options.estimator
 @options.query_stride
 @options.backend
-@click.option("--force", is_flag=True, help="Overwrite an output that exists.")
+@options.force
 @options.as_json
 @options.output
 def mask_dump(
@@ -80,12 +80,10 @@ def mask_dump(
     """
     if sample == (file is not None):
         raise click.UsageError("give either FILE or --sample")
-    check_output("-o", output, file, other_file)
+    options.check_output("-o", output, file, other_file, force=force)
     form = _format(form, output)
     if form != "term" and not output:
         raise click.UsageError(f"--format {form} needs -o FILE")
-    if output and not force and Path(output).exists():
-        raise click.UsageError(f"{output} exists; --force overwrites it")
     if sum((overlay != "none", other_file is not None, diff_estimator is not None)) > 1:
         raise click.UsageError("--overlay, --diff and --diff-estimator exclude each other")
     if (overlay != "none" or other_file or diff_estimator) and form not in PICTURES:
@@ -285,7 +283,7 @@ class _Source:
         q, k, v = self._load(layer)
         if self._use_gpu:
             q, k, v = backends.on_gpu(q, k, v)
-        plan = salekit.make_plan(
+        plan = options.make_plan(
             q, k, v, block=self.block, estimator=estimator, query_stride=self.query_stride, dense_below=0
         )
         codes = salekit.quantize(q, k, plan)
@@ -491,6 +489,8 @@ def _draw(mask, drawing, chosen: list[int], width: int) -> None:
             render.heat_map(pictures.cells(drawing.kinds(head), drawing.visible, rows, width))
             continue
         counts = np.bincount(drawing.kinds(head).ravel(), minlength=len(drawing.layers) + 1)[1:]
-        for layer, count in zip(drawing.layers, counts):
-            render.text(f"  {layer.name}: {count} blocks")
-        render.picture(pictures.head_picture(drawing, head, rows, width))
+        names = [f"{layer.name}: {count} blocks" for layer, count in zip(drawing.layers, counts)]
+        render.legend(names, [layer.colour for layer in drawing.layers])
+        render.kinds(
+            pictures.head_kinds(drawing, head, rows, width), pictures.head_picture(drawing, head, rows, width)
+        )

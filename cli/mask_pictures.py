@@ -86,6 +86,13 @@ def cells(bits: np.ndarray, visible: np.ndarray, max_rows: int, max_columns: int
     return np.where(set_blocks > 0, np.maximum(density, FAINTEST), density)
 
 
+def head_kinds(drawing: Drawing, head: int, max_rows: int, max_columns: int) -> np.ndarray:
+    """int [rows, columns] of a head: 1 + the cell's last layer, 0 where no block is set, -1 where none is visible."""
+    kinds = drawing.kinds(head).astype(np.int64)
+    shape = min(kinds.shape[0], max_rows), min(kinds.shape[1], max_columns)
+    return np.where(pooled(drawing.visible, *shape, np.maximum), pooled(kinds, *shape, np.maximum), -1)
+
+
 def head_picture(drawing: Drawing, head: int, max_rows: int, max_columns: int) -> np.ndarray:
     """uint8 RGB [rows, columns, 3] of a head."""
     kinds = drawing.kinds(head)

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 from click.core import ParameterSource
 
+from salekit import written_files
+from salekit.errors import ArgumentError
 from salekit.plans import BLOCKS, ESTIMATORS, SKIPPED
 
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 
-def parse_seqlen(text: str) -> int:
-    """ "4096", "128k" (131072), "1m" (1048576). click.BadParameter otherwise."""
+def parse_seqlen(text: str, option: str | None = None) -> int:
+    """ "4096", "128k" (131072), "1m" (1048576). click.BadParameter otherwise, of the option where it is given."""
+    hint = option and f"'{option}'"
     match = re.fullmatch(r"(\d{1,10})([km]?)", text.strip().lower())
     if not match:
-        raise click.BadParameter(f"{text!r} is not a length; wants e.g. 4096, 32k or 1m")
+        raise click.BadParameter(f"{text!r} is not a length; wants e.g. 4096, 32k or 1m", param_hint=hint)
     length = int(match[1]) * _UNITS[match[2]]
     if not 1 <= length <= 2**30:
-        raise click.BadParameter(f"{text!r} is out of range; wants 1 to 1024m")
+        raise click.BadParameter(f"{text!r} is out of range; wants 1 to 1024m", param_hint=hint)
     return length
 
 
 def parse_seqlens(text: str) -> list[int]:
-    """ "8k,32k,128k" as a list of lengths."""
-    return [parse_seqlen(part) for part in text.split(",")]
+    """ "8k,32k,128k", a --seqlen, as a list of lengths."""
+    return [parse_seqlen(part, "--seqlen") for part in text.split(",")]
 
 
 def seqlen_name(tokens: int) -> str:
@@ -97,6 +101,25 @@ def refuse(names: tuple[str, ...], why: str) -> None:
         raise click.UsageError(f"{', '.join(found)}: {why}")
 
 
+def check_output(option: str, path: str | None, *others: str | None, force: bool) -> None:
+    """``written_files.check_output``; a file that exists is overwritten with ``force`` alone. click.UsageError."""
+    _refuse_dash(option, path)
+    written_files.check_output(option, path, *others)
+    if path is not None and Path(path).exists() and not force:
+        raise click.UsageError(f"{path} exists; --force overwrites it")
+
+
+def check_folder(option: str, path: str) -> None:
+    """``written_files.check_folder``. click.UsageError."""
+    _refuse_dash(option, path)
+    written_files.check_folder(option, path)
+
+
+def _refuse_dash(option: str, path: str | None) -> None:
+    if path == "-":
+        raise click.UsageError(f"{option}: got -, which is not stdout here; wants a name (--json prints on stdout)")
+
+
 def check_qkv(name: str, *tensors: np.ndarray) -> None:
     """click.UsageError unless q, k and v have elements, which are finite: else there is nothing to measure."""
     q, k, _ = tensors
@@ -104,6 +127,19 @@ def check_qkv(name: str, *tensors: np.ndarray) -> None:
         raise click.UsageError(f"{name}: has shapes {q.shape} and {k.shape}: there is nothing to measure")
     if not all(np.isfinite(row.astype(np.float32)).all() for x in tensors for rows in x for row in rows):
         raise click.UsageError(f"{name}: holds NaN or infinity; wants finite q, k and v")
+
+
+def make_plan(*tensors: Any, **settings: Any) -> Any:
+    """``salekit.make_plan``; where it refuses an option of the command line, click.UsageError names that."""
+    from salekit import call_checks
+
+    try:
+        return call_checks.make_plan(*tensors, **settings)
+    except ArgumentError as error:
+        name, _, why = str(error).partition(": ")
+        if not given(name):
+            raise
+        raise click.UsageError(f"{given(name)[0]}: {why}") from None
 
 
 BLOCK, TAU = _Block(), _Tau()
@@ -148,4 +184,5 @@ backend = click.option(
     help="Where to compute.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+force = click.option("--force", is_flag=True, help="Overwrite an output that exists.")
 output = click.option("-o", "--output", type=click.Path(dir_okay=False, writable=True), help="Write to this file.")

@@ -17,12 +17,10 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MARGIN = 8  # columns of the axis' numbers
 
 
-def check(path: str, force: bool) -> None:
-    """Whether a plot can be written there. click.UsageError; ClickException without matplotlib."""
+def check(path: str) -> None:
+    """Whether a plot can be drawn to a file of this name. click.UsageError; ClickException without matplotlib."""
     if Path(path).suffix not in SUFFIXES:
         raise click.UsageError(f"--plot {path}: wants a name that ends in {' or '.join(SUFFIXES)}")
-    if Path(path).exists() and not force:
-        raise click.UsageError(f"{path} exists; --force overwrites it")
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:

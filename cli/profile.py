@@ -12,7 +12,7 @@ import click
 
 from salekit.errors import GpuError, SalekitError
 from salekit.plans import HEAD_DIMS
-from salekit.written_files import check_output, write
+from salekit.written_files import write
 
 from . import bench, options, render, roofline
 
@@ -74,7 +74,7 @@ def _known_gpu(context: Any, parameter: Any, name: str | None) -> str | None:
 @click.option(
     "--trace", "trace_file", type=click.Path(dir_okay=False, writable=True), help="Write a Chrome trace (JSON)."
 )
-@click.option("--force", is_flag=True, help="Overwrite outputs that exist.")
+@options.force
 @options.as_json
 def profile(**settings: Any) -> None:
     """Time each kernel of a call and compare it with what the GPU can do at most.
@@ -99,8 +99,9 @@ def profile(**settings: Any) -> None:
 
 def _check_outputs(settings: dict[str, Any]) -> None:
     """What is wrong with the options is said before anything is measured."""
-    check_output("--roofline", settings["picture"], settings["masks_file"])
-    check_output("--trace", settings["trace_file"], settings["picture"], settings["masks_file"])
+    picture, trace, masks, force = (settings[name] for name in ("picture", "trace_file", "masks_file", "force"))
+    options.check_output("--roofline", picture, masks, force=force)
+    options.check_output("--trace", trace, picture, masks, force=force)
     if settings["gpu_name"]:
         for name in ("trace_file", "remeasure"):
             if settings[name]:
@@ -109,9 +110,6 @@ def _check_outputs(settings: dict[str, Any]) -> None:
         options.refuse(("tau", "seed"), "of what runs here; --gpu predicts, from --density or --masks")
     if settings["density"] is not None and settings["masks_file"]:
         raise click.UsageError("--density and --masks exclude each other: the masks have a density")
-    for path in filter(None, (settings["picture"], settings["trace_file"])):
-        if Path(path).exists() and not settings["force"]:
-            raise click.UsageError(f"{path} exists; --force overwrites it")
     if settings["picture"]:
         path = Path(settings["picture"])
         if path.suffix.lower() not in roofline.SUFFIXES:
@@ -152,9 +150,10 @@ def run_profile(
             raise click.UsageError("--density is for predictions (--gpu); what runs here has that of --tau or --masks")
     masks = bench.load_masks(masks_file, block) if masks_file else None
     if seqlen is not None:
-        if options.parse_seqlen(seqlen) > MOST_TOKENS:
+        tokens = options.parse_seqlen(seqlen, "--seqlen")
+        if tokens > MOST_TOKENS:
             raise click.UsageError(f"--seqlen: got {seqlen}; wants at most {options.seqlen_name(MOST_TOKENS)}")
-        seqlen = str(options.parse_seqlen(seqlen))
+        seqlen = str(tokens)
     elif masks is None:
         seqlen = DEFAULT_SEQLEN
     [case] = bench.cases_of(seqlen, heads, kv_heads, int(head_dim), dtype, None, masks, True, seed)
@@ -212,7 +211,7 @@ def _predict(report: dict, case: dict, settings: dict, dtype: str, masks: Any, d
     if case["heads"] > MAX_GRID:
         raise click.UsageError(f"--heads: got {case['heads']}; wants at most {MAX_GRID}")
     stand_ins = call_checks.examples(of_q, of_kv, of_kv, bench.DTYPES[dtype], None)
-    plan = call_checks.make_plan(*stand_ins, **settings)  # refuses what the call would refuse
+    plan = options.make_plan(*stand_ins, **settings)  # refuses what the call would refuse
     plan = plan.replace(arch=known.arch, estimator=resolve_estimator(settings["estimator"], known.arch))
     if masks is None:
         pairs, density = work.pairs_at(plan, density)
@@ -257,13 +256,13 @@ def _measure(
     report: dict, case: dict, settings: dict, tau: float, masks: Any, remeasure: bool, with_trace: bool
 ) -> dict[str, Any] | None:
     """Fills the report with what this GPU does; returns the trace."""
-    from salekit import call_checks, ceilings, launches, nvtx, timing, work
+    from salekit import ceilings, launches, nvtx, timing, work
     from salekit.attention import dense_attention, sparse_attention
     from salekit.staged import StagedCall
 
     limits = ceilings.of_this_gpu(remeasure, render.note)
     q, k, v = case["make"]()
-    plan = call_checks.make_plan(q, k, v, **settings)
+    plan = options.make_plan(q, k, v, **settings)
     mask = None if masks is None else bench.given_mask(masks, case["heads"], q)
     attended = mask or StagedCall(q, k, v, tau, plan).estimated
     blocks = attended.selected_blocks()

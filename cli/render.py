@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, Sequence, TextIO
 
 import numpy as np
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -19,9 +22,11 @@ from rich.text import Text
 from salekit.errors import escaped
 
 MAX_TABLE_WIDTH = 1000
+PROGRESS_SECONDS = 10.0  # between two lines of progress, where there is no bar
 SHADES = " .:-=+*#%@"  # lightest to darkest, where there is no colour
 _NOTHING, _HALVES = "·", "▀"  # a cell in which no block is set; two rows of a picture
 _ASCII = str.maketrans({_NOTHING: "`", "±": "+-"})  # where the encoding has no other
+_LETTERS = "abcdefgh"  # of kinds, where there is no colour
 _RAMP = ((13, 8, 35), (84, 15, 109), (187, 55, 84), (249, 142, 9), (252, 255, 164))  # dark to bright
 
 
@@ -87,8 +92,19 @@ def text(line: str = "") -> None:
     console.print(_text(line, console))
 
 
+def legend(names: Sequence[str], colours: Sequence[tuple[int, int, int]]) -> None:
+    """A line on stdout for each kind of ``kinds``, with its colour, or its letter."""
+    console = _console()
+    for letter, name, colour in zip(_LETTERS, names, colours):
+        mark = Text(letter) if _is_plain(console) else Text("  ", style="on rgb({},{},{})".format(*colour))
+        console.print(Text("  ") + mark + _text(f"  {name}", console))
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on stdout; cells are shown as ``str`` gives them, never cut."""
+    """A table on stdout; cells are shown as ``str`` gives them, never cut.
+
+    On a terminal that is too narrow columns are closer, and cells go on in a next line, at a space.
+    """
     console = _console()
     title = escape(console.shown(escaped(title)))
     drawn = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
@@ -98,18 +114,54 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
         drawn.add_row(*(_text(str(cell), console) for cell in row))
     if not console.is_terminal:
         console.width = max(console.width, 400)  # a file or a pipe has no width to fit
-    needed = console.measure(drawn, options=console.options.update(max_width=MAX_TABLE_WIDTH)).maximum
-    console.width = max(console.width, needed)  # a narrow terminal wraps lines; cells stay whole
+    options = console.options.update(max_width=MAX_TABLE_WIDTH)
+    if console.is_terminal and console.measure(drawn, options=options).maximum > console.width:
+        drawn.padding, drawn.collapse_padding, drawn.show_edge = (0, 1), True, False
+        _fold(drawn, console.width - 2 * (len(columns) - 1))
+    needed = console.measure(drawn, options=options).maximum
+    console.width = max(console.width, needed)  # where words are too wide for it, the terminal wraps lines
     console.print(drawn, crop=False)
+
+
+def _fold(drawn: Table, room: int) -> None:
+    """Makes the widest columns narrower until all fit into ``room``, or each is as wide as its longest word."""
+    texts = [[str(column.header), *map(str, column.cells)] for column in drawn.columns]
+    least = [max(cell_len(word) for text in of for word in (text.split() or [""])) for of in texts]
+    widths = [max(map(cell_len, of)) for of in texts]
+    while sum(widths) > room and widths != least:
+        widest = max(range(len(widths)), key=lambda i: (widths[i] > least[i], widths[i]))
+        widths[widest] -= 1
+    for column, width in zip(drawn.columns, widths):
+        column.width, column.no_wrap = width, False
 
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr, gone when done, where that is a terminal; yields a function that advances it by one."""
+    """Progress on stderr: a bar, gone when done, where that is a terminal, else a line now and then.
+
+    Yields a function that advances it by one, for any thread.
+    """
     console = _console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:
+        yield _lines(label, total)
+        return
+    with Progress(console=console, transient=True) as bar:
         task = bar.add_task(escape(escaped(label)), total=total)
         yield lambda: bar.advance(task)
+
+
+def _lines(label: str, total: int) -> Callable[[], None]:
+    done, last, lock = 0, time.monotonic(), threading.Lock()
+
+    def advance() -> None:
+        nonlocal done, last
+        with lock:
+            done += 1
+            if done < total and time.monotonic() - last >= PROGRESS_SECONDS:
+                last = time.monotonic()
+                note(f"{label}: {done} of {total}")
+
+    return advance
 
 
 def ramp(values: np.ndarray) -> np.ndarray:
@@ -134,7 +186,21 @@ def heat_map(values: np.ndarray) -> None:
             ]
             console.print(Text("".join(shades)))
         return
-    picture(ramp(values))
+    _picture(ramp(values), console)
+
+
+def kinds(cells: np.ndarray, colours: np.ndarray) -> None:
+    """Draw cells of several kinds, as ``legend`` has them: in colour, or a letter a cell without.
+
+    cells: int [rows, columns], 1 + the kind; 0: no block is set, -1: nothing there. colours: uint8 RGB of each.
+    """
+    console = _console()
+    if not _is_plain(console):
+        _picture(colours, console)
+        return
+    letters = np.array([*" ", console.shown(_NOTHING), *_LETTERS])
+    for row in letters[cells + 1]:
+        console.print(Text("".join(row)))
 
 
 def _is_plain(console: _Console) -> bool:
@@ -142,13 +208,8 @@ def _is_plain(console: _Console) -> bool:
     return console.color_system is None or console.no_color or not console.has(_HALVES)
 
 
-def picture(colours: np.ndarray) -> None:
-    """Draw uint8 RGB [rows, columns, 3], two rows a line; without colour, a shade a cell by its brightness."""
-    console = _console()
-    if _is_plain(console):
-        for row in colours.max(axis=2) / 255:
-            console.print(Text("".join(SHADES[round(x * (len(SHADES) - 1))] for x in row)))
-        return
+def _picture(colours: np.ndarray, console: _Console) -> None:
+    """uint8 RGB [rows, columns, 3], two rows a line."""
     for top in range(0, len(colours), 2):
         line = Text()
         for column in range(colours.shape[1]):

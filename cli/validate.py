@@ -12,7 +12,7 @@ import click
 import numpy as np
 
 from salekit.checks import FEW, U32, UNIT_ROUNDOFF, Check, equal, share, within
-from salekit.written_files import check_output, write
+from salekit.written_files import write
 
 from . import backends, options, render
 from .main import ExitCode
@@ -38,6 +38,7 @@ TWIN_SECONDS_A_PAIR = 5e-8  # the whole command without float64, a query head; a
 @options.skipped
 @options.tau
 @options.block
+@options.force
 @options.as_json
 @options.output
 @click.pass_context
@@ -49,7 +50,7 @@ def validate(context: click.Context, **settings: Any) -> None:
     blocks, too, and says what they do to the error. Exit 5 when a verdict fails.
     A case that salekit fuzz wrote is replayed instead, with the options that it holds.
     """
-    check_output("-o", settings["output"], settings["input_file"])
+    options.check_output("-o", settings["output"], settings["input_file"], force=settings["force"])
     report = run_validate(**settings)
     if settings["output"]:
         write(settings["output"], json.dumps(report, indent=2) + "\n")
@@ -93,7 +94,7 @@ def run_validate(
     plan_options: dict[str, Any] = dict(
         estimator=estimator, query_stride=query_stride, block=block, dense_below=0
     )
-    call_checks.make_plan(q, k, v, **plan_options, attend=attend, skipped=skipped)  # refuses what a call refuses
+    options.make_plan(q, k, v, **plan_options, attend=attend, skipped=skipped)  # refuses what a call refuses
     rounded = options.rounded(tau)
     render.note(
         f"validate: {source}, {q.shape[1]} tokens, {q.shape[2]}/{k.shape[2]} heads, head_dim {q.shape[3]}; "

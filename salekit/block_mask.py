@@ -50,14 +50,17 @@ class BlockMask:
 
     @property
     def num_q_blocks(self) -> int:
+        """Rows of blocks: ceil(seqlen_q / block_q)."""
         return ceil_div(self.seqlen_q, self.block_q)
 
     @property
     def num_k_blocks(self) -> int:
+        """Columns of blocks: ceil(seqlen_k / block_k)."""
         return ceil_div(self.seqlen_k, self.block_k)
 
     @property
     def has_window(self) -> bool:
+        """Whether window_left or window_right is given, not -1."""
         return self.window_left >= 0 or self.window_right >= 0
 
     def to_numpy(self) -> "BlockMask":

@@ -133,7 +133,7 @@ def export(
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not force:
-        raise ArgumentError(f"{folder}: exists and is not an empty folder; wants a new one, or to be forced")
+        raise ArgumentError(f"{folder}: exists and is not an empty folder; wants a new one, or force (--force)")
     kernels = _compile(target, advance)
     earlier = _earlier_files(folder)  # a damaged list stops here, before anything is written
     report = _report(target, kernels)

@@ -246,6 +246,12 @@ def test_usage(folder, tmp_path):
     ):
         result = calibrate(*args, ok=False)
         assert result.returncode == 2 and said in " ".join(result.stderr.split()) and not target.exists()
+        assert "tokens, " not in result.stderr  # nothing was computed
+    fewer = {name: x[:, :, :1] for name, x in tensors(320).items()}
+    np.savez(tmp_path / "fewer.npz", **fewer)
+    result = calibrate(folder / "longer.npz", tmp_path / "fewer.npz", "-o", target, ok=False)
+    assert result.returncode == 2 and "has 1 heads here and others" in " ".join(result.stderr.split())
+    assert "tokens, " not in result.stderr
     target.write_text("mine")
     assert calibrate(folder / "one.npz", "-o", target, ok=False).returncode == 2 and target.read_text() == "mine"
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 cut")

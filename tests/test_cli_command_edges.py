@@ -133,7 +133,8 @@ def test_bench_refuses_thresholds_of_other_calls(no_gpu, tmp_path, name, found_w
         (("--dtype", "bf16"), "--dtype: got bf16; "),
         (("--seed", 4), "--seed: "),
         (("--heads", 4), "--heads: got 4; "),
-        (("--seqlen", ""), "'' is not a length"),
+        (("--seqlen", ""), "Invalid value for '--seqlen': '' is not a length"),
+        (("--seqlen", "1k,2000m"), "Invalid value for '--seqlen': '2000m' is out of range"),
     ],
 )
 def test_bench_of_a_file_ignores_no_option(no_gpu, folder, arguments, words):
@@ -200,14 +201,27 @@ def test_wrong_limits_are_found_at_the_ends_of_float32(monkeypatch, tau, change)
 
 
 def test_validate_refuses_what_a_call_refuses(folder):
-    for arguments, name in ((("--skipped", "pool"), "skipped"), (("--attend", "int8-fp8"), "attend")):
-        result = run("validate", "--backend", "numpy", "--input", folder / "d96.npz", *arguments, code=None)
-        assert str(result.exception).startswith(f"{name}: ") and "head_dim" in str(result.exception)
+    for arguments in (("--skipped", "pool"), ("--attend", "int8-fp8")):
+        result = run("validate", "--backend", "numpy", "--input", folder / "d96.npz", *arguments, code=2)
+        assert f"Error: {arguments[0]}: " in said(result) and "head_dim" in said(result)
         assert "quantise" not in result.stderr  # said before any work
 
 
+def test_an_option_that_a_call_refuses_is_named(folder, no_gpu, tmp_path):
+    pooled = ("--skipped", "pool")
+    for arguments in (
+        ("bench", "--seqlen", 64, "--head-dim", 96, *pooled),
+        ("bench", "--input", folder / "d96.npz", *pooled),
+        ("calibrate", folder / "d96.npz", "--backend", "numpy", "-o", tmp_path / "t.json", *pooled),
+        ("compare", folder / "d96.npz", "--backend", "numpy", *pooled),
+    ):
+        assert "Error: --skipped: " in said(run(*arguments, code=2))
+    result = run("bench", "--seqlen", 64, "--head-dim", 256, "--attend", "int8-fp8", code=2)
+    assert "Error: --attend: " in said(result)
+
+
 def test_validate_ignores_no_option(folder, monkeypatch):
-    assert "'' is not a length" in said(run("validate", "--seqlen", "", code=2))
+    assert "Invalid value for '--seqlen': '' is not a length" in said(run("validate", "--seqlen", "", code=2))
     monkeypatch.setattr("salekit.fuzz.cases.is_case_file", lambda path: True)
     for arguments in (("--tau", 0.5), ("--estimator", "int8"), ("--block", "64x32"), ("--seqlen", "")):
         result = run("validate", "--backend", "numpy", "--input", folder / "two.npz", *arguments, code=2)
@@ -367,11 +381,8 @@ def predict(*arguments, **options):
 
 def test_a_prediction_refuses_what_a_call_refuses(no_compiler, monkeypatch):
     monkeypatch.setattr("salekit.jit.compile_kernel", lambda spec, arch: pytest.fail("compiled"))
-    for arguments, name in (
-        (("--attend", "int8-fp8", "--head-dim", 256), "attend"),
-        (("--skipped", "pool", "--head-dim", 96), "skipped"),
-    ):
-        assert str(predict("--seqlen", "1k", *arguments, code=None).exception).startswith(f"{name}: ")
+    for arguments in (("--attend", "int8-fp8", "--head-dim", 256), ("--skipped", "pool", "--head-dim", 96)):
+        assert f"Error: {arguments[0]}: " in said(predict("--seqlen", "1k", *arguments, code=2))
     assert "--heads: got 65536; " in said(predict("--heads", 65536, code=2))
 
 
@@ -381,7 +392,7 @@ def test_a_prediction_refuses_what_a_call_refuses(no_compiler, monkeypatch):
         (("--density", "nan"), "--density"),
         (("--tau", 0.5), "--tau: "),
         (("--seed", 0), "--seed: "),
-        (("--seqlen", ""), "'' is not a length"),
+        (("--seqlen", ""), "Invalid value for '--seqlen': '' is not a length"),
         (("--seqlen", "256m"), "--seqlen: got 256m; wants at most 16m"),
         (("--seqlen", "1024m"), "--seqlen: got 1024m; wants at most 16m"),
     ],

@@ -102,6 +102,28 @@ def test_tables_and_the_terminal_plot(folder):
     assert "numpy" not in result.stderr.lower()
 
 
+def test_sparsest_explains_what_is_missing(folder):
+    """A density below it has no mask of the method: on the head where it is most, or, shared, by the mean."""
+    def of_blasst(*more):
+        rows = [line.split() for line in compare(folder / "one.npz", *few, *more).stdout.splitlines()]
+        return [row[2:] for row in rows if row[:1] == ["blasst"] and len(row) == 5]
+
+    few = ("--methods", "blasst", "--densities", "0.6,0.8", "--backend", "numpy")
+    sparsest = json.loads(compare(folder / "one.npz", *few, "--json").stdout)["methods"]["blasst"]["sparsest"]
+    assert max(sparsest) > min(sparsest)
+    between = f"{(max(sparsest) + np.mean(sparsest)) / 2:.6f}"
+    few = ("--methods", "blasst", "--densities", f"{between},1", "--backend", "numpy")
+    recall, error, *each = of_blasst("--per-head")
+    assert recall[:2] == error[:2] == [f"{max(sparsest):.3f}", "-"]
+    assert [row[0] for row in each[::2]] == [f"{x:.3f}" for x in sparsest]
+    assert [row[1] == "-" for row in each[::2]] == [x > float(between) for x in sparsest]
+    shared = of_blasst("--shared")
+    assert {row[0] for row in shared} == {f"{np.mean(sparsest):.3f}"} and "-" not in shared[0]
+    assert "-: on some head no mask" in compare(folder / "one.npz", *few).stdout
+    few = ("--methods", "blasst", "--densities", "0.001,1", "--backend", "numpy")
+    assert "-: no mask" in compare(folder / "one.npz", *few, "--shared").stdout
+
+
 def test_narrow_terminal(folder):
     result = compare(folder / "one.npz", *FEW, COLUMNS="20")
     assert "oracle-mass" in result.stdout and "recall over density" not in result.stdout

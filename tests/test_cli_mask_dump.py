@@ -76,7 +76,28 @@ def test_difference(files):
     }
     assert sum(data["blocks"]["in the first alone"]) + sum(data["blocks"]["in the second alone"]) > 0
     drawn = dump(folder / "one.npz", "--diff", folder / "two.npz", "--head", 5, "--width", 20).stdout
-    assert "in the second alone: " in drawn
+    assert "  c  in the second alone: " in drawn
+
+
+def test_legend_of_the_terminal(files):
+    """A letter a kind where there is no colour, in the legend and in the cells; else a swatch of its colour."""
+    folder, one, two = files
+    arguments = ("mask-dump", folder / "one.npz", "--diff", folder / "two.npz", "--head", 5, "--width", 41)
+    for encoding, nothing in (("utf-8", "·"), ("ascii", "`")):
+        lines = salekit(*arguments, NO_COLOR="1", PYTHONIOENCODING=encoding).stdout.splitlines()
+        a, b, visible = one.to_dense()[1, 2], two.to_dense()[1, 2], one.visible()
+        want = np.where(a & b, "a", np.where(a, "b", np.where(b, "c", np.where(visible, nothing, " "))))
+        assert lines[1:4] == [
+            f"  a  in both: {(a & b).sum()} blocks",
+            f"  b  in the first alone: {(a & ~b).sum()} blocks",
+            f"  c  in the second alone: {(b & ~a).sum()} blocks",
+        ]
+        assert [line.ljust(41) for line in lines[4:]] == ["".join(row) for row in want]
+    terminal = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "100"}
+    lines = salekit(*arguments, **terminal).stdout.splitlines()
+    for line, (red, green, blue) in zip(lines[1:4], ((150, 150, 158), (249, 142, 9), (70, 140, 255))):
+        assert line.startswith(f"  \x1b[48;2;{red};{green};{blue}m  \x1b[0m  in "), line
+    assert "\u2580" in lines[4] and not re.match("  [abc]  ", lines[1])
 
 
 def test_overlays(files):

@@ -22,7 +22,7 @@ def run(*arguments):
 
 def load(tmp_path, *arguments):
     target = tmp_path / "report.json"
-    run(*arguments, "-o", str(target))
+    run(*arguments, "--force", "-o", str(target))
     return json.loads(target.read_text())
 
 

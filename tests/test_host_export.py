@@ -800,7 +800,7 @@ def test_only_a_new_folder_is_written_to(uncompiled, tmp_path):
     assert run_cli(*arguments, "--estimator", "int4", "--block", "64x32").exit_code == 0
     first = {path for path in folder.rglob("*") if path.is_file()}
     result = CliRunner().invoke(cli, ["export", *map(str, arguments)])
-    assert isinstance(result.exception, ArgumentError) and "is not an empty folder" in str(result.exception)
+    assert isinstance(result.exception, ArgumentError) and "--force" in str(result.exception)
     assert {path for path in folder.rglob("*") if path.is_file()} == first
     (folder / "notes.txt").write_text("mine")
     assert run_cli(*arguments, "--estimator", "int8", "--dtype", "fp16", "--force").exit_code == 0
