@@ -31,6 +31,7 @@ TENSOR_VIEW = np.dtype([("pointer", "<u8"), ("stride_batch", "<i8"), ("stride_ro
 _DLPACK_HOST, _DLPACK_CUDA = (1, 3), (2, 13)  # DLDeviceType: CPU and pinned; CUDA and managed
 FEWER = "Free memory, or pass fewer rows of q at a time (docs/serving.md) or fewer heads"
 _WRITTEN = ("out", "workspace")  # arguments that a call writes to
+_IN_JAX = "For jit and shard_map salekit.jax has sparse_attention and dense_attention, nothing else"
 
 
 def import_cupy():
@@ -136,12 +137,12 @@ def _exportedplace_of(name: str, x: Any) -> int | None:
 def _why_without_data(x: Any) -> str | None:
     """What is wrong with an object that stands for an array, or None."""
     if _is_tracer(x):
-        return "is traced by JAX and has no data; wants an array. Under jit, use salekit.jax"
+        return f"is traced by JAX and has no data; wants an array. {_IN_JAX}"
     if _is_jax_array(x):
         if x.is_deleted():
             return "is a JAX array that was deleted or donated; wants one that has data"
         if len(x.devices()) > 1:
-            return "is a JAX array on several devices; wants one on one device. Use salekit.jax in a shard_map"
+            return f"is a JAX array on several devices; wants one on one device. {_IN_JAX}"
     if type(x).__name__ == "FakeTensor":
         return "is a FakeTensor, as in torch.compile and torch.export, and has no data; wants a tensor that has"
     if getattr(x, "is_meta", None) is True:
@@ -194,7 +195,8 @@ def as_array(name: str, x: Any, device: int | None) -> Any:
     except SalekitError:
         raise
     except Exception as error:
-        hint = "; NumPy's DLPack has no bfloat16: pass salekit.as_dlpack(array)" if device is None else ""
+        is_numpy = device is None and isinstance(getattr(x, "dtype", None), np.dtype) and x.dtype == BFLOAT16
+        hint = "; NumPy's DLPack has no bfloat16: pass salekit.as_dlpack(array)" if is_numpy else ""
         raise DtypeError(f"{name}: cannot import {type(x).__name__} without a copy: {error}{hint}") from error
     if is_read_only and name in _WRITTEN:
         raise ArgumentError(f"{name}: is read-only; wants memory that can be written")
@@ -239,11 +241,12 @@ def import_array(name: str, x: Any, device: int | None) -> Any:
     return as_array(name, x, device)
 
 
-def on_device(device: int, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
-    """These arguments as CuPy arrays of one device that share their memory."""
-    array = import_cupy().ndarray
-    if type(q) is type(k) is type(v) is array and q.data.device_id == k.data.device_id == v.data.device_id == device:
-        return q, k, v
+def on_device(device: int | None, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    """These arguments as NumPy arrays (device None) or CuPy arrays of one device that share their memory."""
+    array = np.ndarray if device is None else import_cupy().ndarray
+    if type(q) is type(k) is type(v) is array:
+        if device is None or q.data.device_id == k.data.device_id == v.data.device_id == device:
+            return q, k, v
     return tuple(import_array(name, x, device) for name, x in (("q", q), ("k", k), ("v", v)))
 
 

@@ -141,9 +141,7 @@ def plan(
     check_names("plan", options)
     q, k, v = call_checks.examples(q, k, v, dtype, device)
     with arrays.on_stream(q, None) as device:
-        if device is not None:
-            q, k, v = arrays.on_device(device, q, k, v)
-        return AttentionPlan(q, k, v, layout, options)
+        return AttentionPlan(*arrays.on_device(device, q, k, v), layout, options)
 
 
 def sparse_attention_varlen(
