@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -353,6 +354,40 @@ def test_plan_of_examples():
                 assert prepared.run(*arguments, thresholds=0.2).tobytes() == want.tobytes()
     with pytest.raises(ArgumentError, match="^k: is on cuda:0; wants host memory"):
         salekit.plan(given[0], Producer(256, given[1].shape, device=CUDA), given[2])
+
+
+def test_stages_name_arrays_of_other_libraries():
+    """And take none of them, wherever they are."""
+    q, k, v = make()
+    plan = salekit.make_plan(q, k, v, dense_below=0, estimator="int8")
+    quantized = salekit.quantize(q, k, plan)
+    m, l = salekit.anchor_statistics(q, k, quantized.k_mean, plan)
+    limits = salekit.row_limits(m, l, quantized, 0.2, plan)
+    mask = salekit.estimate(quantized, limits, plan)
+    scores = salekit.block_scores(quantized, m, l, plan)
+    sinks = np.zeros(4, np.float32)
+    calls = (
+        (salekit.quantize, dict(q=q, k=k, plan=plan)),
+        (salekit.anchor_statistics, dict(q=q, k=k, k_mean=quantized.k_mean, plan=plan, sink_logits=sinks)),
+        (salekit.row_limits, dict(m=m, l=l, quantized=quantized, thresholds=sinks + 1, plan=plan)),
+        (salekit.estimate, dict(quantized=quantized, limits=limits, plan=plan)),
+        (salekit.attend, dict(q=q, k=k, v=v, mask=mask, plan=plan, out=np.empty_like(q), sink_logits=sinks)),
+        (salekit.block_scores, dict(quantized=quantized, m=m, l=l, plan=plan)),
+        (salekit.mask_from_scores, dict(scores=scores, thresholds=0.2, plan=plan)),
+    )
+    foreign = Producer.of(q), Interface(256, q.shape, "<f2")
+    for stage, arguments in calls:
+        stage(**arguments)
+        assert pickle.loads(pickle.dumps(stage)) is stage
+        for name in (name for name, x in arguments.items() if isinstance(x, np.ndarray)):
+            for x in foreign:
+                with pytest.raises(ArgumentError, match=f"^{name}: got {type(x).__name__}; a stage wants NumPy or"):
+                    stage(**{**arguments, name: x})
+        with pytest.raises(ArgumentError, match=f"^{next(iter(arguments))}: got Producer"):
+            stage(foreign[0], *tuple(arguments.values())[1:])
+    taus = np.full(4, 0.2, np.float32)
+    given = Producer.of(taus, dtype=(2, 32))
+    assert salekit.mask_from_scores(scores, given, plan) == salekit.mask_from_scores(scores, 0.2, plan)
 
 
 # --- plans of shapes ---------------------------------------------------------------------------------------------
