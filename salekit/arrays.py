@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
 import ml_dtypes
@@ -29,6 +31,8 @@ WORKSPACE_ALIGNMENT = 256  # what every allocator of GPU memory gives at least
 TENSOR_VIEW = np.dtype([("pointer", "<u8"), ("stride_batch", "<i8"), ("stride_row", "<i8"), ("stride_head", "<i8")])
 
 _DLPACK_HOST, _DLPACK_CUDA = (1, 3), (2, 13)  # DLDeviceType: CPU and pinned; CUDA and managed
+_MAX_WORK = 1000  # candidates that NumPy tries before it is not known whether two views have an element in common
+_REFUSED_BY_NUMPY = "DLPack only supports"  # the start of what NumPy's export says of a dtype that DLPack had not
 FEWER = "Free memory, or pass fewer rows of q at a time (docs/serving.md) or fewer heads"
 _WRITTEN = ("out", "workspace")  # arguments that a call writes to
 _IN_JAX = "For jit and shard_map salekit.jax has sparse_attention and dense_attention, nothing else"
@@ -94,6 +98,43 @@ def row_view(array: Any) -> np.ndarray:
     if array.shape[1] == 1:
         view["stride_row"] = 0  # DLPack may give a single row any stride
     return view
+
+
+# --- memory in common ----------------------------------------------------------------------------------------------
+@lru_cache(maxsize=1024)
+def reach(shape: tuple[int, ...], strides: tuple[int, ...], item_bytes: int) -> tuple[int, int]:
+    """The bytes of such an array, counted from its address: (first, end); (0, 0) when it is empty."""
+    if 0 in shape:
+        return 0, 0
+    steps = [stride * (size - 1) for size, stride in zip(shape, strides)]
+    return sum(step for step in steps if step < 0), item_bytes + sum(step for step in steps if step > 0)
+
+
+def address_of(array: Any) -> int:
+    return array.data.ptr if is_cuda(array) else array.ctypes.data
+
+
+def span(array: Any) -> tuple[int, int]:
+    """The addresses that an array's elements lie between."""
+    address, (first, end) = address_of(array), reach(array.shape, array.strides, array.dtype.itemsize)
+    return address + first, address + end
+
+
+def have_common_bytes(a: Any, b: Any) -> bool:
+    """Whether two arrays, both NumPy's or both CuPy's, certainly share memory. Views that only interleave do not."""
+    if is_cuda(a):
+        a, b = _placed(a), _placed(b)
+    try:
+        return np.shares_memory(a, b, max_work=_MAX_WORK)
+    except np.exceptions.TooHardError:
+        return False
+
+
+def _placed(array: Any) -> np.ndarray:
+    """A NumPy array that lies where a CuPy array does, for questions about where it lies."""
+    place = {"shape": array.shape, "strides": array.strides, "data": (array.data.ptr, True)}
+    interface = {"version": 3, "typestr": f"|V{array.dtype.itemsize}", **place}
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
 # --- where arrays are ----------------------------------------------------------------------------------------------
@@ -195,7 +236,7 @@ def as_array(name: str, x: Any, device: int | None) -> Any:
     except SalekitError:
         raise
     except Exception as error:
-        is_numpy = device is None and isinstance(getattr(x, "dtype", None), np.dtype) and x.dtype == BFLOAT16
+        is_numpy = str(error).startswith(_REFUSED_BY_NUMPY)
         hint = "; NumPy's DLPack has no bfloat16: pass salekit.as_dlpack(array)" if is_numpy else ""
         raise DtypeError(f"{name}: cannot import {type(x).__name__} without a copy: {error}{hint}") from error
     if is_read_only and name in _WRITTEN:

@@ -35,7 +35,7 @@ def merge_attention_states(
     lse_a, lse_b: float32 [batch, num_heads, seqlen_q], natural log, contiguous last axis. Packed sequences as
         ``sparse_attention_varlen`` returns them merge, too: out [total_q, num_heads, head_dim], lse [num_heads,
         total_q].
-    out: where to write, like out_a; it may be out_a or out_b itself. stream: as in ``sparse_attention``.
+    out: where to write, like out_a; out_a or out_b itself, or memory that it shares with no argument. stream: as in ``sparse_attention``.
 
     Returns (out, lse), or out alone without ``return_lse``: ``lse = ln(exp(lse_a) + exp(lse_b))`` and the mean of the
     outputs with weights ``exp(lse_a)`` and ``exp(lse_b)``, in float32. Where a lse is -inf that side has seen no key
@@ -66,6 +66,9 @@ def merge_attention_states(
             target = arrays.in_layout(result, layout)
         else:
             result, target = given[2], call_checks.check_out(given[2], a, layout)
+            # A thread reads of both sides what it writes, and the lse of the row: in place is fine, shifted is not.
+            others = {name: x for name, x in zip(names, (a, b)) if not _is_same_view(x, target)}
+            call_checks.check_apart(target, **others, lse_a=lses[0], lse_b=lses[1])
         if device is None:
             merged, lse = reference.merge_states(a, lses[0], b, lses[1])
             target[...] = merged
@@ -91,6 +94,12 @@ def _check_alike(a: Any, b: Any) -> None:
         raise DtypeError(f"out_b: got dtype {b.dtype}; wants {a.dtype}, as out_a has")
     if a.shape[3] == 0 or a.shape[3] % _CHUNK:
         raise ArgumentError(f"out_a: got head_dim {a.shape[3]}; wants a multiple of {_CHUNK}")
+
+
+def _is_same_view(a: Any, b: Any) -> bool:
+    """Of views of one shape: whether each element of one is at the same address in the other."""
+    steps = zip(a.shape, a.strides, b.strides)
+    return arrays.address_of(a) == arrays.address_of(b) and all(x == y for size, x, y in steps if size > 1)
 
 
 def _check_lse(name: str, lse: Any, shape: tuple) -> None:

@@ -304,8 +304,14 @@ def _on_host(x: Any) -> np.ndarray:
     return x.get() if arrays.is_cuda(x) else x
 
 
-def check_out(out: Any, q: Any, device: int | None) -> Any:
+def check_out(out: Any, sequences: Sequences, device: int | None) -> Any:
     """``out`` as a view like q, [1, total_q, num_heads, head_dim]."""
+    view = _view_of_out(out, sequences.q, device)
+    call_checks.check_apart(view, q=sequences.q, k=sequences.k, v=sequences.v)
+    return view
+
+
+def _view_of_out(out: Any, q: Any, device: int | None) -> Any:
     if type(out) is type(q) and device is not None and out.flags.c_contiguous:  # most are: it is quick to see
         place = (out.data.device_id, out.data.ptr % arrays.ALIGNMENT)
         if place == (device, 0) and out.dtype == q.dtype and out.shape == q.shape[1:]:

@@ -143,6 +143,33 @@ def test_merge_refuses(change, error, match):
         salekit.merge_attention_states(*given.values(), **options)
 
 
+@pytest.mark.parametrize("packed", (False, True))
+def test_merge_in_place_or_apart(packed):
+    """out is a side itself, or memory that no argument has: a thread reads what it writes, and a row's lse."""
+    memory = np.zeros((2, 24, 3, 16), FP16)
+    lse = memory.reshape(-1).view(np.float32)[:30].reshape(2, 3, 5)
+    rows, other = [memory[:, i : i + 5] for i in range(20)], np.ones((2, 5, 3, 16), FP16)
+    apart = np.zeros((2, 3, 5), np.float32)
+
+    def merge(out, a, b, lse_a=apart, lse_b=apart):
+        given = [x[0] if packed else x for x in (a, lse_a, b, lse_b)]
+        target = out[0] if packed else out
+        assert salekit.merge_attention_states(*given, out=target)[0] is target
+
+    for out, a, b in ((rows[0], rows[0], other), (rows[0], other, rows[0]), (rows[0], rows[0], rows[0]),
+                      (rows[0], rows[5], rows[10]), (memory[:, 0:10:2], memory[:, 1:10:2], other)):
+        merge(out, a, b)
+    for call, name in (
+        ((rows[1], rows[0], other), "out_a"), ((rows[1], other, rows[0]), "out_b"),
+        ((rows[0], rows[0], rows[1]), "out_b"),
+        ((rows[0][:, ::-1], rows[0], other), "a zero or negative stride"),
+        ((rows[0], rows[0][:, ::-1], other), "out_a"), ((rows[0], other, other, lse), "lse_a"),
+        ((rows[0], rows[0], other, apart, lse), "lse_b"),
+    ):
+        with pytest.raises(ArgumentError, match=f"^out: (shares memory with|has) {name}; wants memory of its own"):
+            merge(*call)
+
+
 def test_merge_of_nothing():
     out, lse = np.zeros((1, 0, 2, 16), FP16), np.zeros((1, 2, 0), np.float32)
     merged, merged_lse = salekit.merge_attention_states(out, lse, out, lse)
@@ -590,6 +617,25 @@ def test_paged_refuses(change, error, match):
     with pytest.raises(error, match=match):
         salekit.sparse_attention_varlen(**{**given, **change})
     assert (out == 7).all()
+
+
+@pytest.mark.parametrize("name", "qkv")
+@pytest.mark.parametrize("paged", (False, True))
+def test_packed_out_that_shares_memory(paged, name):
+    batch = Batch((30, 40), (50, 60), heads=2, seed=7)
+    keys = (batch.pages_k, batch.pages_v) if paged else (batch.k, batch.v)
+    given = dict(zip("qkv", (batch.q, *keys)))
+    lengths = dict(cu_seqlens_q=batch.cu_q, cu_seqlens_k=batch.cu_k, max_seqlen_q=40, max_seqlen_k=60)
+    if paged:
+        lengths |= dict(cu_seqlens_k=None, block_table=batch.table, seqlens_k=batch.lengths)
+    out = given[name].reshape(-1, 2, 64)[:70]
+    with pytest.raises(ArgumentError, match=f"^out: shares memory with {name}; wants"):
+        salekit.sparse_attention_varlen(**given, **lengths, out=out)
+    both = np.zeros((*given[name].shape[:-2], 4, 64), FP16)
+    both[..., :2, :] = given[name]
+    given[name], out = both[..., :2, :], both.reshape(-1, 4, 64)[:70, 2:]
+    want = salekit.sparse_attention_varlen(**given, **lengths)
+    assert same(salekit.sparse_attention_varlen(**given, **lengths, out=out), want)
 
 
 def test_values_beyond_a_sequence_stay_out():

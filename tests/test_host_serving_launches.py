@@ -452,6 +452,17 @@ def test_planned_calls_take_statistics(gpu):
     assert any(name.startswith("reduce") for name, *_ in gpu.take())
 
 
+@pytest.mark.parametrize("paged", (False, True))
+def test_packed_out_that_shares_memory(gpu, paged):
+    for _ in range(2):  # the second call is one like the first
+        call = checked(paged)
+        for at, name in ((Q, "q"), (K, "k"), (V, "v")):
+            for array in (gpu_array(at + 1024, (500, 4, 128)), gpu_array(at, (500, 4, 128), strides=(2048, 512, 2))):
+                with pytest.raises(ArgumentError, match=f"^out: shares memory with {name}; wants"):
+                    sequences.check_out(array, call, 0)
+        assert sequences.check_out(gpu_array(OUT, (500, 4, 128)), call, 0).shape == call.q.shape
+
+
 def test_a_batch_beyond_a_grid():
     from salekit.key_statistics import _check_keys as check_keys
 
