@@ -138,8 +138,11 @@ def _placed(array: Any) -> np.ndarray:
 
 
 # --- where arrays are ----------------------------------------------------------------------------------------------
-def place_of(name: str, x: Any) -> int | None:
-    """CUDA device of ``x``, or None when it is in host memory. DtypeError when it is no array at all."""
+def place_of(name: str, x: Any, wants: str = "a NumPy or CuPy array") -> int | None:
+    """CUDA device of ``x``, or None when it is in host memory. DtypeError when it is no array at all.
+
+    wants: what the argument may be besides an array of another library.
+    """
     if isinstance(x, np.ndarray):
         if isinstance(x, np.ma.MaskedArray):
             raise DtypeError(f"{name}: is a masked array; wants a plain one, such as array.filled(0) makes")
@@ -149,7 +152,7 @@ def place_of(name: str, x: Any) -> int | None:
     if problem := _why_without_data(x):
         raise DtypeError(f"{name}: {problem}")
     try:
-        place = _exportedplace_of(name, x)
+        place = _exported_place_of(name, x, wants)
     except SalekitError:
         raise
     except Exception as error:  # whatever the producer raises, the caller needs the argument's name
@@ -157,7 +160,7 @@ def place_of(name: str, x: Any) -> int | None:
     return place
 
 
-def _exportedplace_of(name: str, x: Any) -> int | None:
+def _exported_place_of(name: str, x: Any, wants: str) -> int | None:
     if hasattr(x, "__dlpack_device__") and hasattr(x, "__dlpack__"):
         kind, device = map(int, x.__dlpack_device__())
         if kind in _DLPACK_HOST:
@@ -170,8 +173,7 @@ def _exportedplace_of(name: str, x: Any) -> int | None:
         runtime = import_cupy().cuda.runtime
         return runtime.pointerGetAttributes(pointer).device if pointer else runtime.getDevice()
     raise DtypeError(
-        f"{name}: got {type(x).__name__}; wants a NumPy or CuPy array, or an object with DLPack or "
-        "__cuda_array_interface__"
+        f"{name}: got {type(x).__name__}; wants {wants}, or an object with DLPack or __cuda_array_interface__"
     )
 
 

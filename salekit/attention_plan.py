@@ -163,7 +163,7 @@ class AttentionPlan:
             call_checks.check_out(view, arrays.in_layout(q, self.layout), self.layout)
         if view is not None:
             at, (of_q, of_k, of_v) = view.data.ptr, self._reaches
-            end = at + arrays.reach(out_kind[1], out_kind[2], 2)[1]  # its strides are positive
+            end = at + arrays.reach(out_kind[1], out_kind[2], view.dtype.itemsize)[1]  # strides are positive
             if (
                 (at < at_q + of_q[1] and at_q + of_q[0] < end)
                 or (at < at_k + of_k[1] and at_k + of_k[0] < end)

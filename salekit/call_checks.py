@@ -205,7 +205,8 @@ def check_sink_logits(sink_logits: Any, plan: Plan, q: Any) -> Any:
             sink_logits = np.array(sink_logits)
         except ValueError:
             raise ArgumentError(f"sink_logits: got a ragged list; wants {plan.num_heads} numbers, one a head") from None
-    place, want = arrays.place_of("sink_logits", sink_logits), q.device.id if arrays.is_cuda(q) else None
+    place = arrays.place_of("sink_logits", sink_logits, "one number a head in a list, a NumPy or CuPy array")
+    want = q.device.id if arrays.is_cuda(q) else None
     if place not in (None, want):
         wants = "host memory" if want is None else f"{arrays.place_name(want)} or host memory"
         raise ArgumentError(f"sink_logits: is on {arrays.place_name(place)}; wants {wants}")

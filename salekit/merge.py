@@ -35,7 +35,8 @@ def merge_attention_states(
     lse_a, lse_b: float32 [batch, num_heads, seqlen_q], natural log, contiguous last axis. Packed sequences as
         ``sparse_attention_varlen`` returns them merge, too: out [total_q, num_heads, head_dim], lse [num_heads,
         total_q].
-    out: where to write, like out_a; out_a or out_b itself, or memory that it shares with no argument. stream: as in ``sparse_attention``.
+    out: where to write, like out_a: out_a or out_b itself, or memory that it shares with no argument. stream: as in
+        ``sparse_attention``.
 
     Returns (out, lse), or out alone without ``return_lse``: ``lse = ln(exp(lse_a) + exp(lse_b))`` and the mean of the
     outputs with weights ``exp(lse_a)`` and ``exp(lse_b)``, in float32. Where a lse is -inf that side has seen no key

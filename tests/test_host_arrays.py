@@ -141,6 +141,13 @@ def test_bad_option(option, value):
     assert message.startswith(f"{option}: ") and "wants" in message and repr(value).strip("'") in message
 
 
+@pytest.mark.parametrize("value", [2.0, 3, -1, True, None, "2", 2**70, np.True_, np.float32(4)])
+def test_query_strides_that_are_none(value):
+    with pytest.raises(ArgumentError, match="^query_stride: got .*; wants one of 1, 2, 4$"):
+        call_checks.make_plan(Q, K, V, query_stride=value)
+    assert call_checks.make_plan(Q, K, V, query_stride=np.int8(2)).query_stride == 2
+
+
 def test_plan():
     options = dict(block=[64, np.int64(128)], sink=np.int32(64), full_rows=2**70, softmax_scale=2)
     plan = call_checks.make_plan(Q, K, V, **options)
@@ -255,9 +262,9 @@ def test_threshold_array(value):
     ([[1], [2, 3]], ArgumentError, "ragged"),
     (["a", "b", "c", "d"], DtypeError, "got dtype"),
     (np.ones(4, bool), DtypeError, "got dtype bool"),
-    (True, DtypeError, "got bool"),
-    (1j, DtypeError, "got complex"),
-    ("0.1", DtypeError, "got str"),
+    (True, DtypeError, "got bool; wants a number, or one a head in a list"),
+    (1j, DtypeError, "got complex; wants a number"),
+    ("0.1", DtypeError, "got str; wants a number"),
 ])
 def test_bad_thresholds(value, error, match):
     with pytest.raises(error, match="thresholds: .*" + match):

@@ -566,13 +566,13 @@ def test_nothing_to_do():
     (dict(max_seqlen_q=1.5), ArgumentError, "max_seqlen_q"),
     (dict(q=np.zeros((1, 70, 4, 64), FP16)), ArgumentError, r"q: got 4 axes.*\[total_q"),
     (dict(k=np.zeros((110, 3, 64), FP16), v=np.zeros((110, 3, 64), FP16)), ArgumentError, "k: got 3 heads"),
-    (dict(v=np.zeros((109, 2, 64), FP16)), ArgumentError, "v: got shape"),
+    (dict(v=np.zeros((109, 2, 64), FP16)), ArgumentError, r"v: got shape \(109, 2, 64\); wants \(110, 2, 64\), as k"),
     (dict(k=np.zeros((110, 2, 64), BF16)), DtypeError, "k: got dtype"),
     (dict(attend="fp8"), ArgumentError, "attend"),
     (dict(block=(32, 32)), ArgumentError, "block"),
     (dict(thresholds=-1.0), ArgumentError, "thresholds"),
     (dict(debug=1), ArgumentError, "debug"),
-    (dict(out=np.zeros((69, 4, 64), FP16)), ArgumentError, "out"),
+    (dict(out=np.zeros((69, 4, 64), FP16)), ArgumentError, r"out: got shape \(69, 4, 64\); wants \(70, 4, 64\), as q"),
     (dict(out=np.zeros((1, 70, 4, 64), FP16)), ArgumentError, "out: got 4 axes"),
 ))
 def test_packed_refuses(change, error, match):
@@ -601,7 +601,10 @@ def test_packed_refuses(change, error, match):
     (dict(cu_seqlens_k=[0, 50, 110]), ArgumentError, "cu_seqlens_k: a call with a block_table"),
     (dict(k=np.zeros((11, 24, 2, 64), FP16), v=np.zeros((11, 24, 2, 64), FP16)), ArgumentError, "pages of 24 rows"),
     (dict(k=np.zeros((11, 2, 64), FP16)), ArgumentError, r"k: got 3 axes.*\[num_pages"),
-    (dict(v=np.zeros((10, 16, 2, 64), FP16)), ArgumentError, "v: got shape"),
+    (dict(v=np.zeros((10, 16, 2, 64), FP16)), ArgumentError,
+     r"v: got shape \(10, 16, 2, 64\); wants \(11, 16, 2, 64\)"),
+    (dict(k=np.zeros((0, 16, 2, 64), FP16), v=np.zeros((0, 16, 2, 64), FP16)), ArgumentError,
+     r"block_table: got page \d+ at \[0, 0\]; there are none, as k has no pages"),
 ))
 def test_paged_refuses(change, error, match):
     batch = Batch((30, 40), (50, 60), seed=8)
