@@ -58,10 +58,12 @@ def merge_attention_states(
                            for named, group, ndim in ((names, given, 3), (("lse_a", "lse_b"), lses, 2)))
             layout = "bshd"
         a, b = (call_checks.check_view(name, x, device, layout) for name, x in zip(names[:2], given))
-        _check_alike(a, b)
+        _check_alike(a, b, is_packed)
         shape = (a.shape[0], a.shape[2], a.shape[1])
         for name, lse in zip(("lse_a", "lse_b"), lses):
-            _check_lse(name, lse, shape)
+            _check_lse(name, lse, shape, is_packed)
+        if out is not None and is_packed and given[2].shape != a.shape:
+            raise ArgumentError(f"out: got shape {given[2].shape[1:]}; wants {a.shape[1:]}, as out_a has")
         if out is None:
             result = _empty(tuple(given[0].shape), a.dtype, device)
             target = arrays.in_layout(result, layout)
@@ -88,9 +90,11 @@ def _with_batch(name: str, x: Any, ndim: int) -> Any:
     return x[None]
 
 
-def _check_alike(a: Any, b: Any) -> None:
+def _check_alike(a: Any, b: Any, is_packed: bool) -> None:
     if b.shape != a.shape:
-        raise ArgumentError(f"out_b: got [batch, seqlen, heads, head_dim] {b.shape}; wants {a.shape}, as out_a has")
+        axes = "[total_q, num_heads, head_dim]" if is_packed else "[batch, seqlen, heads, head_dim]"
+        got, want = (x.shape[1:] if is_packed else x.shape for x in (b, a))
+        raise ArgumentError(f"out_b: got {axes} {got}; wants {want}, as out_a has")
     if b.dtype != a.dtype:
         raise DtypeError(f"out_b: got dtype {b.dtype}; wants {a.dtype}, as out_a has")
     if a.shape[3] == 0 or a.shape[3] % _CHUNK:
@@ -103,11 +107,13 @@ def _is_same_view(a: Any, b: Any) -> bool:
     return arrays.address_of(a) == arrays.address_of(b) and all(x == y for size, x, y in steps if size > 1)
 
 
-def _check_lse(name: str, lse: Any, shape: tuple) -> None:
+def _check_lse(name: str, lse: Any, shape: tuple, is_packed: bool) -> None:
     if lse.dtype != np.float32:
         raise DtypeError(f"{name}: got dtype {lse.dtype}; wants float32")
     if lse.shape != shape:
-        raise ArgumentError(f"{name}: got shape {lse.shape}; wants [batch, num_heads, seqlen_q] = {shape}")
+        axes = "[num_heads, total_q]" if is_packed else "[batch, num_heads, seqlen_q]"
+        got, want = (x[1:] if is_packed else x for x in (lse.shape, shape))
+        raise ArgumentError(f"{name}: got shape {got}; wants {axes} = {want}")
     if shape[2] > 1 and lse.strides[2] != 4:
         raise ArgumentError(f"{name}: the last axis has a stride of {lse.strides[2]} bytes; wants 4 (contiguous)")
     if any(stride % 4 for stride in lse.strides):

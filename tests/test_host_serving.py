@@ -133,6 +133,12 @@ def test_merge_splits_attention():
     (dict(out=np.zeros((2, 5, 3, 8), FP16)), ArgumentError, "out: got shape"),
     (dict(layout="sbhd"), ArgumentError, "layout"),
     (dict(stream=3), ArgumentError, "stream"),
+    (dict(out_a=np.zeros((2, 5, 3, 12), FP16), out_b=np.zeros((2, 5, 3, 12), FP16)), ArgumentError,
+     "out_a: got head_dim 12; wants a multiple of 8"),
+    (dict(out_a=np.zeros((2, 5, 3, 0), FP16), out_b=np.zeros((2, 5, 3, 0), FP16)), ArgumentError,
+     "out_a: got head_dim 0; wants a multiple of 8"),
+    (dict(lse_a=np.lib.stride_tricks.as_strided(np.zeros(20, np.float32), (2, 3, 5), (30, 10, 4))), ArgumentError,
+     r"lse_a: got strides \(30, 10, 4\) bytes; wants multiples of 4"),
 ))
 def test_merge_refuses(change, error, match):
     (out_a, lse_a), (out_b, lse_b) = (states(np.random.default_rng(3)) for _ in range(2))
@@ -168,6 +174,17 @@ def test_merge_in_place_or_apart(packed):
     ):
         with pytest.raises(ArgumentError, match=f"^out: (shares memory with|has) {name}; wants memory of its own"):
             merge(*call)
+
+
+def test_merge_names_the_axes_of_packed_states():
+    out, lse = np.zeros((5, 3, 16), FP16), np.zeros((3, 5), np.float32)
+    for change, match in (
+        (dict(out_b=out[:4]), r"out_b: got \[total_q, num_heads, head_dim\] \(4, 3, 16\); wants \(5, 3, 16\)"),
+        (dict(lse_b=lse[:, :4]), r"lse_b: got shape \(3, 4\); wants \[num_heads, total_q\] = \(3, 5\)"),
+        (dict(out=np.zeros((4, 3, 16), FP16)), r"out: got shape \(4, 3, 16\); wants \(5, 3, 16\), as out_a has"),
+    ):
+        with pytest.raises(ArgumentError, match=f"^{match}"):
+            salekit.merge_attention_states(**{**dict(out_a=out, lse_a=lse, out_b=out, lse_b=lse), **change})
 
 
 def test_merge_of_nothing():
@@ -266,6 +283,9 @@ def test_statistics_refused():
         (lambda: salekit.key_statistics(k[0]), ArgumentError, "k: got 3 axes"),
         (lambda: salekit.key_statistics(k.astype(np.float32)), DtypeError, "k: got dtype"),
         (lambda: salekit.key_statistics(k[..., :32]), ArgumentError, "head_dim 32"),
+        (lambda: salekit.key_statistics(k[:, :, :0]), ArgumentError, "k: got 0 heads; wants at least 1"),
+        (lambda: salekit.key_statistics(np.broadcast_to(k[:, :1], (1, 2**30 + 1, 1, 64))), ArgumentError,
+         "k: got seqlen 1073741825; wants at most 1073741824"),
         (lambda: statistics.update(np.concatenate([k, k], axis=2)), ArgumentError, "wants"),
         (lambda: statistics.merge(salekit.key_statistics(np.concatenate([k, k]))), ArgumentError, "other: got"),
     ):
@@ -553,6 +573,8 @@ def test_nothing_to_do():
     (dict(cu_seqlens_q=[]), ArgumentError, "cu_seqlens_q: got no element"),
     (dict(cu_seqlens_q=np.zeros((3, 1), np.int32)), ArgumentError, "cu_seqlens_q: got 2 axes"),
     (dict(cu_seqlens_q=np.array([0, 30, 70])), DtypeError, "cu_seqlens_q: got dtype int64"),
+    (dict(cu_seqlens_q=np.array([0, 9, 30, 9, 70], np.int32)[::2]), ArgumentError, "cu_seqlens_q: is not contiguous"),
+    (dict(cu_seqlens_k=np.array([110, 50, 0], np.int32)[::-1]), ArgumentError, "cu_seqlens_k: is not contiguous"),
     (dict(cu_seqlens_q=["0", "30", "70"]), DtypeError, "cu_seqlens_q: got .*wants integers"),
     (dict(cu_seqlens_q=[0, 30.7, 70]), DtypeError, "cu_seqlens_q: got .*wants integers"),
     (dict(cu_seqlens_k=[False, 50, 110]), DtypeError, "cu_seqlens_k: got .*wants integers"),
@@ -593,6 +615,8 @@ def test_packed_refuses(change, error, match):
     (dict(block_table=np.zeros((2, 3), np.int32)), ArgumentError, "block_table: got 3 pages of 16.*at least 4"),
     (dict(block_table=np.zeros((3, 6), np.int32)), ArgumentError, "block_table: got shape"),
     (dict(block_table=np.zeros((2, 6))), DtypeError, "block_table: got dtype"),
+    (dict(block_table=np.zeros((2, 12), np.int32)[:, ::2]), ArgumentError, "block_table: the last axis is not contig"),
+    (dict(block_table=np.zeros((6, 2), np.int32).T), ArgumentError, "block_table: the last axis is not contiguous"),
     (dict(seqlens_k=[50, 61]), ArgumentError, "seqlens_k: got 61 for sequence 1; wants 0 to max_seqlen_k = 60"),
     (dict(seqlens_k=[-1, 60]), ArgumentError, "seqlens_k: got -1"),
     (dict(seqlens_k=[50]), ArgumentError, "seqlens_k: got 1 elements; wants 2"),
