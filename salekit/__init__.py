@@ -12,15 +12,13 @@ if not (_Path(__file__).parent / "cuda_src").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
 # The modules quantize, estimate, block_scores and attend share a name with their function. They are all loaded here,
-# once, so that ``salekit.quantize`` is the function from then on; ``from salekit.quantize import ...`` still finds the
-# module.
+# once, so that ``salekit.quantize`` is the function from then on, with the checks of stages.py;
+# ``from salekit.quantize import ...`` still finds the module.
 from . import errors  # noqa: E402
-from .anchors import anchor_statistics, row_limits  # noqa: E402
-from .attend import attend  # noqa: E402
 from .attention import dense_attention, plan, sparse_attention, sparse_attention_varlen  # noqa: E402
 from .attention_plan import AttentionPlan  # noqa: E402
 from .block_mask import BlockMask  # noqa: E402
-from .block_scores import block_scores, mask_from_scores, scores_plan  # noqa: E402
+from .block_scores import scores_plan  # noqa: E402
 from .call_checks import make_plan  # noqa: E402
 from .data_files import load_qkv, load_sample  # noqa: E402
 from .dlpack import as_dlpack  # noqa: E402
@@ -32,11 +30,18 @@ from .errors import (  # noqa: E402
     GpuError,
     SalekitError,
 )
-from .estimate import estimate  # noqa: E402
 from .key_statistics import KeyStatistics, key_statistics  # noqa: E402
 from .merge import merge_attention_states  # noqa: E402
 from .plans import Plan  # noqa: E402
-from .quantize import quantize  # noqa: E402
+from .stages import (  # noqa: E402
+    anchor_statistics,
+    attend,
+    block_scores,
+    estimate,
+    mask_from_scores,
+    quantize,
+    row_limits,
+)
 from .thresholds import load_thresholds, save_thresholds  # noqa: E402
 from .workspaces import clear_workspaces  # noqa: E402
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
 import ml_dtypes
@@ -29,8 +31,11 @@ WORKSPACE_ALIGNMENT = 256  # what every allocator of GPU memory gives at least
 TENSOR_VIEW = np.dtype([("pointer", "<u8"), ("stride_batch", "<i8"), ("stride_row", "<i8"), ("stride_head", "<i8")])
 
 _DLPACK_HOST, _DLPACK_CUDA = (1, 3), (2, 13)  # DLDeviceType: CPU and pinned; CUDA and managed
+_MAX_WORK = 1000  # candidates that NumPy tries before it is not known whether two views have an element in common
+_REFUSED_BY_NUMPY = "DLPack only supports"  # the start of what NumPy's export says of a dtype that DLPack had not
 FEWER = "Free memory, or pass fewer rows of q at a time (docs/serving.md) or fewer heads"
 _WRITTEN = ("out", "workspace")  # arguments that a call writes to
+_IN_JAX = "For jit and shard_map salekit.jax has sparse_attention and dense_attention, nothing else"
 
 
 def import_cupy():
@@ -95,9 +100,49 @@ def row_view(array: Any) -> np.ndarray:
     return view
 
 
+# --- memory in common ----------------------------------------------------------------------------------------------
+@lru_cache(maxsize=1024)
+def reach(shape: tuple[int, ...], strides: tuple[int, ...], item_bytes: int) -> tuple[int, int]:
+    """The bytes of such an array, counted from its address: (first, end); (0, 0) when it is empty."""
+    if 0 in shape:
+        return 0, 0
+    steps = [stride * (size - 1) for size, stride in zip(shape, strides)]
+    return sum(step for step in steps if step < 0), item_bytes + sum(step for step in steps if step > 0)
+
+
+def address_of(array: Any) -> int:
+    return array.data.ptr if is_cuda(array) else array.ctypes.data
+
+
+def span(array: Any) -> tuple[int, int]:
+    """The addresses that an array's elements lie between."""
+    address, (first, end) = address_of(array), reach(array.shape, array.strides, array.dtype.itemsize)
+    return address + first, address + end
+
+
+def have_common_bytes(a: Any, b: Any) -> bool:
+    """Whether two arrays, both NumPy's or both CuPy's, certainly share memory. Views that only interleave do not."""
+    if is_cuda(a):
+        a, b = _placed(a), _placed(b)
+    try:
+        return np.shares_memory(a, b, max_work=_MAX_WORK)
+    except np.exceptions.TooHardError:
+        return False
+
+
+def _placed(array: Any) -> np.ndarray:
+    """A NumPy array that lies where a CuPy array does, for questions about where it lies."""
+    place = {"shape": array.shape, "strides": array.strides, "data": (array.data.ptr, True)}
+    interface = {"version": 3, "typestr": f"|V{array.dtype.itemsize}", **place}
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
+
+
 # --- where arrays are ----------------------------------------------------------------------------------------------
-def place_of(name: str, x: Any) -> int | None:
-    """CUDA device of ``x``, or None when it is in host memory. DtypeError when it is no array at all."""
+def place_of(name: str, x: Any, wants: str = "a NumPy or CuPy array") -> int | None:
+    """CUDA device of ``x``, or None when it is in host memory. DtypeError when it is no array at all.
+
+    wants: what the argument may be besides an array of another library.
+    """
     if isinstance(x, np.ndarray):
         if isinstance(x, np.ma.MaskedArray):
             raise DtypeError(f"{name}: is a masked array; wants a plain one, such as array.filled(0) makes")
@@ -107,7 +152,7 @@ def place_of(name: str, x: Any) -> int | None:
     if problem := _why_without_data(x):
         raise DtypeError(f"{name}: {problem}")
     try:
-        place = _exportedplace_of(name, x)
+        place = _exported_place_of(name, x, wants)
     except SalekitError:
         raise
     except Exception as error:  # whatever the producer raises, the caller needs the argument's name
@@ -115,7 +160,7 @@ def place_of(name: str, x: Any) -> int | None:
     return place
 
 
-def _exportedplace_of(name: str, x: Any) -> int | None:
+def _exported_place_of(name: str, x: Any, wants: str) -> int | None:
     if hasattr(x, "__dlpack_device__") and hasattr(x, "__dlpack__"):
         kind, device = map(int, x.__dlpack_device__())
         if kind in _DLPACK_HOST:
@@ -128,20 +173,19 @@ def _exportedplace_of(name: str, x: Any) -> int | None:
         runtime = import_cupy().cuda.runtime
         return runtime.pointerGetAttributes(pointer).device if pointer else runtime.getDevice()
     raise DtypeError(
-        f"{name}: got {type(x).__name__}; wants a NumPy or CuPy array, or an object with DLPack or "
-        "__cuda_array_interface__"
+        f"{name}: got {type(x).__name__}; wants {wants}, or an object with DLPack or __cuda_array_interface__"
     )
 
 
 def _why_without_data(x: Any) -> str | None:
     """What is wrong with an object that stands for an array, or None."""
     if _is_tracer(x):
-        return "is traced by JAX and has no data; wants an array. Under jit, use salekit.jax"
+        return f"is traced by JAX and has no data; wants an array. {_IN_JAX}"
     if _is_jax_array(x):
         if x.is_deleted():
             return "is a JAX array that was deleted or donated; wants one that has data"
         if len(x.devices()) > 1:
-            return "is a JAX array on several devices; wants one on one device. Use salekit.jax in a shard_map"
+            return f"is a JAX array on several devices; wants one on one device. {_IN_JAX}"
     if type(x).__name__ == "FakeTensor":
         return "is a FakeTensor, as in torch.compile and torch.export, and has no data; wants a tensor that has"
     if getattr(x, "is_meta", None) is True:
@@ -194,7 +238,8 @@ def as_array(name: str, x: Any, device: int | None) -> Any:
     except SalekitError:
         raise
     except Exception as error:
-        hint = "; NumPy's DLPack has no bfloat16: pass salekit.as_dlpack(array)" if device is None else ""
+        is_numpy = str(error).startswith(_REFUSED_BY_NUMPY)
+        hint = "; NumPy's DLPack has no bfloat16: pass salekit.as_dlpack(array)" if is_numpy else ""
         raise DtypeError(f"{name}: cannot import {type(x).__name__} without a copy: {error}{hint}") from error
     if is_read_only and name in _WRITTEN:
         raise ArgumentError(f"{name}: is read-only; wants memory that can be written")
@@ -239,11 +284,12 @@ def import_array(name: str, x: Any, device: int | None) -> Any:
     return as_array(name, x, device)
 
 
-def on_device(device: int, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
-    """These arguments as CuPy arrays of one device that share their memory."""
-    array = import_cupy().ndarray
-    if type(q) is type(k) is type(v) is array and q.data.device_id == k.data.device_id == v.data.device_id == device:
-        return q, k, v
+def on_device(device: int | None, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    """These arguments as NumPy arrays (device None) or CuPy arrays of one device that share their memory."""
+    array = np.ndarray if device is None else import_cupy().ndarray
+    if type(q) is type(k) is type(v) is array:
+        if device is None or q.data.device_id == k.data.device_id == v.data.device_id == device:
+            return q, k, v
     return tuple(import_array(name, x, device) for name, x in (("q", q), ("k", k), ("v", v)))
 
 

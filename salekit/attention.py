@@ -67,7 +67,8 @@ def sparse_attention(
         calls whose states are merged, pass it to one.
     k_statistics: what :func:`key_statistics` returned, where q is, instead of the statistics of this call's keys: those
         of all keys of a sequence whose chunks are to have the masks that they would have in one call (docs/serving.md).
-    out: where to write, like q and apart from q, k and v; it is returned.
+    out: where to write, like q; it is returned. Memory that it shares with q, k or v is an error; other parts of the
+        buffer that holds them are fine.
     stream: a CuPy stream, a ``cudaStream_t`` as int, or None for CuPy's current one.
 
     Returns out (like q, in its layout), or a tuple (out[, lse][, mask]): lse float32 [batch, num_heads, seqlen_q],
@@ -141,9 +142,7 @@ def plan(
     check_names("plan", options)
     q, k, v = call_checks.examples(q, k, v, dtype, device)
     with arrays.on_stream(q, None) as device:
-        if device is not None:
-            q, k, v = arrays.on_device(device, q, k, v)
-        return AttentionPlan(q, k, v, layout, options)
+        return AttentionPlan(*arrays.on_device(device, q, k, v), layout, options)
 
 
 def sparse_attention_varlen(
@@ -233,7 +232,7 @@ def sparse_attention_varlen(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqlens_k, device,
             sequences.is_debugging(debug), options, sink_logits,
         )
-        target = None if out is None else sequences.check_out(out, call.q, device)
+        target = None if out is None else sequences.check_out(out, call, device)
         if device is None:
             result, lse = sequences.run_twin(call, thresholds, return_lse, target, k_statistics)
         else:

@@ -49,6 +49,7 @@ class AttentionPlan:
         self.layout = layout
         self._options = options
         self._device, *self._kinds = self._kind = _kind_of(q, k, v)
+        self._reaches = [arrays.reach(shape, strides, dtype.itemsize) for dtype, shape, strides in self._kinds]
         self._gpu = None if self._device is None else programs.Gpu()
         self._programs: workspaces.RecentlyUsed[programs.Program] = workspaces.RecentlyUsed(MAX_PROGRAMS)
         self._lock = threading.Lock()  # of the images of all programs
@@ -141,7 +142,8 @@ class AttentionPlan:
         What the kind does not say is checked: addresses, thresholds, sink logits and out. lse_out, words_out: where lse
         and the mask's words go, contiguous CuPy arrays of their shapes (not checked); None allocates them.
         """
-        if (q.data.ptr | k.data.ptr | v.data.ptr) % arrays.ALIGNMENT:
+        at_q, at_k, at_v = q.data.ptr, k.data.ptr, v.data.ptr
+        if (at_q | at_k | at_v) % arrays.ALIGNMENT:
             call_checks.as_arrays(q, k, v, self.layout)  # says which it is; empty arrays may have any address
         thresholds = check_thresholds(thresholds, self.plan.num_heads, q)
         check_statistics(k_statistics, self.plan, self._device)
@@ -159,6 +161,15 @@ class AttentionPlan:
         program = self._programs.get(key)
         if view is not None and (program is None or view.data.ptr % arrays.ALIGNMENT):
             call_checks.check_out(view, arrays.in_layout(q, self.layout), self.layout)
+        if view is not None:
+            at, (of_q, of_k, of_v) = view.data.ptr, self._reaches
+            end = at + arrays.reach(out_kind[1], out_kind[2], view.dtype.itemsize)[1]  # strides are positive
+            if (
+                (at < at_q + of_q[1] and at_q + of_q[0] < end)
+                or (at < at_k + of_k[1] and at_k + of_k[0] < end)
+                or (at < at_v + of_v[1] and at_v + of_v[0] < end)
+            ):
+                call_checks.check_apart(view, q=q, k=k, v=v)
         if program is None and not self.plan.is_empty:
             program = self._program(key)
         if program is not None and workspace is not None:

@@ -205,7 +205,8 @@ def check_sink_logits(sink_logits: Any, plan: Plan, q: Any) -> Any:
             sink_logits = np.array(sink_logits)
         except ValueError:
             raise ArgumentError(f"sink_logits: got a ragged list; wants {plan.num_heads} numbers, one a head") from None
-    place, want = arrays.place_of("sink_logits", sink_logits), q.device.id if arrays.is_cuda(q) else None
+    place = arrays.place_of("sink_logits", sink_logits, "one number a head in a list, a NumPy or CuPy array")
+    want = q.device.id if arrays.is_cuda(q) else None
     if place not in (None, want):
         wants = "host memory" if want is None else f"{arrays.place_name(want)} or host memory"
         raise ArgumentError(f"sink_logits: is on {arrays.place_name(place)}; wants {wants}")
@@ -242,6 +243,18 @@ def check_out(out: Any, q: Any, layout: str) -> Any:
     return view
 
 
+def check_apart(out: Any, **others: Any) -> None:
+    """ArgumentError when ``out`` shares memory with one of these arrays, by the names of their arguments.
+
+    On a GPU its rows are written while other CTAs read. Views of one buffer without a common element are fine.
+    """
+    start, end = arrays.span(out)
+    for name, x in others.items():
+        first, last = arrays.span(x)
+        if start < last and first < end and arrays.have_common_bytes(out, x):
+            raise ArgumentError(f"out: shares memory with {name}; wants memory of its own")
+
+
 def check_workspace(workspace: Any, device: int, num_bytes: int) -> Any:
     """``workspace`` as a CuPy array of at least ``num_bytes`` contiguous, aligned bytes."""
     array = arrays.import_array("workspace", workspace, device)
@@ -272,6 +285,7 @@ def check_call(
         view = arrays.in_layout(result, layout)
     else:
         result, view = out, check_out(out, q, layout)
+        check_apart(view, q=q, k=k, v=v)
     return Call(
         plan=plan, q=q, k=k, v=v, out=view, result=result, thresholds=thresholds, sink_logits=sink_logits
     )

@@ -48,8 +48,8 @@ def sparse_attention(
 
     q: [batch, seqlen_q, num_heads, head_dim], float16 or bfloat16; k, v: [batch, seqlen_k, num_kv_heads, head_dim];
         ``layout="bhsd"`` swaps the middle axes. JAX arrays, or what ``jnp.asarray`` takes.
-    thresholds: tau, a number, or float32 [num_heads] (or a scalar) as an array, which may be traced. Values on the host
-        are checked; in a JAX array NaN or a negative value means a dense head.
+    thresholds: tau, a number, or real numbers [num_heads] (or a scalar) as an array, which may be traced. Values on the
+        host are checked; in a JAX array NaN or a negative value means a dense head.
     sink_logits: None, or one more logit a head, as there: numbers, or float32 [num_heads] as an array, which may be
         traced. Values on the host are finite or -inf; NaN or +inf in a JAX array makes NaN of the head's output.
     options: the other ones of ``salekit.sparse_attention`` (causal, softmax_scale, estimator, block, dense_below,
@@ -129,8 +129,8 @@ def _as_thresholds(thresholds: Any, num_heads: int) -> Any:
     if not isinstance(thresholds, jax.Array):
         values = check_thresholds(thresholds, num_heads, np.empty(0))
         return values if isinstance(values, float) else jnp.asarray(values)
-    if not jnp.issubdtype(thresholds.dtype, jnp.floating):
-        raise DtypeError(f"thresholds: got dtype {thresholds.dtype}; wants float32")
+    if not any(jnp.issubdtype(thresholds.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise DtypeError(f"thresholds: got dtype {thresholds.dtype}; wants real numbers")
     if thresholds.shape not in ((), (num_heads,)):
         raise ArgumentError(
             f"thresholds: got shape {thresholds.shape}; wants a scalar or [num_heads] = ({num_heads},)"

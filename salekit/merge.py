@@ -35,7 +35,8 @@ def merge_attention_states(
     lse_a, lse_b: float32 [batch, num_heads, seqlen_q], natural log, contiguous last axis. Packed sequences as
         ``sparse_attention_varlen`` returns them merge, too: out [total_q, num_heads, head_dim], lse [num_heads,
         total_q].
-    out: where to write, like out_a; it may be out_a or out_b itself. stream: as in ``sparse_attention``.
+    out: where to write, like out_a: out_a or out_b itself, or memory that it shares with no argument. stream: as in
+        ``sparse_attention``.
 
     Returns (out, lse), or out alone without ``return_lse``: ``lse = ln(exp(lse_a) + exp(lse_b))`` and the mean of the
     outputs with weights ``exp(lse_a)`` and ``exp(lse_b)``, in float32. Where a lse is -inf that side has seen no key
@@ -57,15 +58,20 @@ def merge_attention_states(
                            for named, group, ndim in ((names, given, 3), (("lse_a", "lse_b"), lses, 2)))
             layout = "bshd"
         a, b = (call_checks.check_view(name, x, device, layout) for name, x in zip(names[:2], given))
-        _check_alike(a, b)
+        _check_alike(a, b, is_packed)
         shape = (a.shape[0], a.shape[2], a.shape[1])
         for name, lse in zip(("lse_a", "lse_b"), lses):
-            _check_lse(name, lse, shape)
+            _check_lse(name, lse, shape, is_packed)
+        if out is not None and is_packed and given[2].shape != a.shape:
+            raise ArgumentError(f"out: got shape {given[2].shape[1:]}; wants {a.shape[1:]}, as out_a has")
         if out is None:
             result = _empty(tuple(given[0].shape), a.dtype, device)
             target = arrays.in_layout(result, layout)
         else:
             result, target = given[2], call_checks.check_out(given[2], a, layout)
+            # A thread reads of both sides what it writes, and the lse of the row: in place is fine, shifted is not.
+            others = {name: x for name, x in zip(names, (a, b)) if not _is_same_view(x, target)}
+            call_checks.check_apart(target, **others, lse_a=lses[0], lse_b=lses[1])
         if device is None:
             merged, lse = reference.merge_states(a, lses[0], b, lses[1])
             target[...] = merged
@@ -84,20 +90,30 @@ def _with_batch(name: str, x: Any, ndim: int) -> Any:
     return x[None]
 
 
-def _check_alike(a: Any, b: Any) -> None:
+def _check_alike(a: Any, b: Any, is_packed: bool) -> None:
     if b.shape != a.shape:
-        raise ArgumentError(f"out_b: got [batch, seqlen, heads, head_dim] {b.shape}; wants {a.shape}, as out_a has")
+        axes = "[total_q, num_heads, head_dim]" if is_packed else "[batch, seqlen, heads, head_dim]"
+        got, want = (x.shape[1:] if is_packed else x.shape for x in (b, a))
+        raise ArgumentError(f"out_b: got {axes} {got}; wants {want}, as out_a has")
     if b.dtype != a.dtype:
         raise DtypeError(f"out_b: got dtype {b.dtype}; wants {a.dtype}, as out_a has")
     if a.shape[3] == 0 or a.shape[3] % _CHUNK:
         raise ArgumentError(f"out_a: got head_dim {a.shape[3]}; wants a multiple of {_CHUNK}")
 
 
-def _check_lse(name: str, lse: Any, shape: tuple) -> None:
+def _is_same_view(a: Any, b: Any) -> bool:
+    """Of views of one shape: whether each element of one is at the same address in the other."""
+    steps = zip(a.shape, a.strides, b.strides)
+    return arrays.address_of(a) == arrays.address_of(b) and all(x == y for size, x, y in steps if size > 1)
+
+
+def _check_lse(name: str, lse: Any, shape: tuple, is_packed: bool) -> None:
     if lse.dtype != np.float32:
         raise DtypeError(f"{name}: got dtype {lse.dtype}; wants float32")
     if lse.shape != shape:
-        raise ArgumentError(f"{name}: got shape {lse.shape}; wants [batch, num_heads, seqlen_q] = {shape}")
+        axes = "[num_heads, total_q]" if is_packed else "[batch, num_heads, seqlen_q]"
+        got, want = (x[1:] if is_packed else x for x in (lse.shape, shape))
+        raise ArgumentError(f"{name}: got shape {got}; wants {axes} = {want}")
     if shape[2] > 1 and lse.strides[2] != 4:
         raise ArgumentError(f"{name}: the last axis has a stride of {lse.strides[2]} bytes; wants 4 (contiguous)")
     if any(stride % 4 for stride in lse.strides):

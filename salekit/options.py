@@ -77,12 +77,17 @@ def as_float(value: Real) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def check_count(name: str, value: Any) -> int:
+def _as_integer(value: Any) -> Any:
+    """The int that ``value`` stands for; ``value`` itself when that is none."""
     try:
-        count = operator.index(value)
+        return value if isinstance(value, (bool, np.bool_)) else operator.index(value)
     except TypeError:
-        count = -1
-    if count < 0 or isinstance(value, (bool, np.bool_)):
+        return value
+
+
+def check_count(name: str, value: Any) -> int:
+    count = _as_integer(value)
+    if type(count) is not int or count < 0:
         raise ArgumentError(f"{name}: got {shown(value)}; wants an integer >= 0")
     return min(count, MAX_SEQLEN)
 
@@ -174,8 +179,7 @@ def plan_of_views(
     _check_choice("attend", attend, ("exact", "int8-fp8"))
     _check_choice("skipped", skipped, SKIPPED)
     block_q, block_k = check_block(block)
-    stride = check_count("query_stride", query_stride)
-    _check_choice("query_stride", stride, QUERY_STRIDES)
+    stride = _check_choice("query_stride", _as_integer(query_stride), QUERY_STRIDES)
     arch = None
     if arrays.is_cuda(q):
         arch = jit.device_arch()

@@ -129,7 +129,7 @@ def check_sequences(
             _check_axes(name, x, 3, "[total_k, num_kv_heads, head_dim]")
     q = q[None]
     k, v = (k, v) if is_paged else (k[None], v[None])
-    _check_heads(q, k, v, device)
+    _check_heads(q, k, v, device, is_paged)
     longest = tuple(map(check_count, ("max_seqlen_q", "max_seqlen_k"), (max_seqlen_q, max_seqlen_k)))
     # A window that hides no key of the longest sequences hides none of the others.
     base = plan_of_views(q, k, longest=longest, **options)
@@ -219,9 +219,8 @@ def check_values(sequences: Sequences, debug: bool) -> None:
     table = _on_host(sequences.block_table)
     used = np.arange(table.shape[1])[None] < -(-lengths[:, None] // page_size)
     for index, place in np.argwhere(used & ((table < 0) | (table >= num_pages))):
-        raise ArgumentError(
-            f"block_table: got page {table[index, place]} at [{index}, {place}]; wants 0 to {num_pages - 1}"
-        )
+        wants = f"wants 0 to {num_pages - 1}" if num_pages else "there are none, as k has no pages"
+        raise ArgumentError(f"block_table: got page {table[index, place]} at [{index}, {place}]; {wants}")
 
 
 def _check_axes(name: str, x: Any, ndim: int, wanted: str) -> None:
@@ -229,14 +228,15 @@ def _check_axes(name: str, x: Any, ndim: int, wanted: str) -> None:
         raise ArgumentError(f"{name}: got {x.ndim} axes, shape {x.shape}; wants {wanted}")
 
 
-def _check_heads(q: Any, k: Any, v: Any, device: int | None) -> None:
+def _check_heads(q: Any, k: Any, v: Any, device: int | None, is_paged: bool) -> None:
     """dtype, strides, heads and head_dim by what checks any call; the rows of k and v are theirs alone."""
     for name, x in zip("qkv", (q, k, v)):
         call_checks.check_view(name, x, device)
     call_checks.as_arrays(q[:, :0], k[:1, :0] if k.shape[0] else k.reshape(1, 0, *k.shape[2:]),
                      v[:1, :0] if v.shape[0] else v.reshape(1, 0, *v.shape[2:]))
     if v.shape != k.shape:
-        raise ArgumentError(f"v: got shape {v.shape}; wants {k.shape}, as k has")
+        got, want = (x.shape if is_paged else x.shape[1:] for x in (v, k))
+        raise ArgumentError(f"v: got shape {got}; wants {want}, as k has")
     for name, x in (("q", q), ("k", k)):
         if x.shape[1] > MAX_SEQLEN:
             raise ArgumentError(f"{name}: got {x.shape[1]} rows; wants at most {MAX_SEQLEN}")
@@ -304,14 +304,22 @@ def _on_host(x: Any) -> np.ndarray:
     return x.get() if arrays.is_cuda(x) else x
 
 
-def check_out(out: Any, q: Any, device: int | None) -> Any:
+def check_out(out: Any, sequences: Sequences, device: int | None) -> Any:
     """``out`` as a view like q, [1, total_q, num_heads, head_dim]."""
+    view = _view_of_out(out, sequences.q, device)
+    call_checks.check_apart(view, q=sequences.q, k=sequences.k, v=sequences.v)
+    return view
+
+
+def _view_of_out(out: Any, q: Any, device: int | None) -> Any:
     if type(out) is type(q) and device is not None and out.flags.c_contiguous:  # most are: it is quick to see
         place = (out.data.device_id, out.data.ptr % arrays.ALIGNMENT)
         if place == (device, 0) and out.dtype == q.dtype and out.shape == q.shape[1:]:
             return out[None]
     view = arrays.import_array("out", out, device)
     _check_axes("out", view, 3, "[total_q, num_heads, head_dim]")
+    if view.shape != q.shape[1:]:
+        raise ArgumentError(f"out: got shape {view.shape}; wants {q.shape[1:]}, as q has")
     return call_checks.check_out(view[None], q, "bshd")
 
 

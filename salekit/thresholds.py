@@ -89,7 +89,7 @@ def _imported(thresholds: Any, num_heads: int, device: int | None) -> Any:
             raise ArgumentError(f"thresholds: got a ragged list; wants {num_heads} numbers, one a head") from error
         except TypeError as error:
             raise DtypeError(f"thresholds: got a list of other things than numbers ({error})") from error
-    place = arrays.place_of("thresholds", thresholds)
+    place = arrays.place_of("thresholds", thresholds, "a number, or one a head in a list, a NumPy or CuPy array")
     if place not in (None, device):
         wants = "host memory" if device is None else f"{arrays.place_name(device)} or host memory"
         raise ArgumentError(f"thresholds: is on {arrays.place_name(place)}; wants {wants}")

@@ -253,6 +253,8 @@ def test_a_mask_has_block_sizes_of_its_own(skipped):
     (lambda q, k, v: salekit.sparse_attention(q, k, v, thresholds=-1), ArgumentError, "thresholds: got -1"),
     (lambda q, k, v: salekit.sparse_attention(q, k, v, thresholds=[1, 2, 3]), ArgumentError, "thresholds: got shape"),
     (lambda q, k, v: salekit.sparse_attention(q, k, v, thresholds=None), DtypeError, "thresholds: got NoneType"),
+    (lambda q, k, v: salekit.sparse_attention(q, k, v, sink_logits=0.5), DtypeError,
+     "sink_logits: got float; wants one number a head in a list"),
     (lambda q, k, v: salekit.sparse_attention(q, k, v, attend="fp8"), ArgumentError, "attend: got 'fp8'"),
     (lambda q, k, v: salekit.sparse_attention(q, k, v, stream=0), ArgumentError, "stream: "),
     (lambda q, k, v: salekit.sparse_attention(q, k, v, layout="bhsd"), ArgumentError, "k: got 700 heads|q: got"),

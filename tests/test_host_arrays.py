@@ -141,6 +141,13 @@ def test_bad_option(option, value):
     assert message.startswith(f"{option}: ") and "wants" in message and repr(value).strip("'") in message
 
 
+@pytest.mark.parametrize("value", [2.0, 3, -1, True, None, "2", 2**70, np.True_, np.float32(4)])
+def test_query_strides_that_are_none(value):
+    with pytest.raises(ArgumentError, match="^query_stride: got .*; wants one of 1, 2, 4$"):
+        call_checks.make_plan(Q, K, V, query_stride=value)
+    assert call_checks.make_plan(Q, K, V, query_stride=np.int8(2)).query_stride == 2
+
+
 def test_plan():
     options = dict(block=[64, np.int64(128)], sink=np.int32(64), full_rows=2**70, softmax_scale=2)
     plan = call_checks.make_plan(Q, K, V, **options)
@@ -180,6 +187,44 @@ def test_bad_out(out, error, match):
         call_checks.check_call(Q, K, V, layout="bshd", out=out)
 
 
+def test_out_beside_its_inputs():
+    """Interleaved with them in one buffer: heads, rows, or one after the other."""
+    whole = np.zeros((2, 6, 12, 64), np.float16)
+    q, k, v, out = (whole[:, :, heads] for heads in (slice(4), slice(4, 6), slice(6, 8), slice(8, 12)))
+    call_checks.check_call(q, k, v, layout="bshd", out=out)
+    call_checks.check_call(*(x.transpose(0, 2, 1, 3) for x in (q, k, v)), layout="bhsd", out=out.transpose(0, 2, 1, 3))
+    apart, rows = np.zeros((4, 2, 5, 4, 64), np.float16), np.zeros((2, 20, 4, 64), np.float16)
+    call_checks.check_call(*apart[:3], layout="bshd", out=apart[3])
+    call_checks.check_call(*(rows[:, i::4] for i in range(3)), layout="bshd", out=rows[:, 3::4])
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_out_that_shares_memory(name):
+    inputs = {other: np.zeros((2, 6, 4, 64), np.float16) for other in "qkv"}
+    whole = np.zeros((2, 24, 4, 64), np.float16)
+    for mine, out in (
+        (whole[:, :6], whole[:, :6]),
+        (whole[:, :6], whole[:, 5:11]),
+        (whole[:, 5::-1], whole[:, :6]),
+        (whole[:, 0:12:2], whole[:, 0:18:3]),
+        (np.broadcast_to(whole[:1, :1], (2, 6, 4, 64)), whole[:, :6]),
+    ):
+        inputs[name] = mine
+        with pytest.raises(ArgumentError, match=f"^out: shares memory with {name}; wants memory of its own"):
+            call_checks.check_call(*inputs.values(), layout="bshd", out=out)
+
+
+def test_views_that_are_hard_to_tell_apart(monkeypatch):
+    """What is not certain is not refused."""
+    memory = np.zeros(10**6, np.float16)
+    a, b = (np.lib.stride_tricks.as_strided(memory[start:], (3, 99, 8, 32), strides)
+            for start, strides in ((0, (246914, 6274, 66, 2)), (33, (123456, 6208, 130, 2))))
+    monkeypatch.setattr(arrays, "_MAX_WORK", 1)
+    with pytest.raises(np.exceptions.TooHardError):
+        np.shares_memory(a, b, max_work=1)
+    assert not arrays.have_common_bytes(a, b)
+
+
 def test_read_only_out():
     out = np.empty_like(Q)
     out.flags.writeable = False
@@ -217,9 +262,9 @@ def test_threshold_array(value):
     ([[1], [2, 3]], ArgumentError, "ragged"),
     (["a", "b", "c", "d"], DtypeError, "got dtype"),
     (np.ones(4, bool), DtypeError, "got dtype bool"),
-    (True, DtypeError, "got bool"),
-    (1j, DtypeError, "got complex"),
-    ("0.1", DtypeError, "got str"),
+    (True, DtypeError, "got bool; wants a number, or one a head in a list"),
+    (1j, DtypeError, "got complex; wants a number"),
+    ("0.1", DtypeError, "got str; wants a number"),
 ])
 def test_bad_thresholds(value, error, match):
     with pytest.raises(error, match="thresholds: .*" + match):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -144,6 +145,7 @@ def test_jax(dtype):
     assert salekit.plan(*(x.shape for x in put), dtype=dtype, dense_below=0).run(*put, thresholds=0.2).tobytes() == (
         want.tobytes()
     )
+    assert salekit.plan(*put, dense_below=0).run(*given, thresholds=0.2).tobytes() == want.tobytes()
     taus = jax.device_put(np.full(4, 0.2, np.float32), cpu)
     assert salekit.sparse_attention(*put, thresholds=taus, dense_below=0).tobytes() == want.tobytes()
     with pytest.raises(ArgumentError, match="out: is a JAX array, which is immutable"):
@@ -165,7 +167,7 @@ def test_jax_arrays_without_data():
         salekit.sparse_attention(q, gone, v)
     with pytest.raises(DtypeError, match="v: got ShapeDtypeStruct; wants"):
         salekit.sparse_attention(q, k, jax.ShapeDtypeStruct(v.shape, v.dtype))
-    with pytest.raises(DtypeError, match="k: is traced by JAX"):
+    with pytest.raises(DtypeError, match="k: is traced by JAX.* salekit.jax has .*, nothing else"):
         jax.jit(lambda x: salekit.sparse_attention(q, x, v))(k)
     with pytest.raises(DtypeError, match="q: is traced by JAX"):
         jax.eval_shape(lambda x: salekit.sparse_attention(x, k, v), q)
@@ -210,6 +212,7 @@ def test_ort_value(dtype):
     assert arrays.import_array("q", values[0], None).ctypes.data == values[0].data_ptr()
     assert salekit.sparse_attention(*values, out=out, **SPARSE) is out
     assert arrays.import_array("q", out, None).tobytes() == want.tobytes()
+    assert salekit.plan(*values, dense_below=0).run(*values, thresholds=0.2).tobytes() == want.tobytes()
     assert out.data_type() == ("tensor(bfloat16)" if dtype == BF16 else "tensor(float16)")
     back = ort.OrtValue.from_dlpack(salekit.as_dlpack(want))
     assert back.data_ptr() == want.ctypes.data and back.data_type() == out.data_type()
@@ -272,6 +275,21 @@ class Mock:
         return Mock()
 
 
+class Wrapper:
+    """Exports a NumPy array by NumPy's own DLPack."""
+
+    def __init__(self, array):
+        self.array, self.dtype = array, array.dtype
+
+    def __dlpack_device__(self):
+        return (1, 0)
+
+    def __dlpack__(self, **options):
+        if not self.array.flags.c_contiguous:
+            raise BufferError("no strides")
+        return self.array.__dlpack__(**options)
+
+
 class CsrMatrix:
     shape, dtype = (300, 64), FP16
 
@@ -281,7 +299,9 @@ class CsrMatrix:
     (FakeTensor("device"), "is a FakeTensor.*has no data"),
     (Meta("device"), "is a tensor on the device 'meta' and has no data"),
     (Raises("device"), "cannot import Raises without a copy: no device yet"),
-    (Raises("capsule"), "cannot import Raises without a copy: requires a gradient"),
+    (Raises("capsule"), "cannot import Raises without a copy: requires a gradient$"),
+    (Wrapper(make()[0][:, ::-1]), "cannot import Wrapper without a copy: no strides$"),
+    (Wrapper(make()[0]), "cannot import Wrapper without a copy: .*; NumPy's DLPack has no bfloat16: pass"),
     (Raises("text"), "cannot import Raises without a copy: __dlpack__ gave 'a string'"),
     (Mock(), "cannot import Mock without a copy"),
     (CsrMatrix(), "got CsrMatrix; wants a NumPy or CuPy array"),
@@ -322,6 +342,52 @@ def test_bad_streams(stream):
     pytest.importorskip("cupy")
     with pytest.raises(ArgumentError, match="^stream: got .*; wants a cudaStream_t as int"):
         arrays._as_stream(stream, 0)
+
+
+def test_plan_of_examples():
+    given = make()
+    want = salekit.sparse_attention(*given, **SPARSE)
+    for examples in (list(map(Producer.of, given)), list(map(salekit.as_dlpack, given))):
+        for mixed in (examples, [given[0], *examples[1:]]):
+            prepared = salekit.plan(*mixed, dense_below=0)
+            for arguments in (mixed, given):
+                assert prepared.run(*arguments, thresholds=0.2).tobytes() == want.tobytes()
+    with pytest.raises(ArgumentError, match="^k: is on cuda:0; wants host memory"):
+        salekit.plan(given[0], Producer(256, given[1].shape, device=CUDA), given[2])
+
+
+def test_stages_name_arrays_of_other_libraries():
+    """And take none of them, wherever they are."""
+    q, k, v = make()
+    plan = salekit.make_plan(q, k, v, dense_below=0, estimator="int8")
+    quantized = salekit.quantize(q, k, plan)
+    m, l = salekit.anchor_statistics(q, k, quantized.k_mean, plan)
+    limits = salekit.row_limits(m, l, quantized, 0.2, plan)
+    mask = salekit.estimate(quantized, limits, plan)
+    scores = salekit.block_scores(quantized, m, l, plan)
+    sinks = np.zeros(4, np.float32)
+    calls = (
+        (salekit.quantize, dict(q=q, k=k, plan=plan)),
+        (salekit.anchor_statistics, dict(q=q, k=k, k_mean=quantized.k_mean, plan=plan, sink_logits=sinks)),
+        (salekit.row_limits, dict(m=m, l=l, quantized=quantized, thresholds=sinks + 1, plan=plan)),
+        (salekit.estimate, dict(quantized=quantized, limits=limits, plan=plan)),
+        (salekit.attend, dict(q=q, k=k, v=v, mask=mask, plan=plan, out=np.empty_like(q), sink_logits=sinks)),
+        (salekit.block_scores, dict(quantized=quantized, m=m, l=l, plan=plan)),
+        (salekit.mask_from_scores, dict(scores=scores, thresholds=0.2, plan=plan)),
+    )
+    foreign = Producer.of(q), Interface(256, q.shape, "<f2")
+    for stage, arguments in calls:
+        stage(**arguments)
+        assert pickle.loads(pickle.dumps(stage)) is stage
+        for name in (name for name, x in arguments.items() if isinstance(x, np.ndarray)):
+            for x in foreign:
+                with pytest.raises(ArgumentError, match=f"^{name}: got {type(x).__name__}; a stage wants NumPy or"):
+                    stage(**{**arguments, name: x})
+        with pytest.raises(ArgumentError, match=f"^{next(iter(arguments))}: got Producer"):
+            stage(foreign[0], *tuple(arguments.values())[1:])
+    taus = np.full(4, 0.2, np.float32)
+    given = Producer.of(taus, dtype=(2, 32))
+    assert salekit.mask_from_scores(scores, given, plan) == salekit.mask_from_scores(scores, 0.2, plan)
 
 
 # --- plans of shapes ---------------------------------------------------------------------------------------------

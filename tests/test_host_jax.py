@@ -202,6 +202,16 @@ def test_thresholds_that_are_traced():
     assert bits(call(odd)) == bits(want)
 
 
+@pytest.mark.parametrize("given", [[1, 2, 3, 4], 2])
+def test_integer_thresholds(given):
+    """As NumPy's and lists: converted."""
+    want = bits(salekit.sparse_attention(Q, K, V, thresholds=np.array(given), dense_below=0, return_mask=True))
+    for thresholds in (jnp.array(given), jnp.array(given, jnp.uint8), np.array(given), given):
+        got = salekit_jax.sparse_attention(Q, K, V, thresholds=thresholds, dense_below=0, return_mask=True)
+        assert bits(got) == want
+    assert bits(salekit.sparse_attention(Q, K, V, thresholds=jnp.array(given), dense_below=0, return_mask=True)) == want
+
+
 def test_one_program_for_calls_that_are_alike():
     traces = []
 
@@ -531,7 +541,8 @@ Q, K, V = make(70)
     ((Q, K, V), {"thresholds": [0.1, np.nan, 0.2, 0.3]}, ArgumentError, "thresholds: got nan for head 1"),
     ((Q, K, V), {"thresholds": [0.1, 0.2]}, ArgumentError, r"thresholds: got shape \(2,\)"),
     ((Q, K, V), {"thresholds": jnp.ones(3)}, ArgumentError, r"thresholds: got shape \(3,\)"),
-    ((Q, K, V), {"thresholds": jnp.ones(4, jnp.int32)}, DtypeError, "thresholds: got dtype int32"),
+    ((Q, K, V), {"thresholds": jnp.ones(4, bool)}, DtypeError, "thresholds: got dtype bool"),
+    ((Q, K, V), {"thresholds": jax.random.key(0)}, DtypeError, "thresholds: got dtype key"),
     ((Q, K, V), {"thresholds": "high"}, DtypeError, "thresholds: got str"),
     ((Q, K, V), {"sink_logits": [0.0, np.nan, 0, 0]}, ArgumentError, "sink_logits: has a NaN"),
     ((Q, K, V), {"sink_logits": [0.0, 1.0]}, ArgumentError, r"sink_logits: got shape \(2,\); wants \(4,\), one a head"),

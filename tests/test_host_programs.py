@@ -606,6 +606,35 @@ def test_a_plan_takes_what_it_was_made_for(fake):
         prepared._check_kind(q, k, inputs(seqlen=1999)[2])
 
 
+def test_out_that_shares_memory(fake):
+    """Found by addresses, extents and strides; an out between the rows, or the heads, of others is fine."""
+    prepared = attention_plan.AttentionPlan(*inputs(), "bshd", {})
+    nbytes, row = 2000 * 4 * 128 * 2, 4 * 128 * 2
+
+    def check(prepared, given, out):
+        return prepared._check(*given, 0.0, False, False, out, None)
+
+    for given, name in zip(inputs(), "qkv"):
+        for away in (0, 16, -16, row, given.nbytes - 16, 16 - nbytes):
+            with pytest.raises(ArgumentError, match=f"^out: shares memory with {name}; wants memory of its own"):
+                check(prepared, inputs(), gpu_array(given.data.ptr + away, (1, 2000, 4, 128)))
+        for away in (given.nbytes, -nbytes):
+            check(prepared, inputs(), gpu_array(given.data.ptr + away, (1, 2000, 4, 128)))
+    strides = (2000 * 16 * 256, 16 * 256, 256, 2)  # 16 heads a row
+    sizes = ((0, 4), (4, 2), (6, 2))
+    fused = [gpu_array(Q + first * 256, (1, 2000, heads, 128), FP16, strides) for first, heads in sizes]
+    wide = attention_plan.AttentionPlan(*fused, "bshd", {})
+    for first in (-4, 8, 12):
+        check(wide, fused, gpu_array(Q + first * 256, (1, 2000, 4, 128), FP16, strides))
+    for first, name in ((-3, "q"), (3, "q"), (5, "k"), (7, "v"), (13, "q")):
+        with pytest.raises(ArgumentError, match=f"^out: shares memory with {name}"):
+            check(wide, fused, gpu_array(Q + first * 256, (1, 2000, 4, 128), FP16, strides))
+    backwards = [x[:, ::-1] for x in inputs()]
+    turned = attention_plan.AttentionPlan(*backwards, "bshd", {})
+    with pytest.raises(ArgumentError, match="^out: shares memory with k"):
+        check(turned, backwards, gpu_array(K, (1, 2000, 4, 128)))
+
+
 def test_check_workspace():
     good = gpu_array(WORKSPACE, (1024,), np.uint8)
     assert call_checks.check_workspace(good, 0, 1024) is good

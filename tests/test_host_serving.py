@@ -133,6 +133,12 @@ def test_merge_splits_attention():
     (dict(out=np.zeros((2, 5, 3, 8), FP16)), ArgumentError, "out: got shape"),
     (dict(layout="sbhd"), ArgumentError, "layout"),
     (dict(stream=3), ArgumentError, "stream"),
+    (dict(out_a=np.zeros((2, 5, 3, 12), FP16), out_b=np.zeros((2, 5, 3, 12), FP16)), ArgumentError,
+     "out_a: got head_dim 12; wants a multiple of 8"),
+    (dict(out_a=np.zeros((2, 5, 3, 0), FP16), out_b=np.zeros((2, 5, 3, 0), FP16)), ArgumentError,
+     "out_a: got head_dim 0; wants a multiple of 8"),
+    (dict(lse_a=np.lib.stride_tricks.as_strided(np.zeros(20, np.float32), (2, 3, 5), (30, 10, 4))), ArgumentError,
+     r"lse_a: got strides \(30, 10, 4\) bytes; wants multiples of 4"),
 ))
 def test_merge_refuses(change, error, match):
     (out_a, lse_a), (out_b, lse_b) = (states(np.random.default_rng(3)) for _ in range(2))
@@ -141,6 +147,44 @@ def test_merge_refuses(change, error, match):
     given.update(change)
     with pytest.raises(error, match=match):
         salekit.merge_attention_states(*given.values(), **options)
+
+
+@pytest.mark.parametrize("packed", (False, True))
+def test_merge_in_place_or_apart(packed):
+    """out is a side itself, or memory that no argument has: a thread reads what it writes, and a row's lse."""
+    memory = np.zeros((2, 24, 3, 16), FP16)
+    lse = memory.reshape(-1).view(np.float32)[:30].reshape(2, 3, 5)
+    rows, other = [memory[:, i : i + 5] for i in range(20)], np.ones((2, 5, 3, 16), FP16)
+    apart = np.zeros((2, 3, 5), np.float32)
+
+    def merge(out, a, b, lse_a=apart, lse_b=apart):
+        given = [x[0] if packed else x for x in (a, lse_a, b, lse_b)]
+        target = out[0] if packed else out
+        assert salekit.merge_attention_states(*given, out=target)[0] is target
+
+    for out, a, b in ((rows[0], rows[0], other), (rows[0], other, rows[0]), (rows[0], rows[0], rows[0]),
+                      (rows[0], rows[5], rows[10]), (memory[:, 0:10:2], memory[:, 1:10:2], other)):
+        merge(out, a, b)
+    for call, name in (
+        ((rows[1], rows[0], other), "out_a"), ((rows[1], other, rows[0]), "out_b"),
+        ((rows[0], rows[0], rows[1]), "out_b"),
+        ((rows[0][:, ::-1], rows[0], other), "a zero or negative stride"),
+        ((rows[0], rows[0][:, ::-1], other), "out_a"), ((rows[0], other, other, lse), "lse_a"),
+        ((rows[0], rows[0], other, apart, lse), "lse_b"),
+    ):
+        with pytest.raises(ArgumentError, match=f"^out: (shares memory with|has) {name}; wants memory of its own"):
+            merge(*call)
+
+
+def test_merge_names_the_axes_of_packed_states():
+    out, lse = np.zeros((5, 3, 16), FP16), np.zeros((3, 5), np.float32)
+    for change, match in (
+        (dict(out_b=out[:4]), r"out_b: got \[total_q, num_heads, head_dim\] \(4, 3, 16\); wants \(5, 3, 16\)"),
+        (dict(lse_b=lse[:, :4]), r"lse_b: got shape \(3, 4\); wants \[num_heads, total_q\] = \(3, 5\)"),
+        (dict(out=np.zeros((4, 3, 16), FP16)), r"out: got shape \(4, 3, 16\); wants \(5, 3, 16\), as out_a has"),
+    ):
+        with pytest.raises(ArgumentError, match=f"^{match}"):
+            salekit.merge_attention_states(**{**dict(out_a=out, lse_a=lse, out_b=out, lse_b=lse), **change})
 
 
 def test_merge_of_nothing():
@@ -239,6 +283,9 @@ def test_statistics_refused():
         (lambda: salekit.key_statistics(k[0]), ArgumentError, "k: got 3 axes"),
         (lambda: salekit.key_statistics(k.astype(np.float32)), DtypeError, "k: got dtype"),
         (lambda: salekit.key_statistics(k[..., :32]), ArgumentError, "head_dim 32"),
+        (lambda: salekit.key_statistics(k[:, :, :0]), ArgumentError, "k: got 0 heads; wants at least 1"),
+        (lambda: salekit.key_statistics(np.broadcast_to(k[:, :1], (1, 2**30 + 1, 1, 64))), ArgumentError,
+         "k: got seqlen 1073741825; wants at most 1073741824"),
         (lambda: statistics.update(np.concatenate([k, k], axis=2)), ArgumentError, "wants"),
         (lambda: statistics.merge(salekit.key_statistics(np.concatenate([k, k]))), ArgumentError, "other: got"),
     ):
@@ -526,6 +573,8 @@ def test_nothing_to_do():
     (dict(cu_seqlens_q=[]), ArgumentError, "cu_seqlens_q: got no element"),
     (dict(cu_seqlens_q=np.zeros((3, 1), np.int32)), ArgumentError, "cu_seqlens_q: got 2 axes"),
     (dict(cu_seqlens_q=np.array([0, 30, 70])), DtypeError, "cu_seqlens_q: got dtype int64"),
+    (dict(cu_seqlens_q=np.array([0, 9, 30, 9, 70], np.int32)[::2]), ArgumentError, "cu_seqlens_q: is not contiguous"),
+    (dict(cu_seqlens_k=np.array([110, 50, 0], np.int32)[::-1]), ArgumentError, "cu_seqlens_k: is not contiguous"),
     (dict(cu_seqlens_q=["0", "30", "70"]), DtypeError, "cu_seqlens_q: got .*wants integers"),
     (dict(cu_seqlens_q=[0, 30.7, 70]), DtypeError, "cu_seqlens_q: got .*wants integers"),
     (dict(cu_seqlens_k=[False, 50, 110]), DtypeError, "cu_seqlens_k: got .*wants integers"),
@@ -539,13 +588,13 @@ def test_nothing_to_do():
     (dict(max_seqlen_q=1.5), ArgumentError, "max_seqlen_q"),
     (dict(q=np.zeros((1, 70, 4, 64), FP16)), ArgumentError, r"q: got 4 axes.*\[total_q"),
     (dict(k=np.zeros((110, 3, 64), FP16), v=np.zeros((110, 3, 64), FP16)), ArgumentError, "k: got 3 heads"),
-    (dict(v=np.zeros((109, 2, 64), FP16)), ArgumentError, "v: got shape"),
+    (dict(v=np.zeros((109, 2, 64), FP16)), ArgumentError, r"v: got shape \(109, 2, 64\); wants \(110, 2, 64\), as k"),
     (dict(k=np.zeros((110, 2, 64), BF16)), DtypeError, "k: got dtype"),
     (dict(attend="fp8"), ArgumentError, "attend"),
     (dict(block=(32, 32)), ArgumentError, "block"),
     (dict(thresholds=-1.0), ArgumentError, "thresholds"),
     (dict(debug=1), ArgumentError, "debug"),
-    (dict(out=np.zeros((69, 4, 64), FP16)), ArgumentError, "out"),
+    (dict(out=np.zeros((69, 4, 64), FP16)), ArgumentError, r"out: got shape \(69, 4, 64\); wants \(70, 4, 64\), as q"),
     (dict(out=np.zeros((1, 70, 4, 64), FP16)), ArgumentError, "out: got 4 axes"),
 ))
 def test_packed_refuses(change, error, match):
@@ -566,6 +615,8 @@ def test_packed_refuses(change, error, match):
     (dict(block_table=np.zeros((2, 3), np.int32)), ArgumentError, "block_table: got 3 pages of 16.*at least 4"),
     (dict(block_table=np.zeros((3, 6), np.int32)), ArgumentError, "block_table: got shape"),
     (dict(block_table=np.zeros((2, 6))), DtypeError, "block_table: got dtype"),
+    (dict(block_table=np.zeros((2, 12), np.int32)[:, ::2]), ArgumentError, "block_table: the last axis is not contig"),
+    (dict(block_table=np.zeros((6, 2), np.int32).T), ArgumentError, "block_table: the last axis is not contiguous"),
     (dict(seqlens_k=[50, 61]), ArgumentError, "seqlens_k: got 61 for sequence 1; wants 0 to max_seqlen_k = 60"),
     (dict(seqlens_k=[-1, 60]), ArgumentError, "seqlens_k: got -1"),
     (dict(seqlens_k=[50]), ArgumentError, "seqlens_k: got 1 elements; wants 2"),
@@ -574,7 +625,10 @@ def test_packed_refuses(change, error, match):
     (dict(cu_seqlens_k=[0, 50, 110]), ArgumentError, "cu_seqlens_k: a call with a block_table"),
     (dict(k=np.zeros((11, 24, 2, 64), FP16), v=np.zeros((11, 24, 2, 64), FP16)), ArgumentError, "pages of 24 rows"),
     (dict(k=np.zeros((11, 2, 64), FP16)), ArgumentError, r"k: got 3 axes.*\[num_pages"),
-    (dict(v=np.zeros((10, 16, 2, 64), FP16)), ArgumentError, "v: got shape"),
+    (dict(v=np.zeros((10, 16, 2, 64), FP16)), ArgumentError,
+     r"v: got shape \(10, 16, 2, 64\); wants \(11, 16, 2, 64\)"),
+    (dict(k=np.zeros((0, 16, 2, 64), FP16), v=np.zeros((0, 16, 2, 64), FP16)), ArgumentError,
+     r"block_table: got page \d+ at \[0, 0\]; there are none, as k has no pages"),
 ))
 def test_paged_refuses(change, error, match):
     batch = Batch((30, 40), (50, 60), seed=8)
@@ -590,6 +644,25 @@ def test_paged_refuses(change, error, match):
     with pytest.raises(error, match=match):
         salekit.sparse_attention_varlen(**{**given, **change})
     assert (out == 7).all()
+
+
+@pytest.mark.parametrize("name", "qkv")
+@pytest.mark.parametrize("paged", (False, True))
+def test_packed_out_that_shares_memory(paged, name):
+    batch = Batch((30, 40), (50, 60), heads=2, seed=7)
+    keys = (batch.pages_k, batch.pages_v) if paged else (batch.k, batch.v)
+    given = dict(zip("qkv", (batch.q, *keys)))
+    lengths = dict(cu_seqlens_q=batch.cu_q, cu_seqlens_k=batch.cu_k, max_seqlen_q=40, max_seqlen_k=60)
+    if paged:
+        lengths |= dict(cu_seqlens_k=None, block_table=batch.table, seqlens_k=batch.lengths)
+    out = given[name].reshape(-1, 2, 64)[:70]
+    with pytest.raises(ArgumentError, match=f"^out: shares memory with {name}; wants"):
+        salekit.sparse_attention_varlen(**given, **lengths, out=out)
+    both = np.zeros((*given[name].shape[:-2], 4, 64), FP16)
+    both[..., :2, :] = given[name]
+    given[name], out = both[..., :2, :], both.reshape(-1, 4, 64)[:70, 2:]
+    want = salekit.sparse_attention_varlen(**given, **lengths)
+    assert same(salekit.sparse_attention_varlen(**given, **lengths, out=out), want)
 
 
 def test_values_beyond_a_sequence_stay_out():

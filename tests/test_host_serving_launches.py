@@ -451,6 +451,41 @@ def test_planned_calls_take_statistics(gpu):
     assert any(name.startswith("reduce") for name, *_ in gpu.take())
 
 
+@pytest.mark.parametrize("paged", (False, True))
+def test_packed_out_that_shares_memory(gpu, paged):
+    for _ in range(2):  # the second call is one like the first
+        call = checked(paged)
+        for at, name in ((Q, "q"), (K, "k"), (V, "v")):
+            for array in (gpu_array(at + 1024, (500, 4, 128)), gpu_array(at, (500, 4, 128), strides=(2048, 512, 2))):
+                with pytest.raises(ArgumentError, match=f"^out: shares memory with {name}; wants"):
+                    sequences.check_out(array, call, 0)
+        assert sequences.check_out(gpu_array(OUT, (500, 4, 128)), call, 0).shape == call.q.shape
+
+
+def test_more_sequences_than_a_grid_has(gpu):
+    assert checked(longest=(1, 1), batch=65535).plan.batch == 65535
+    with pytest.raises(ArgumentError, match="cu_seqlens_q: got 65536 sequences; wants at most 65535"):
+        checked(longest=(1, 1), batch=65536)
+
+
+def test_statistics_of_another_device(gpu):
+    """Of a GPU for a call on the host, and the other way round."""
+    shapes = ((1, 2, 128), (1, 2, 128), (1, 2), (1, 2), (1,), (1, 2, 4, 128))
+    on_gpu = salekit.KeyStatistics(*(gpu_array(STATISTICS + (i << 20), x, np.float32) for i, x in enumerate(shapes)))
+    k = np.ones((1, 5, 2, 128), np.float16)
+    with pytest.raises(ArgumentError, match="^k_statistics: is on cuda:0; wants host memory, where k is"):
+        salekit.sparse_attention(k, k, k, k_statistics=on_gpu)
+    on_host = salekit.key_statistics(k)
+    q, keys, v = fakes.inputs()
+    plan = attention_plan.AttentionPlan(q, keys, v, "bshd", dict(dense_below=0))
+    with pytest.raises(ArgumentError, match="^k_statistics: is on host memory; wants cuda:0, where k is"):
+        plan._check(q, keys, v, 0.25, False, False, None, None, k_statistics=on_host)
+    with pytest.raises(ArgumentError, match="^other: is on cuda:0; wants host memory"):
+        on_host.merge(on_gpu)
+    with pytest.raises(ArgumentError, match="^parts: is on cuda:0; wants host memory"):
+        salekit.KeyStatistics.stack([on_host, on_gpu])
+
+
 def test_a_batch_beyond_a_grid():
     from salekit.key_statistics import _check_keys as check_keys
 
