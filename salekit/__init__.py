@@ -15,7 +15,13 @@ if not (_Path(__file__).parent / "cuda_src").is_dir():
 # once, so that ``salekit.quantize`` is the function from then on, with the checks of stages.py;
 # ``from salekit.quantize import ...`` still finds the module.
 from . import errors  # noqa: E402
-from .attention import dense_attention, plan, sparse_attention, sparse_attention_varlen  # noqa: E402
+from .attention import (  # noqa: E402
+    dense_attention,
+    plan,
+    sparse_attention,
+    sparse_attention_varlen,
+    varlen_workspace_bytes,
+)
 from .attention_plan import AttentionPlan  # noqa: E402
 from .block_mask import BlockMask  # noqa: E402
 from .block_scores import scores_plan  # noqa: E402
@@ -50,5 +56,5 @@ __all__ = [
     "KeyStatistics", "Plan", "SalekitError", "__version__", "anchor_statistics", "as_dlpack", "attend", "block_scores",
     "clear_workspaces", "dense_attention", "errors", "estimate", "key_statistics", "load_qkv", "load_sample",
     "load_thresholds", "make_plan", "mask_from_scores", "merge_attention_states", "plan", "quantize", "row_limits",
-    "save_thresholds", "scores_plan", "sparse_attention", "sparse_attention_varlen",
+    "save_thresholds", "scores_plan", "sparse_attention", "sparse_attention_varlen", "varlen_workspace_bytes",
 ]

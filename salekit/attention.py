@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from . import arrays, call_checks, pipeline, sequences
 from .attention_plan import AttentionPlan, check_statistics, plan_of
-from .options import Options, Unpack, check_flag, check_names
+from .options import OPTIONS, Options, Unpack, check_flag, check_names
 from .plans import DENSE_BELOW
 
 
@@ -175,6 +176,7 @@ def sparse_attention_varlen(
     return_lse: bool = False,
     out: Any = None,
     stream: Any = None,
+    workspace: Any = None,
     debug: bool | None = None,
 ) -> Any:
     """:func:`sparse_attention` of sequences with lengths of their own, packed one after the other or in pages.
@@ -197,6 +199,8 @@ def sparse_attention_varlen(
     sink_logits: one more logit a head, as there: numbers on the host, or float32 [num_heads] where q is.
     dense_below: the whole call is dense when max_seqlen_k, or what the window holds of it, is not above it.
     k_statistics: a KeyStatistics whose batch is that of the sequences, or None.
+    workspace: None, or memory on q's GPU to use instead of the stream's: a contiguous array of at least
+        :func:`varlen_workspace_bytes` bytes, aligned to 256, that nothing else uses before the call has run there.
     debug: check what is on the GPU, too (see below); None: as the environment variable SALEKIT_DEBUG says, 1 or 0.
 
     Returns out (like q), or (out, lse): lse float32 [num_heads, total_q]. A sequence may have no rows or no keys: out 0
@@ -236,9 +240,33 @@ def sparse_attention_varlen(
         if device is None:
             result, lse = sequences.run_twin(call, thresholds, return_lse, target, k_statistics)
         else:
-            result, lse = sequences.run_gpu(call, thresholds, return_lse, target, k_statistics, device)
+            result, lse = sequences.run_gpu(call, thresholds, return_lse, target, k_statistics, device, workspace)
         result = result[0] if out is None else out
         return (result, lse) if return_lse else result
+
+
+def varlen_workspace_bytes(*arguments: Any, **options: Any) -> int:
+    """Bytes of workspace that :func:`sparse_attention_varlen` takes with these arguments; 0 without a GPU.
+
+    The arguments are that call's; its errors are raised. Compiles the kernels, runs nothing and writes nothing. What
+    counts is shapes, strides, dtypes, the largest lengths, options, ``return_lse``, and whether lengths, thresholds and
+    sink logits are on the host: calls that agree in these take the same.
+    """
+    given = _VARLEN.bind(*arguments, **options)
+    given.apply_defaults()
+    given = given.arguments
+    with arrays.on_stream(given["q"], given["stream"]) as device:
+        packed = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        call = sequences.check_sequences(
+            *(given[name] for name in (*packed, "block_table", "seqlens_k")), device,
+            sequences.is_debugging(given["debug"]), {name: given[name] for name in OPTIONS}, given["sink_logits"],
+        )
+        return_lse = check_flag("return_lse", given["return_lse"])
+        target = None if given["out"] is None else sequences.check_out(given["out"], call, device)
+        return sequences.workspace_bytes(call, given["thresholds"], return_lse, target, given["k_statistics"], device)
+
+
+_VARLEN = inspect.signature(sparse_attention_varlen)
 
 
 def _call(

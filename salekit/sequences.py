@@ -6,11 +6,13 @@ the stages run on those with the lengths of each (``Plan.has_lengths``); the row
 
 from __future__ import annotations
 
+import itertools
 import operator
 import os
 import reprlib
 import threading
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -369,7 +371,7 @@ class SequencesProgram:
         _, _, *kinds = key
         self.program = _record(sequences, device, out_strides, *kinds)
 
-    def submit(self, device: int, addresses: list[int], values: Any, sink_logits: Any) -> None:
+    def submit(self, device: int, addresses: list[int], values: Any, sink_logits: Any, workspace: Any) -> None:
         stream = arrays.import_cupy().cuda.get_current_stream().ptr
         programs.bind_context(device)
         is_captured = workspaces.is_capturing(stream)
@@ -381,17 +383,23 @@ class SequencesProgram:
                 self.program.write_values(sink_logits, 1)
                 self.program.submit(self._gpu, stream, is_captured)
 
-        workspaces.use(device, stream, is_captured, self.program.workspace_bytes, None, launch)
+        workspaces.use(device, stream, is_captured, self.program.workspace_bytes, workspace, launch)
 
 
 _programs: workspaces.RecentlyUsed[SequencesProgram] = workspaces.RecentlyUsed(MAX_PROGRAMS)
 
 
 def run_gpu(
-    sequences: Sequences, thresholds: Any, return_lse: bool, out: Any, k_statistics: Any, device: int
+    sequences: Sequences,
+    thresholds: Any,
+    return_lse: bool,
+    out: Any,
+    k_statistics: Any,
+    device: int,
+    workspace: Any = None,
 ) -> tuple[Any, Any]:
     """A checked call with CuPy arrays; q's GPU and the call's stream are current."""
-    arguments = (sequences, thresholds, return_lse, out, k_statistics, device)
+    arguments = (sequences, thresholds, return_lse, out, k_statistics, device, workspace)
     found = None
     try:
         found = _run_gpu(*arguments)
@@ -399,13 +407,62 @@ def run_gpu(
         if not memory.is_short(error):
             raise
     if found is None:
-        advice = "Free memory, or pass fewer sequences at a time, whose largest lengths size the workspace"
+        advice = "Free memory, or pass fewer sequences at a time, whose largest lengths size the workspace; workspace= "
+        advice += "takes memory that is there"
         found = memory.once_more(lambda: _run_gpu(*arguments), 0, "packed sequences and their workspace", advice)
     return found
 
 
+def workspace_bytes(
+    sequences: Sequences, thresholds: Any, return_lse: bool, out: Any, k_statistics: Any, device: int | None
+) -> int:
+    """What :func:`run_gpu` takes with these arguments; compiles the kernels and runs nothing."""
+    thresholds = check_thresholds(thresholds, sequences.plan.num_heads, sequences.q)
+    check_statistics(k_statistics, sequences.plan, device)
+    if device is None or _has_nothing_to_do(sequences):
+        return 0
+    if out is None:
+        out = SimpleNamespace(dtype=sequences.q.dtype, shape=sequences.q.shape, strides=_packed(sequences.q))
+    kind = _kind_of_thresholds(thresholds, sequences.plan)
+    has_statistics = k_statistics is not None and kind != "dense"
+    return _program_of(sequences, kind, return_lse, out, has_statistics, device).program.workspace_bytes
+
+
+def _packed(x: Any) -> tuple[int, ...]:
+    """Strides of an array of this shape and dtype without gaps."""
+    sizes = (x.dtype.itemsize, *x.shape[:0:-1])
+    return tuple(itertools.accumulate(sizes, operator.mul))[::-1]
+
+
+def _has_nothing_to_do(sequences: Sequences) -> bool:
+    return sequences.plan.is_empty or sequences.q.size == 0
+
+
+def _program_of(
+    sequences: Sequences, kind: str, return_lse: bool, out: Any, has_statistics: bool, device: int
+) -> SequencesProgram:
+    """The program of calls of this kind. out: with the dtype, shape and strides of the output."""
+    table = (sequences.block_table,) if sequences.is_paged else ()
+    key = (
+        (device, sequences.plan, sequences.is_on_host, sequences.is_paged),
+        tuple((x.dtype, x.shape, x.strides) for x in (sequences.q, sequences.k, sequences.v, out, *table)),
+        kind,
+        bool(return_lse),
+        has_statistics,
+        sequences.place_of_sinks,
+    )
+    found = _programs.get(key)
+    return found or _programs.add(key, SequencesProgram(key, sequences, device, out.strides))
+
+
 def _run_gpu(
-    sequences: Sequences, thresholds: Any, return_lse: bool, out: Any, k_statistics: Any, device: int
+    sequences: Sequences,
+    thresholds: Any,
+    return_lse: bool,
+    out: Any,
+    k_statistics: Any,
+    device: int,
+    workspace: Any,
 ) -> tuple[Any, Any]:
     cupy, plan, q = arrays.import_cupy(), sequences.plan, sequences.q
     thresholds = check_thresholds(thresholds, plan.num_heads, q)
@@ -414,7 +471,7 @@ def _run_gpu(
         out = cupy.ndarray(q.shape, q.dtype)
     lse = cupy.ndarray((plan.num_heads, sequences.total_q), np.float32) if return_lse else None
     sinks = sequences.sink_logits
-    if plan.is_empty or q.size == 0:
+    if _has_nothing_to_do(sequences):
         no_keys = q[:, :0, : plan.num_kv_heads]
         whole = plan.replace(batch=1, seqlen_q=sequences.total_q, seqlen_k=0, has_lengths=False)
         nothing = attend_nothing(q, no_keys, no_keys, out, whole, sinks)
@@ -426,23 +483,16 @@ def _run_gpu(
     lengths = [x for x in (sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.seqlens_k) if x is not None]
     lengths = [] if sequences.is_on_host else lengths
     table = [sequences.block_table] if sequences.is_paged else []
-    key = (
-        (device, plan, sequences.is_on_host, sequences.is_paged),
-        tuple((x.dtype, x.shape, x.strides) for x in (*given, out, *table)),
-        kind,
-        bool(return_lse),
-        bool(statistics),
-        sequences.place_of_sinks,
-    )
     values = _values(sequences, kind, thresholds)
     addresses = [x.data.ptr for x in (*given, out, *lengths, *table)]
     addresses += [thresholds.data.ptr] if kind == "device" else []
     addresses += [x.data.ptr for x in statistics]
     addresses += [sinks.data.ptr] if sequences.place_of_sinks == "device" else []
     addresses += [lse.data.ptr] if return_lse else []
-    program = _programs.get(key)
-    program = program or _programs.add(key, SequencesProgram(key, sequences, device, out.strides))
-    program.submit(device, addresses, values, sinks)
+    program = _program_of(sequences, kind, return_lse, out, bool(statistics), device)
+    if workspace is not None:
+        workspace = call_checks.check_workspace(workspace, device, program.program.workspace_bytes)
+    program.submit(device, addresses, values, sinks, workspace)
     return out, lse
 
 

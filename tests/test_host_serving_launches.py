@@ -103,6 +103,39 @@ def test_launches_of_packed_sequences(gpu, paged, estimator):
     assert len(sequences._programs) == 1
 
 
+@pytest.mark.parametrize("paged", (False, True))
+@pytest.mark.parametrize("on_host", (False, True))
+@pytest.mark.parametrize("thresholds", (0.0, 0.25, "list"))
+def test_a_workspace_of_the_callers(gpu, monkeypatch, paged, on_host, thresholds):
+    """As large as is said before, and where all that lies between the stages is then."""
+    thresholds = [0.5, 0.25, 0.125, 1.0] if thresholds == "list" else thresholds
+    call, used = checked(paged, on_host, longest=(300, 300)), []
+
+    def use(device, stream, captured, size, given, launch):
+        used.append((size, given))
+        launch(WORKSPACE if given is None else given.data.ptr)
+
+    monkeypatch.setattr(workspaces, "use", use)
+    num_bytes = sequences.workspace_bytes(call, thresholds, False, None, None, 0)
+    assert num_bytes > 0 and not gpu.take() and not used
+    want = run(gpu, call, thresholds)
+    assert used == [(num_bytes, None)] and len(sequences._programs) == 1
+    given = gpu_array(WORKSPACE + (1 << 32), (num_bytes,), np.uint8)
+    out = gpu_array(OUT, call.q.shape)
+    sequences.run_gpu(call, thresholds, False, out, None, 0, given)
+    got = gpu.take()
+    assert used[1] == (num_bytes, given) and len(got) == len(want)
+    located = [np.frombuffer(calls[1][4][1], arrays.TENSOR_VIEW)[0]["pointer"] for calls in (want, got)]
+    assert located[1] - located[0] == 1 << 32
+    for bad, match in (
+        (gpu_array(WORKSPACE, (num_bytes - 1,), np.uint8), f"workspace: got {num_bytes - 1} bytes; wants at least"),
+        (gpu_array(WORKSPACE + 16, (num_bytes,), np.uint8), "workspace: got an address 16 past"),
+    ):
+        with pytest.raises(ArgumentError, match=match):
+            sequences.run_gpu(call, thresholds, False, out, None, 0, bad)
+    assert not gpu.take()
+
+
 def test_launches_of_low_bit_attention(gpu):
     calls = run(gpu, checked(attend="int8-fp8", dense_below=300))
     located = pointer(calls[0][4][3])

@@ -240,14 +240,13 @@ class GpuBatch(Batch):
         if not on_host:
             self.gpu_sums = on_gpu(self.cu_q, self.cu_k, np.array(self.keys, np.int32))
 
-    def call(self, paged=False, out=None, **options):
+    def call(self, paged=False, out=None, function=salekit.sparse_attention_varlen, **options):
         sums_q, sums_k, lengths = (self.cu_q, self.cu_k, self.lengths) if self.on_host else self.gpu_sums
         k, v = (self.pages_k, self.pages_v) if paged else (self.k, self.v)
         if paged:
             options.update(block_table=self.table, seqlens_k=lengths)
-        return salekit.sparse_attention_varlen(
-            self.q, k, v, sums_q, None if paged else sums_k, self.max_q, self.max_k, return_lse=True, out=out, **options
-        )
+        options = {"return_lse": True, "out": out, **options}
+        return function(self.q, k, v, sums_q, None if paged else sums_k, self.max_q, self.max_k, **options)
 
 
 @pytest.mark.parametrize("causal", (True, False))
@@ -461,6 +460,39 @@ def test_a_graph_reads_lengths_and_pages(paged):
         assert bits(out[:429]) == bits(again[:429])
         assert lse.get()[:, :429].tobytes() == again_lse.get()[:, :429].tobytes()
         assert bits(out[301:429]) != want[0][301 * 4 * 256 : 429 * 4 * 256]
+
+
+@pytest.mark.parametrize("on_host", (True, False))
+@pytest.mark.parametrize("paged", (True, False))
+def test_a_workspace_of_the_callers(paged, on_host):
+    """Nothing is allocated, and a captured call has launches alone."""
+    batch = GpuBatch((300, 1, 129), (301, 900, 1001), dim=128, dtype=BF16, seed=8)
+    batch.on_host = on_host
+    for thresholds in (0.0, 0.1, [0.05, 0.1, 0.2, 0.4]):
+        options = {**SPARSE, "thresholds": thresholds, "return_lse": False}
+        want = bits(batch.call(paged, **options))
+        num_bytes = batch.call(paged, function=salekit.varlen_workspace_bytes, **options)
+        whole = cp.empty(num_bytes + 512, np.uint8)
+        whole.data.memset(0xFF, whole.nbytes)
+        out, own = cp.empty_like(batch.q), whole[256:-256]
+        batch.call(paged, out=out, workspace=own, **options)
+        assert bits(out) == want
+        out.data.memset(0xFF, out.nbytes)
+        cp.cuda.Device().synchronize()
+        pool = cp.get_default_memory_pool()
+        with cp.cuda.Stream(non_blocking=True) as stream:
+            used = pool.used_bytes()
+            stream.begin_capture()
+            batch.call(paged, out=out, workspace=own, **options)
+            graph = stream.end_capture()
+            assert pool.used_bytes() == used
+            graph.launch(stream)
+            graph.launch(stream)
+            stream.synchronize()
+        assert bits(out) == want
+        assert (whole[:256] == 0xFF).all() and (whole[-256:] == 0xFF).all()
+        with pytest.raises(ArgumentError, match=f"workspace: got {num_bytes - 256} bytes; wants at least {num_bytes}"):
+            batch.call(paged, out=out, workspace=own[:-256], **options)
 
 
 def test_calls_do_not_wait():
