@@ -34,6 +34,7 @@ from .errors import (  # noqa: E402
     DtypeError,
     FileFormatError,
     GpuError,
+    OutOfMemoryError,
     SalekitError,
 )
 from .key_statistics import KeyStatistics, key_statistics  # noqa: E402
@@ -53,8 +54,9 @@ from .workspaces import clear_workspaces  # noqa: E402
 
 __all__ = [
     "ArgumentError", "AttentionPlan", "BlockMask", "CompileError", "DtypeError", "FileFormatError", "GpuError",
-    "KeyStatistics", "Plan", "SalekitError", "__version__", "anchor_statistics", "as_dlpack", "attend", "block_scores",
-    "clear_workspaces", "dense_attention", "errors", "estimate", "key_statistics", "load_qkv", "load_sample",
-    "load_thresholds", "make_plan", "mask_from_scores", "merge_attention_states", "plan", "quantize", "row_limits",
-    "save_thresholds", "scores_plan", "sparse_attention", "sparse_attention_varlen", "varlen_workspace_bytes",
+    "KeyStatistics", "OutOfMemoryError", "Plan", "SalekitError", "__version__", "anchor_statistics", "as_dlpack",
+    "attend", "block_scores", "clear_workspaces", "dense_attention", "errors", "estimate", "key_statistics", "load_qkv",
+    "load_sample", "load_thresholds", "make_plan", "mask_from_scores", "merge_attention_states", "plan", "quantize",
+    "row_limits", "save_thresholds", "scores_plan", "sparse_attention", "sparse_attention_varlen",
+    "varlen_workspace_bytes",
 ]

@@ -322,7 +322,8 @@ def _as_stream(stream: Any, device: int) -> Any:
             return external_stream(getattr(stream, attribute))
     if isinstance(stream, (int, np.integer)) and not isinstance(stream, bool) and stream >= 0:
         return external_stream(int(stream))
-    raise ArgumentError(f"stream: got {stream!r}; wants a cudaStream_t as int, a CuPy stream, or None (current)")
+    wants = "a cudaStream_t as int, a CuPy stream, an object with __cuda_stream__ or cuda_stream, or None (current)"
+    raise ArgumentError(f"stream: got {stream!r}; wants {wants}")
 
 
 def on_stream(q: Any, stream: Any, name: str = "q") -> AbstractContextManager[int | None]:

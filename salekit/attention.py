@@ -70,7 +70,8 @@ def sparse_attention(
         of all keys of a sequence whose chunks are to have the masks that they would have in one call (docs/serving.md).
     out: where to write, like q; it is returned. Memory that it shares with q, k or v is an error; other parts of the
         buffer that holds them are fine.
-    stream: a CuPy stream, a ``cudaStream_t`` as int, or None for CuPy's current one.
+    stream: a CuPy stream, a ``cudaStream_t`` as int, an object with ``__cuda_stream__`` or ``cuda_stream``, or None for
+        CuPy's current one.
 
     Returns out (like q, in its layout), or a tuple (out[, lse][, mask]): lse float32 [batch, num_heads, seqlen_q],
     natural log, over what was computed (pools included); mask a BlockMask. A row without a visible key has out 0 and
@@ -78,7 +79,7 @@ def sparse_attention(
     their block is selected.
     On the GPU the first call of a kind (shapes, strides, dtype, options) compiles and plans; later ones reuse that and
     the stream's workspace, see :func:`plan`, which also says how to capture calls into a CUDA graph.
-    Raises ArgumentError, DtypeError, GpuError, CompileError.
+    Raises ArgumentError, DtypeError, GpuError, CompileError, OutOfMemoryError.
     """
     options = dict(
         causal=causal,
@@ -213,7 +214,7 @@ def sparse_attention_varlen(
     copied to the host and checked, which waits for the stream. Without it nothing synchronises, and a call with
     everything on the GPU can be captured into a CUDA graph, where lengths, pages and sink logits are read at each
     replay (those on the host are frozen).
-    Raises ArgumentError, DtypeError, GpuError, CompileError.
+    Raises ArgumentError, DtypeError, GpuError, CompileError, OutOfMemoryError.
     """
     options = dict(
         causal=causal,

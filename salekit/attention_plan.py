@@ -54,6 +54,11 @@ class AttentionPlan:
         self._programs: workspaces.RecentlyUsed[programs.Program] = workspaces.RecentlyUsed(MAX_PROGRAMS)
         self._lock = threading.Lock()  # of the images of all programs
 
+    def __repr__(self) -> str:
+        (_, q, _), (_, k, _), _ = self._kinds
+        place, kind = arrays.place_name(self._device), "dense" if self.plan.is_dense else self.plan.estimator
+        return f"AttentionPlan(q={q}, k={k}, {self.plan.dtype}, {self.layout}, {kind}, {place})"
+
     @cached_property
     def workspace_bytes(self) -> int:
         """Bytes of workspace that a call needs at most; 0 on the twin. Compiles the kernels."""

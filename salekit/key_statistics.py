@@ -16,7 +16,7 @@ _NULL = np.uint64(0)
 _FIELDS = ("mean", "rms", "amax", "scale", "num_keys", "state")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KeyStatistics:
     """Statistics of the keys of a batch of sequences, NumPy's or CuPy's; made by :func:`key_statistics`.
 
@@ -33,6 +33,11 @@ class KeyStatistics:
     scale: Any
     num_keys: Any
     state: Any
+
+    def __repr__(self) -> str:
+        batch, heads, head_dim = self.mean.shape
+        place = arrays.place_name(self.mean.data.device_id if arrays.is_cuda(self.mean) else None)
+        return f"KeyStatistics(batch={batch}, num_kv_heads={heads}, head_dim={head_dim}, {place})"
 
     @property
     def arrays(self) -> tuple[Any, Any, Any, Any]:
@@ -91,7 +96,8 @@ def key_statistics(k: Any, *, layout: str = "bshd", stream: Any = None) -> KeySt
     statistics have the same masks as one call over all of them that is given these.
 
     k: [batch, seqlen_k, num_kv_heads, head_dim], float16 or bfloat16, as in ``sparse_attention``. On the GPU two
-    launches, no synchronisation; the results are allocated. Raises ArgumentError, DtypeError, GpuError, CompileError.
+    launches, no synchronisation; the results are allocated. Raises ArgumentError, DtypeError, GpuError, CompileError,
+    OutOfMemoryError.
     """
     with arrays.on_stream(k, stream, "k") as device:
         return _of_keys(_check_keys(k, device, layout), device, None)

@@ -43,7 +43,8 @@ def merge_attention_states(
     and its output is ignored; where both are, out is 0 and lse -inf. NaN in an output or a lse reaches the result; a
     lse of +inf gives NaN. Causal masks are the callers' affair: keys after all queries of a call have no part in it.
     On the GPU one launch, no synchronisation; it can be captured into a CUDA graph once it has run before. lse is
-    allocated, out only when it is not given. Raises ArgumentError, DtypeError, GpuError, CompileError.
+    allocated, out only when it is not given. Raises ArgumentError, DtypeError, GpuError, CompileError,
+    OutOfMemoryError.
     """
     return_lse = check_flag("return_lse", return_lse)
     if not isinstance(layout, str) or layout not in arrays.LAYOUTS:  # of packed states, too, which have but one

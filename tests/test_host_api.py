@@ -60,6 +60,25 @@ def test_names_and_signatures():
     )
 
 
+def test_what_is_printed():
+    """No arrays."""
+    q, k, v = make()
+    assert repr(salekit.key_statistics(k)) == "KeyStatistics(batch=1, num_kv_heads=1, head_dim=64, host memory)"
+    shapes = "q=(1, 700, 2, 64), k=(1, 700, 1, 64), float16, bshd"
+    assert repr(salekit.plan(q, k, v)) == f"AttentionPlan({shapes}, dense, host memory)"
+    sparse = salekit.plan(q, k, v, dense_below=0, estimator="int8")
+    assert repr(sparse) == f"AttentionPlan({shapes}, int8, host memory)"
+
+
+def test_errors_have_their_names_at_the_top():
+    assert salekit.OutOfMemoryError is salekit.errors.OutOfMemoryError
+    for function in (salekit.sparse_attention, salekit.sparse_attention_varlen, salekit.merge_attention_states,
+                     salekit.key_statistics):
+        raised = function.__doc__.split("Raises ")[-1]
+        for name in ("ArgumentError", "DtypeError", "GpuError", "CompileError", "OutOfMemoryError"):
+            assert name in raised and name in salekit.__all__
+
+
 def test_import_needs_no_cupy():
     code = ("import sys; sys.modules['cupy'] = None\n"
             "import salekit, salekit.cuda_src, salekit.quantize\n"
