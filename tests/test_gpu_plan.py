@@ -534,6 +534,8 @@ def test_errors_after_a_good_call():
         ("out: .*16-byte aligned", (q, k, v), {"out": shifted}),
         ("out: got shape", (q, k, v), {"out": out[:, :200]}),
         ("out: is on host memory", (q, k, v), {"out": out.get()}),
+        ("out: shares memory with q", (q, k, v), {"out": q}),
+        ("out: shares memory with q", (out[:, ::-1], k, v), {}),
         ("causal: got 1", (q, k, v), {"causal": 1}),
         ("query_stride: got 1.0", (q, k, v), {"query_stride": 1.0}),
         ("block: got", (q, k, v), {"block": (128.0, 32)}),

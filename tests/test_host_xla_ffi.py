@@ -457,15 +457,16 @@ def test_where_lse_and_mask_go(monkeypatch):
     base = 0x7E0000000000
     shapes = [(16, (1, 70, 2, 64)), (16, (1, 70, 1, 64)), (16, (1, 70, 1, 64)), (16, (1, 70, 2, 64)), (11, (2,)),
               (11, (1, 2, 70)), (8, (1, 2, 1, 1))]
-    q, k, v, out, taus, lse, words = (array(*shape, base + 4096 * i) for i, shape in enumerate(shapes))
+    q, k, v, out, taus, lse, words = (array(*shape, base + 32768 * i) for i, shape in enumerate(shapes))
+    prepared._reaches = [attention_plan.arrays.reach(x.shape, x.strides, 2) for x in (q, k, v)]
     stream = SimpleNamespace(ptr=5)
     fake = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: stream, memory=cupy.cuda.memory))
     monkeypatch.setattr(attention_plan.arrays, "import_cupy", lambda: fake)  # has nothing that allocates
     result = prepared._execute(prepared._check(q, k, v, taus, True, True, out, None, lse_out=lse, words_out=words))
     assert result[0] is out and result[1] is lse and result[2].words is words
-    assert linked == [(0, *(base + 4096 * i for i in range(7)))]
+    assert linked == [(0, *(base + 32768 * i for i in range(7)))]
     prepared._execute(prepared._check(q, k, v, 0.25, False, True, out, None, words_out=words))
-    assert linked[1] == (0, *(base + 4096 * i for i in (0, 1, 2, 3, 6)))
+    assert linked[1] == (0, *(base + 32768 * i for i in (0, 1, 2, 3, 6)))
 
 
 # --- without JAX ---------------------------------------------------------------------------------------------------
