@@ -50,15 +50,15 @@ def main() -> None:
         out, lse = salekit.sparse_attention(q, k, v, return_lse=True, **OPTIONS)
         held = {name: cupy.empty_like(x) for name, x in (("whole", q), ("packed", packed[0]), ("chunk", q[:, last]))}
 
-        def paged(rows, sums, target):
+        def paged(rows, sums, target, **more):
             return salekit.sparse_attention_varlen(
                 rows, *pages, sums, None, rows.shape[0], seqlen, block_table=table, seqlens_k=one[1:], out=target,
-                **OPTIONS,
+                **OPTIONS, **more,
             )
 
-        def packed_call(sums, longest):
+        def packed_call(sums, longest, **more):
             return salekit.sparse_attention_varlen(
-                *packed, sums, sums, longest, longest, out=held["packed"], **OPTIONS
+                *packed, sums, sums, longest, longest, out=held["packed"], **OPTIONS, **more
             )
 
         def apart():
@@ -69,6 +69,8 @@ def main() -> None:
             "one call": lambda: salekit.sparse_attention(q, k, v, out=held["whole"], **OPTIONS),
             "packed, one sequence": lambda: packed_call(one, seqlen),
             "paged, one sequence": lambda: paged(packed[0], one, held["packed"]),
+            "packed, debug": lambda: packed_call(one, seqlen, debug=True),
+            "paged, debug": lambda: paged(packed[0], one, held["packed"], debug=True),
             "four calls of a quarter": apart,
             "packed, four quarters": lambda: packed_call(four, seqlen // 4),
             f"chunk of {CHUNK}": lambda: salekit.sparse_attention(q[:, last], k, v, out=held["chunk"], **OPTIONS),
