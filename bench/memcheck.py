@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 import salekit
-from salekit import attend_grid, skipped_mass
+from salekit import attend_grid, ceilings, jit, skipped_mass, workloads
 from salekit.jit import device_arch
 from salekit.output_difference import output_sums
 from salekit.plans import BLOCKS, ESTIMATORS, LOW_BIT_ARCHS, LOW_BIT_HEAD_DIMS, POOLED_HEAD_DIMS
@@ -82,14 +82,34 @@ def main() -> None:
             assert output_sums(out, lse, out, lse, plan).squares.max() == 0
             calls += 1
         calls += check_scores(gpu)
+        for window in (None, (40, 0)):  # masks of all that is visible
+            visible = dict(thresholds=0.0, window_size=window, return_mask=True)
+            assert salekit.sparse_attention(*gpu, **visible)[1].density().max() == 1
+            salekit.sparse_attention(gpu[0], *(x[:, :0] for x in gpu[1:]), **visible)
+            calls += 2
         dense = salekit.dense_attention(*gpu).get().astype(np.float32)
         twin = salekit.dense_attention(q, k, v).astype(np.float32)
         assert np.linalg.norm(dense - twin) <= 1e-2 * np.linalg.norm(twin)
-    calls += check_serving()
+    calls += check_serving() + check_tools()
     if arch == "sm_90a":
         calls += check_segments()
     cupy.cuda.Device().synchronize()
     print(f"{calls} calls")
+
+
+def check_tools() -> int:
+    """Generated inputs, and the products that measure ceilings."""
+    calls = 0
+    for head_dim, seqlen in product(HEAD_DIMS, (1, 300)):
+        q, k, v = workloads.llm_like_qkv(seqlen, 2, 1, head_dim, cuda=True)
+        assert all(np.isfinite(x.get().astype(np.float32)).all() for x in (q, k, v))
+        calls += 1
+    archs = {device_arch(), "sm_80"}
+    for measured in (measured for arch in sorted(archs) for measured in ceilings._products(arch).values()):
+        checksums = cupy.empty((2, measured.threads), np.uint32)
+        jit.get_kernel(measured.spec)((2,), (measured.threads,), (checksums, np.int32(3)))
+        calls += 1
+    return calls
 
 
 def check_portable_pools(gpu, mask, plan, out, lse) -> None:

@@ -105,7 +105,7 @@ def check_output(option: str, path: str | None, *others: str | None, force: bool
     """``written_files.check_output``; a file that exists is overwritten with ``force`` alone. click.UsageError."""
     _refuse_dash(option, path)
     written_files.check_output(option, path, *others)
-    if path is not None and Path(path).exists() and not force:
+    if path is not None and Path(path).is_file() and not force:  # a pipe or a device has nothing to lose
         raise click.UsageError(f"{path} exists; --force overwrites it")
 
 
