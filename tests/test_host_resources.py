@@ -391,8 +391,62 @@ def test_a_child_of_a_process_without_cuda_or_cupy():
     assert result.stdout == "0\n", result.stderr
 
 
-def test_the_check_costs_nothing_that_can_be_measured():
-    """An attribute that is looked at; the question to the driver is one of a fork."""
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+def test_a_child_that_is_forked_while_a_kernel_compiles(tmp_path):
+    """NVRTC would wait in it for ever: one error there, what the cache holds, and no end of it in its own children. A
+    child that is forked afterwards compiles."""
+    result = run(f"""
+        import os, threading
+        from salekit import jit
+        from salekit.errors import GpuError
+        os.environ["SALEKIT_CACHE_DIR"] = {str(tmp_path / "cache")!r}
+        nvrtc, inside, go = jit._nvrtc(), threading.Event(), threading.Event()
+
+        class Slow:
+            def __getattr__(self, name):
+                return getattr(nvrtc, name)
+
+            def compileProgram(self, *arguments):
+                if threading.current_thread() is not threading.main_thread():
+                    inside.set()
+                    go.wait()
+                nvrtc.compileProgram(*arguments)
+
+        jit._nvrtc = Slow
+        held, other, third = (jit.KernelSpec("coarsen_mask", (factor,)) for factor in ("2", "4", "8"))
+        jit.compile_kernel(held, "sm_80")
+
+        def said():
+            assert jit.compile_kernel(held, "sm_80").path is not None
+            try:
+                jit.compile_kernel(other, "sm_80")
+                return ""
+            except GpuError as error:
+                return str(error)
+
+        def child(generations):
+            pid = os.fork()
+            if pid == 0:
+                text = said()
+                is_right = text.startswith("this process was forked while its parent compiled") and "\\n" not in text
+                os._exit(0 if is_right and (generations == 1 or child(generations - 1) == 0) else 1)
+            return os.waitpid(pid, 0)[1]
+
+        thread = threading.Thread(target=jit.compile_kernel, args=(third, "sm_80"))
+        thread.start()
+        inside.wait()
+        while_compiling = child(2)
+        go.set()
+        thread.join()
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if said() == "" else 1)
+        print(while_compiling, os.waitpid(pid, 0)[1])
+    """)
+    assert result.returncode == 0 and result.stdout == "0 0\n", result.stderr
+
+
+def test_arrays_of_the_gpu_are_refused_where_cuda_is_dead():
     assert forks.is_dead is False and arrays.import_cupy() is cupy
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forks, "is_dead", True)
