@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -182,6 +183,9 @@ class BlockMask:
             meta, arrays = archive.metadata(), archive.arrays(archive.names)
         if not isinstance(meta, dict):
             raise FileFormatError(f"{path}: damaged metadata: not a JSON object")
+        schema = meta.get("schema", SCHEMA)
+        if type(schema) is not int or schema != SCHEMA:
+            raise FileFormatError(f"{path}: got schema {schema!r} of a mask; wants {SCHEMA}")
         heads = list(arrays.values())
         alike = all(x.ndim == 2 and x.dtype == np.uint8 and x.shape == heads[0].shape for x in heads)
         if not alike or not heads and "num_heads" not in meta:
@@ -208,7 +212,9 @@ class BlockMask:
             raise FileFormatError(
                 f"{path}: arrays of {shape} do not fit seqlen {seqlen_q}x{seqlen_k}, blocks {block_q}x{block_k}"
             )
-        num_heads = len(heads) // batch if heads else number("num_heads", 0, 0, MAX_GRID)
+        num_heads = number("num_heads", len(heads) // batch if heads else 0, 0, MAX_GRID)
+        if heads and batch * num_heads != len(heads):
+            raise FileFormatError(f"{path}: has {len(heads)} arrays; wants {batch}x{num_heads}, one a head")
         if not heads and (batch * num_heads or nq * ceil_div(nk, 8) > FREE_EXPANSION):
             raise FileFormatError(f"{path}: has no arrays; wants {batch}x{num_heads} heads of {nq}x{nk} blocks")
         names = [head_name(b, h, batch) for b, h in np.ndindex(batch, num_heads)]
@@ -216,7 +222,12 @@ class BlockMask:
         if missing and "schema" in meta:
             raise FileFormatError(f"{path}: has no {missing[0]!r}; wants {names[0]!r} to {names[-1]!r}, one a head")
         heads = heads if missing else [arrays[name] for name in names]
-        rows = np.zeros((batch, num_heads, nq, ceil_div(nk, 32) * 4), np.uint8)
+        shape = (batch, num_heads, nq, ceil_div(nk, 32) * 4)
+        archive.check_bytes(math.prod(shape))  # four times those of the arrays, where rows have a byte
+        try:
+            rows = np.zeros(shape, np.uint8)
+        except MemoryError:
+            raise FileFormatError(f"{path}: {math.prod(shape)} bytes do not fit in memory") from None
         for (b, h), head in zip(np.ndindex(*rows.shape[:2]), heads):
             rows[b, h, :, : head.shape[1]] = head
         if nk % 8:
