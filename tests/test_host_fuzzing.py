@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -474,6 +475,8 @@ def edited(path, edit_meta=None, **entries):
         (lambda meta: meta["case"].update(causal=1), {}, "causal: got"),
         (lambda meta: meta["case"].update(thresholds=0.5), {}, "thresholds: got"),
         (lambda meta: meta["case"].update(thresholds=["nan"]), {}, "thresholds: got"),
+        (lambda meta: meta["case"].update(thresholds=[10**400]), {}, "thresholds: got"),
+        (lambda meta: meta["case"].update(softmax_scale=-(10**400)), {}, "softmax_scale: got"),
         (lambda meta: meta["case"].update(thresholds=[1, 2]), {}, "thresholds: wants one, or one a head"),
         (lambda meta: meta["case"].update(num_kv_heads=3), {}, "num_heads"),
         (lambda meta: meta["case"].update(lengths=[[1, 2, 3]]), {}, "lengths: got"),
@@ -538,6 +541,40 @@ def test_the_command(tmp_path, monkeypatch):
     more = runner.invoke(cli, arguments)
     assert more.exit_code == 5 and "not written" in more.output and not (tmp_path / "none").exists()
     assert runner.invoke(cli, ["fuzz", "--cases", "3", "--minutes", "1"]).exit_code == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_failures_that_cannot_be_written_are_reported(tmp_path, monkeypatch, workers):
+    """A full disk: the run goes on, and what was drawn is in the report; of a case that ends its process, too."""
+    real = running.check_case
+
+    def check_case(case, on_gpu, given=None):
+        if case == dies:
+            raise RuntimeError("the GPU is lost")
+        return real(case, on_gpu, given)
+
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    lose_a_key(monkeypatch)
+    dies = cases.draw(11, 5)
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+    monkeypatch.setattr(running, "check_case", check_case)
+    monkeypatch.setattr(running, "save", full)
+    monkeypatch.setattr(running, "SHRINK_SECONDS", 0.0)
+    arguments = f"fuzz --cases 6 --seed 11 --backend numpy --workers {workers} -o {tmp_path}".split()
+    as_json = CliRunner().invoke(cli, [*arguments, "--json"])
+    report = json_of(as_json)
+    assert as_json.exit_code == 2 and report["cases"] == 6 and not list(tmp_path.iterdir())
+    failed = {case["case"]: case for case in report["failed_cases"]}
+    assert len(failed) >= 2 and "the GPU is lost" in failed[5]["checks"][0]["compared"]
+    for index, case in failed.items():
+        assert case["file"] is None and case["drawn"] == cases.draw(11, index).describe() and case["shrunk"]
+        assert case["not_written"] == f"{tmp_path}/fuzz-11-{index}.npz: No space left on device"
+    running._written.clear()
+    text = CliRunner().invoke(cli, arguments)
+    assert text.exit_code == 2 and text.output.count("could not be written") == len(failed), text.output
 
 
 def test_a_soak_ends_in_time():

@@ -645,7 +645,7 @@ def test_json_of_any_size(tmp_path):
         file.truncate(2**33)
     refuses_within_limits("thresholds.load_thresholds", path, f"has {2**33} bytes; wants at most")
     path.write_text("[" + "[]," * (MIB * 8) + "[]]")  # 24 MiB of text, a gigabyte of lists
-    refuses_within_limits("thresholds.load_thresholds", path, "")
+    refuses_within_limits("thresholds.load_thresholds", path, "does not fit in memory")
 
 
 # --- what is no plain file ---------------------------------------------------------------------------------------
