@@ -71,8 +71,8 @@ class BlockMask:
         words = np.ascontiguousarray(self.to_numpy().words)
         if words.size == 0:
             return np.zeros((*words.shape[:-1], self.num_k_blocks), bool)
-        bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
-        return bits[..., : self.num_k_blocks].astype(bool)
+        bits = np.unpackbits(words.view(np.uint8), axis=-1, count=self.num_k_blocks, bitorder="little")
+        return bits.view(bool)
 
     @classmethod
     def from_dense(
@@ -107,7 +107,9 @@ class BlockMask:
     def visible(self) -> np.ndarray:
         """bool [num_q_blocks, num_k_blocks]: blocks with a visible pair."""
         blocks, (first, end) = np.arange(self.num_k_blocks)[None], self._visible_ranges()
-        return (blocks >= first[:, None]) & (blocks < end[:, None])
+        seen = blocks >= first[:, None]
+        seen &= blocks < end[:, None]
+        return seen
 
     def _visible_ranges(self) -> tuple[np.ndarray, np.ndarray]:
         """(first, end), int64 [num_q_blocks]: the blocks of a row that have a visible pair are those between."""
@@ -133,7 +135,8 @@ class BlockMask:
 
     def density(self) -> np.ndarray:
         """float64 [batch, num_heads]: set blocks over visible blocks."""
-        return self.selected_blocks() / max(1, int(self.visible().sum()))
+        first, end = self._visible_ranges()
+        return self.selected_blocks() / max(1, int(np.maximum(end - first, 0).sum()))
 
     def coarsen(self, block_q: int, block_k: int) -> "BlockMask":
         """The OR of blocks up to larger ones (multiples of today's; else ArgumentError). NumPy words."""
