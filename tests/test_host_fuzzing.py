@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from salekit.cli.main import cli
 
+import salekit
 from salekit import reference
 from salekit.block_mask import BlockMask
 from salekit.errors import FileFormatError
@@ -30,7 +31,7 @@ from salekit.fuzz.cases import Case, Spot
 from salekit.plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, Plan
 
 MOST = 420  # keys: some query blocks, some words of a mask
-SETTINGS = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+SETTINGS = dict(suppress_health_check=list(HealthCheck))
 SHARP = Case(seed=5, lengths=((300, 333),), num_heads=4, num_kv_heads=2, dtype="bfloat16", thresholds=(0.05,))
 
 
@@ -270,6 +271,26 @@ def test_wrong_outputs_are_found(options, on_gpu):
     assert "elements" in failed(case, dataclasses.replace(answer, untouched=False), on_gpu)
 
 
+@pytest.mark.parametrize("kind", ("varlen", "paged"))
+@pytest.mark.parametrize("out", cases.OUTS)
+def test_packed_calls_are_made_twice(kind, out, monkeypatch):
+    """A second call that gives other bits is found."""
+    case = SHARP.replace(kind=kind, lengths=((70, 90), (33, 200)), out=out)
+    real, made = salekit.sparse_attention_varlen, []
+
+    def varlen(*inputs, return_lse=False, **options):
+        result = real(*inputs, return_lse=return_lse, **options)
+        made.append(return_lse)
+        if not return_lse:
+            result[5, 0, 0] += 1
+        return result
+
+    assert not checking.check_case(case, False).failed
+    monkeypatch.setattr(salekit, "sparse_attention_varlen", varlen)
+    (check,) = checking.check_case(case, False).failed
+    assert (check.stage, check.compared) == ("call", checking.TWO_CALLS) and made == [True, False]
+
+
 @pytest.mark.parametrize("on_gpu", (False, True))
 def test_a_lost_last_key_is_found(on_gpu):
     """Each row without its own key, as an off-by-one in the causal limit makes it."""
@@ -449,6 +470,14 @@ def test_nan_is_replayed(tmp_path):
     assert loaded == case and np.isnan(arrays["k"][0][0, 3, 0, 0]) and arrays["k"][0].dtype == ml_dtypes.bfloat16
     refused = CliRunner().invoke(cli, ["validate", "--input", str(tmp_path / "case.npz"), "--seqlen", "32"])
     assert refused.exit_code == 2 and "--seqlen" in refused.output
+
+
+def test_a_case_that_is_refused_fails(tmp_path):
+    """The fuzzer draws what has to work: a refusal is what it looks for."""
+    case = SHARP.replace(lengths=((70, 70),), thresholds=(-1.0,))
+    cases.save(tmp_path / "case.npz", case, cases.make_arrays(case), "")
+    result = CliRunner().invoke(cli, ["validate", "--input", str(tmp_path / "case.npz"), "--backend", "numpy"])
+    assert result.exit_code == 5 and "runs (ArgumentError: thresholds: got -1;" in " ".join(result.output.split())
 
 
 def edited(path, edit_meta=None, **entries):
