@@ -11,8 +11,10 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
 import tracemalloc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -290,6 +292,36 @@ def test_the_twin_keeps_nothing():
     finally:
         tracemalloc.stop()
     assert sizes[1] - sizes[0] <= 20_000
+
+
+def test_the_twin_in_several_threads():
+    """Calls of other shapes, estimators and options beside each other: each has the bits that it has alone."""
+    def make(seqlen, heads):
+        rng = np.random.default_rng(seqlen)
+        return [rng.standard_normal((1, seqlen, h, 64)).astype(np.float16) for h in (heads, 2, 2)]
+
+    def call(index):
+        tensors, more = tensors_of[index % 3], options[index // 3 % len(options)]
+        out, lse, mask = salekit.sparse_attention(*tensors, dense_below=0, return_lse=True, return_mask=True, **more)
+        return out.tobytes() + lse.tobytes() + mask.words.tobytes()
+
+    tensors_of = [make(200, 4), make(333, 2), make(500, 2)]
+    options = [
+        {"estimator": "int8"}, {"estimator": "int4", "thresholds": 0.1}, {"estimator": "int8-sp24", "query_stride": 2},
+        {"attend": "int8-fp8"}, {"skipped": "pool"}, {"softcap": 20.0, "window_size": 90, "causal": False},
+    ]
+    number = len(tensors_of) * len(options)
+    alone = [call(index) for index in range(number)]
+    start = threading.Barrier(8)
+
+    def work(first):
+        start.wait()
+        return [(index % number, call(index % number)) for index in range(first, first + 9)]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = [pair for of_thread in pool.map(work, range(0, 32, 4)) for pair in of_thread]
+    assert {index for index, _ in found} == set(range(number))
+    assert all(result == alone[index] for index, result in found)
 
 
 # --- forks -------------------------------------------------------------------------------------------------------
