@@ -98,8 +98,9 @@ def copy_of_checkout(folder: Path, mutation: Mutation | None):
 def seed_cache(folder: Path) -> None:
     """Copies salekit's cache of compiled kernels to ``folder``."""
     folder.mkdir()
-    if jit.cache_dir().is_dir():
-        for path in jit.cache_dir().iterdir():
+    kept = jit.cache_dir()
+    if kept is not None and kept.is_dir():
+        for path in kept.iterdir():
             if path.suffix in (".json", ".cubin"):
                 shutil.copy2(path, folder / path.name)
 

@@ -89,7 +89,9 @@ def _nvrtc(advice: list[str]) -> str | None:
     from salekit.errors import SalekitError
 
     try:
-        return ".".join(map(str, jit.nvrtc_version()))
+        version = ".".join(map(str, jit.nvrtc_version()))
+        jit.check_compiler()
+        return version
     except SalekitError as error:
         advice.append(str(error))
         return None
@@ -127,6 +129,8 @@ def _cache(advice: list[str]) -> str:
     except ArgumentError as error:
         advice.append(f"{error}; until then nothing can be compiled")
     folder = jit.cache_dir()
+    if folder is None:
+        return jit.NO_CACHE_DIR
     if problem := why_not_private(folder):
         return f"{folder}: NOT USED, for {problem}"
     try:

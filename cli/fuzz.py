@@ -55,8 +55,8 @@ def fuzz(context: click.Context, **settings: Any) -> None:
 
     Shapes, layouts, strides, options, thresholds and values are drawn from the seed; out, lse and mask are compared
     with float64 attention and with the twin within bounds that follow from roundings (docs/fuzz.md). A failing case
-    is made small and written to a file that "salekit validate --input FILE" replays. Exit 5 when one fails. Ctrl-C or
-    SIGTERM ends it with the report of what was checked, exit 130.
+    is made small and written to a file that "salekit validate --input FILE" replays. Exit 5 when one fails,
+    2 when it cannot be written. Ctrl-C or SIGTERM ends it with the report of what was checked, exit 130.
     """
     with _terminated_as_interrupted():
         report = run_fuzz(**settings)
@@ -66,6 +66,8 @@ def fuzz(context: click.Context, **settings: Any) -> None:
         print_tables(report)
     if report["interrupted"]:
         context.exit(ExitCode.INTERRUPTED)
+    if any(failed["not_written"] for failed in report["failed_cases"]):
+        context.exit(ExitCode.USAGE)
     if not report["passed"]:
         context.exit(ExitCode.ACCURACY)
 
@@ -247,6 +249,9 @@ def print_tables(report: dict[str, Any]) -> None:
         if failed["file"]:
             render.text(f"  shrunk: {failed['shrunk']}")
             render.text(f"  salekit validate --input {failed['file']}")
+        elif failed["not_written"]:
+            render.text(f"  shrunk: {failed['shrunk']}")
+            render.text(f"  could not be written: {failed['not_written']}")
         else:
             is_cut = report["interrupted"] and failed["shrunk"] is None
             why = "this was interrupted" if is_cut else "this check failed in enough others"

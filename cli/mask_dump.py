@@ -352,15 +352,15 @@ def _drawing(mask, labels: list[str], overlay: str, tau_masks: list[Any], tau: f
 
     density = mask.density().ravel()
     labels = [f"{label}, density {density[i]:.4f}" for i, label in enumerate(labels)]
-    layers, kinds = pictures.SELECTED, lambda bits, head: bits.astype(np.uint8)
+    layers, kinds = pictures.SELECTED, lambda bits, head: bits.view(np.uint8)
     if other is not None:
         layers, kinds = pictures.DIFFERENCE, _differences(other)
     elif overlay == "anchors":
         anchors = _anchors(mask)
-        layers, kinds = pictures.ANCHORS, lambda bits, head: bits * np.where(anchors, 2, 1).astype(np.uint8)
+        layers, kinds = pictures.ANCHORS, lambda bits, head: bits * (1 + anchors.view(np.uint8))
     elif overlay == "diagonal":
         full = mask_lists.full_blocks(mask)
-        layers, kinds = pictures.DIAGONAL, lambda bits, head: bits * np.where(full, 1, 2).astype(np.uint8)
+        layers, kinds = pictures.DIAGONAL, lambda bits, head: bits * (2 - full.view(np.uint8))
     elif overlay == "tau":
         layers = pictures.tau_layers([tau * step for step in TAU_STEPS])
         kinds = lambda bits, head: sum(_head(m, head).astype(np.uint8) for m in tau_masks)  # noqa: E731
@@ -381,8 +381,8 @@ def _head(mask, head: int) -> np.ndarray:
 
 def _differences(other) -> Callable[[np.ndarray, int], np.ndarray]:
     def kinds(bits: np.ndarray, head: int) -> np.ndarray:
-        second = _head(other, head)
-        return np.where(bits & second, 1, np.where(bits, 2, np.where(second, 3, 0))).astype(np.uint8)
+        first, second = bits.view(np.uint8), _head(other, head).view(np.uint8)
+        return 2 * first + 3 * second - 4 * (first & second)  # in both: 1
 
     return kinds
 
@@ -469,11 +469,17 @@ def _summary(mask, drawing, chosen: list[int], metadata: dict[str, Any], source)
         "density": [float(density[h]) for h in chosen],
     }
     if len(drawing.layers) > 1:
-        counts = [np.bincount(drawing.kinds(h).ravel(), minlength=len(drawing.layers) + 1)[1:] for h in chosen]
+        counts = [_counts(drawing, h) for h in chosen]
         summary["blocks"] = {
-            layer.name: [int(count[i]) for count in counts] for i, layer in enumerate(drawing.layers)
+            layer.name: [count[i] for count in counts] for i, layer in enumerate(drawing.layers)
         }
     return summary
+
+
+def _counts(drawing, head: int) -> list[int]:
+    """Blocks of each layer."""
+    kinds = drawing.kinds(head)
+    return [int(np.count_nonzero(kinds == 1 + i)) for i in range(len(drawing.layers))]
 
 
 def _draw(mask, drawing, chosen: list[int], width: int) -> None:
@@ -488,8 +494,7 @@ def _draw(mask, drawing, chosen: list[int], width: int) -> None:
         if len(drawing.layers) == 1:
             render.heat_map(pictures.cells(drawing.kinds(head), drawing.visible, rows, width))
             continue
-        counts = np.bincount(drawing.kinds(head).ravel(), minlength=len(drawing.layers) + 1)[1:]
-        names = [f"{layer.name}: {count} blocks" for layer, count in zip(drawing.layers, counts)]
+        names = [f"{layer.name}: {count} blocks" for layer, count in zip(drawing.layers, _counts(drawing, head))]
         render.legend(names, [layer.colour for layer in drawing.layers])
         render.kinds(
             pictures.head_kinds(drawing, head, rows, width), pictures.head_picture(drawing, head, rows, width)

@@ -71,16 +71,18 @@ class Drawing:
 
 
 def pooled(values: np.ndarray, rows: int, columns: int, reduce: Any = np.add) -> np.ndarray:
-    """values pooled into that many rows and columns of nearly equal size."""
-    row_edges = np.arange(rows) * values.shape[0] // rows
+    """values pooled into that many rows and columns, at most those they have, of nearly equal size."""
+    edges = np.arange(rows + 1) * values.shape[0] // rows
     column_edges = np.arange(columns) * values.shape[1] // columns
-    return reduce.reduceat(reduce.reduceat(values, row_edges, 0), column_edges, 1)
+    # Row by row: a reduceat over all would first make all values as wide as the result.
+    bands = (reduce.reduce(values[first:end], 0) for first, end in zip(edges[:-1], edges[1:]))
+    return np.stack([reduce.reduceat(band, column_edges) for band in bands])
 
 
 def cells(bits: np.ndarray, visible: np.ndarray, max_rows: int, max_columns: int) -> np.ndarray:
     """Density of the visible blocks of each cell, NaN where none is; a cell with a set block is at least FAINTEST."""
     shape = min(bits.shape[0], max_rows), min(bits.shape[1], max_columns)
-    set_blocks, seen = (pooled(values.astype(np.int64), *shape) for values in (bits, visible))
+    set_blocks, seen = (pooled(values, *shape) for values in (bits, visible))
     with np.errstate(invalid="ignore", divide="ignore"):
         density = np.where(seen > 0, set_blocks / seen, np.nan)
     return np.where(set_blocks > 0, np.maximum(density, FAINTEST), density)
@@ -88,9 +90,10 @@ def cells(bits: np.ndarray, visible: np.ndarray, max_rows: int, max_columns: int
 
 def head_kinds(drawing: Drawing, head: int, max_rows: int, max_columns: int) -> np.ndarray:
     """int [rows, columns] of a head: 1 + the cell's last layer, 0 where no block is set, -1 where none is visible."""
-    kinds = drawing.kinds(head).astype(np.int64)
+    kinds = drawing.kinds(head)
     shape = min(kinds.shape[0], max_rows), min(kinds.shape[1], max_columns)
-    return np.where(pooled(drawing.visible, *shape, np.maximum), pooled(kinds, *shape, np.maximum), -1)
+    last = pooled(kinds, *shape, np.maximum).astype(np.int64)
+    return np.where(pooled(drawing.visible, *shape, np.maximum), last, -1)
 
 
 def head_picture(drawing: Drawing, head: int, max_rows: int, max_columns: int) -> np.ndarray:

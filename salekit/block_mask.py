@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,8 +74,8 @@ class BlockMask:
         words = np.ascontiguousarray(self.to_numpy().words)
         if words.size == 0:
             return np.zeros((*words.shape[:-1], self.num_k_blocks), bool)
-        bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
-        return bits[..., : self.num_k_blocks].astype(bool)
+        bits = np.unpackbits(words.view(np.uint8), axis=-1, count=self.num_k_blocks, bitorder="little")
+        return bits.view(bool)
 
     @classmethod
     def from_dense(
@@ -109,7 +110,9 @@ class BlockMask:
     def visible(self) -> np.ndarray:
         """bool [num_q_blocks, num_k_blocks]: blocks with a visible pair."""
         blocks, (first, end) = np.arange(self.num_k_blocks)[None], self._visible_ranges()
-        return (blocks >= first[:, None]) & (blocks < end[:, None])
+        seen = blocks >= first[:, None]
+        seen &= blocks < end[:, None]
+        return seen
 
     def _visible_ranges(self) -> tuple[np.ndarray, np.ndarray]:
         """(first, end), int64 [num_q_blocks]: the blocks of a row that have a visible pair are those between."""
@@ -135,7 +138,8 @@ class BlockMask:
 
     def density(self) -> np.ndarray:
         """float64 [batch, num_heads]: set blocks over visible blocks."""
-        return self.selected_blocks() / max(1, int(self.visible().sum()))
+        first, end = self._visible_ranges()
+        return self.selected_blocks() / max(1, int(np.maximum(end - first, 0).sum()))
 
     def coarsen(self, block_q: int, block_k: int) -> "BlockMask":
         """The OR of blocks up to larger ones (multiples of today's; else ArgumentError). NumPy words."""
@@ -185,6 +189,9 @@ class BlockMask:
             meta, arrays = archive.metadata(), archive.arrays(archive.names)
         if not isinstance(meta, dict):
             raise FileFormatError(f"{path}: damaged metadata: not a JSON object")
+        schema = meta.get("schema", SCHEMA)
+        if type(schema) is not int or schema != SCHEMA:
+            raise FileFormatError(f"{path}: got schema {schema!r} of a mask; wants {SCHEMA}")
         heads = list(arrays.values())
         alike = all(x.ndim == 2 and x.dtype == np.uint8 and x.shape == heads[0].shape for x in heads)
         if not alike or not heads and "num_heads" not in meta:
@@ -211,7 +218,9 @@ class BlockMask:
             raise FileFormatError(
                 f"{path}: arrays of {shape} do not fit seqlen {seqlen_q}x{seqlen_k}, blocks {block_q}x{block_k}"
             )
-        num_heads = len(heads) // batch if heads else number("num_heads", 0, 0, MAX_GRID)
+        num_heads = number("num_heads", len(heads) // batch if heads else 0, 0, MAX_GRID)
+        if heads and batch * num_heads != len(heads):
+            raise FileFormatError(f"{path}: has {len(heads)} arrays; wants {batch}x{num_heads}, one a head")
         if not heads and (batch * num_heads or nq * ceil_div(nk, 8) > FREE_EXPANSION):
             raise FileFormatError(f"{path}: has no arrays; wants {batch}x{num_heads} heads of {nq}x{nk} blocks")
         names = [head_name(b, h, batch) for b, h in np.ndindex(batch, num_heads)]
@@ -219,7 +228,12 @@ class BlockMask:
         if missing and "schema" in meta:
             raise FileFormatError(f"{path}: has no {missing[0]!r}; wants {names[0]!r} to {names[-1]!r}, one a head")
         heads = heads if missing else [arrays[name] for name in names]
-        rows = np.zeros((batch, num_heads, nq, ceil_div(nk, 32) * 4), np.uint8)
+        shape = (batch, num_heads, nq, ceil_div(nk, 32) * 4)
+        archive.check_bytes(math.prod(shape))  # four times those of the arrays, where rows have a byte
+        try:
+            rows = np.zeros(shape, np.uint8)
+        except MemoryError:
+            raise FileFormatError(f"{path}: {math.prod(shape)} bytes do not fit in memory") from None
         for (b, h), head in zip(np.ndindex(*rows.shape[:2]), heads):
             rows[b, h, :, : head.shape[1]] = head
         if nk % 8:

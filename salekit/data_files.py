@@ -20,7 +20,9 @@ from .untrusted_files import Npz, open_plain, parse_json
 SAMPLE = "data/qkv_sample_layer15_4k.safetensors"
 NAMES = ("q", "k", "v")
 MAX_HEADER_BYTES = 8 * 2**20  # of a safetensors file: some 80,000 tensors
+MAX_AXES = 64  # NumPy's; the product of many more sizes would take hours
 _DTYPES = {"F16": np.dtype(np.float16), "BF16": BFLOAT16}
+_VOID = np.dtype("V2")  # unlike records of 2 bytes, of a field or more
 _BITS = {  # of all dtypes that the format has
     4: ("F4",),
     6: ("F6_E2M3", "F6_E3M2"),
@@ -183,6 +185,8 @@ def _parse_safetensors(
             raise wrong(f"{key}: got dtype {dtype!r}")
         if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
             raise wrong(f"{key}: got shape {shape!r} and data_offsets {offsets!r}")
+        if len(shape) > MAX_AXES:
+            raise wrong(f"{key}: has {len(shape)} axes; wants at most {MAX_AXES}")
         first, end = offsets
         if math.prod(shape) * _BITS_OF[dtype] != 8 * (end - first):
             raise wrong(f"{key}: got {end - first} bytes for {dtype} of shape {shape}")
@@ -230,9 +234,7 @@ def _npz_tensors(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 def _as_tensors(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """With what NumPy writes for bfloat16 as that."""
-    return {
-        key: x.view(BFLOAT16) if x.dtype.kind == "V" and x.dtype.itemsize == 2 else x for key, x in tensors.items()
-    }
+    return {key: x.view(BFLOAT16) if x.dtype == _VOID else x for key, x in tensors.items()}
 
 
 def _check_names(tensors: dict, found: list, name: str) -> None:

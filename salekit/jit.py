@@ -34,6 +34,7 @@ _UNFINISHED_SECONDS = 3600  # nothing takes that long to write
 _OWN_NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.cubin|[0-9a-f]{64}\.json|\.new-.*")
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
 INSTALL_HINT = 'install CuPy and NVRTC with: pip install "salekit[cuda12]" (or "salekit[cuda13]" for a CUDA 13 driver)'
+NO_CACHE_DIR = "there is no kernel cache, for this user has no home folder; set HOME or SALEKIT_CACHE_DIR"
 DRIVER_HINT = "install NVIDIA's driver, 525 or newer (580 for CUDA 13)"
 
 
@@ -189,6 +190,33 @@ def parse_log(log: str, lowered_name: str) -> dict:
     )
 
 
+def _compile_program(nvrtc, program, flags: tuple[str, ...], what: str) -> None:
+    """CompileError with the log; GpuError where NVRTC lacks a library of its own."""
+    try:
+        nvrtc.compileProgram(program, flags)
+    except nvrtc.NVRTCError:
+        log = nvrtc.getProgramLog(program)
+        if "libnvrtc-builtins" not in log:
+            raise CompileError(f"{what}:\n{log}") from None
+        package = "nvidia-cuda-nvrtc-cu12" if nvrtc_version()[0] == 12 else "nvidia-cuda-nvrtc"
+        raise GpuError(
+            f"NVRTC is installed in part ({log.strip().splitlines()[0][:120]}); install it again with: "
+            f"pip install --force-reinstall {package}"
+        ) from None
+
+
+@forks.compiling()
+def check_compiler() -> None:
+    """GpuError or CompileError unless NVRTC compiles an empty kernel, which takes a twentieth of a second."""
+    nvrtc = _nvrtc()
+    program = nvrtc.createProgram("__global__ void empty() {}", "empty.cu", [], [])
+    try:
+        _compile_program(nvrtc, program, _flags(), "an empty kernel")
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+@forks.compiling()
 def _compile(spec: KernelSpec, arch: str) -> tuple[bytes, str, KernelInfo]:
     nvrtc = _nvrtc()
     headers = [item for item in _headers(f"kernels/{spec.source}.cu") + _headers("tile/shared_bytes.cuh")]
@@ -205,10 +233,7 @@ def _compile(spec: KernelSpec, arch: str) -> tuple[bytes, str, KernelInfo]:
         if storage:
             nvrtc.addNameExpression(program, storage)
         started = time.perf_counter()
-        try:
-            nvrtc.compileProgram(program, (f"-arch={arch}", *_flags()))
-        except nvrtc.NVRTCError:
-            raise CompileError(f"{spec.expression} for {arch}:\n{nvrtc.getProgramLog(program)}") from None
+        _compile_program(nvrtc, program, (f"-arch={arch}", *_flags()), f"{spec.expression} for {arch}")
         seconds = time.perf_counter() - started
         lowered = _text(nvrtc.getLoweredName(program, spec.expression))
         dynamic = _number(r"ILj(\d+)E", _text(nvrtc.getLoweredName(program, storage))) if storage else 0
@@ -242,19 +267,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
 
 
-def cache_dir() -> Path:
-    """``SALEKIT_CACHE_DIR``, else ``salekit`` in the user's cache folder."""
+def cache_dir() -> Path | None:
+    """``SALEKIT_CACHE_DIR``, else ``salekit`` in the user's cache folder, absolute; None for a user without a home."""
     chosen = os.environ.get("SALEKIT_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "salekit"
+    if not chosen:
+        chosen = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "salekit")
+    found = os.path.expanduser(chosen)
+    return None if found.startswith("~") else Path(os.path.abspath(found))
 
 
 def private_cache_dir() -> Path | None:
-    """:func:`cache_dir`, or None when another user could write there: what it holds is then neither read nor added to.
-    A CacheWarning says so, once."""
-    folder = Path(os.path.abspath(cache_dir()))
+    """:func:`cache_dir`, or None when there is none, or another user could write there: what it holds is then neither
+    read nor added to. A CacheWarning says so, once."""
+    folder = cache_dir()
+    if folder is None:
+        _warn(f"{NO_CACHE_DIR}; kernels are compiled anew in each process")
+        return None
     problem = why_not_private(folder)
     if problem is None:
         return folder
@@ -395,7 +423,8 @@ def _trim(folder: Path, keep: set[str]) -> None:
 
 def compile_kernel(spec: KernelSpec, arch: str, cache: bool = True) -> Compiled:
     """Compile for ``arch``, or take it from the cache. Needs no GPU. Raises CompileError with the compiler's log,
-    GpuError when CuPy or NVRTC is missing."""
+    GpuError when CuPy or NVRTC is missing or cannot work here, ArgumentError for a bound of the cache that is none."""
+    cache_bound()  # said by every call, not by the first that stores
     key = cache_key(spec, arch)
     with _locks_guard:
         lock = _locks.setdefault(key, threading.Lock())

@@ -118,14 +118,17 @@ class Npz:
     def arrays(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """These arrays, by name."""
         names = list(names)
-        total = sum(self._members[name].file_size for name in names)
+        self.check_bytes(sum(self._members[name].file_size for name in names))
+        return {name: self._array(name) for name in names}
+
+    def check_bytes(self, total: int) -> None:
+        """FileFormatError when what comes of the archive has so many bytes that it may be a bomb."""
         bound = max(FREE_EXPANSION, MAX_EXPANSION * self._size)
         if total > bound:
             raise FileFormatError(
                 f"{self.path}: {self._size} bytes would expand to {total}; wants at most {bound}. If they are what "
                 "they should be, write them without compression (numpy.savez)"
             )
-        return {name: self._array(name) for name in names}
 
     def metadata(self) -> Any:
         """The JSON in ``__meta__``, or {} without it."""

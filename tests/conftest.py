@@ -1,7 +1,8 @@
 """Marker ``gpu``: skipped without a usable GPU; ``alone``: skipped in a worker of pytest-xdist, for it times
 or fills the GPU.
 
-A clean run of all ``gpu`` tests leaves bench/results/gpu-suite.json.
+A clean run of all ``gpu`` tests leaves bench/results/gpu-suite.json. Hypothesis draws the same cases in each run, and
+new ones with ``--hypothesis-profile explore``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +18,13 @@ import pytest
 
 # Before anything imports NumPy: the twin's products are small, and threads that wait for more take the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+with suppress(ImportError):  # which the GPU tests do without
+    from hypothesis import settings
+
+    settings.register_profile("explore", deadline=None, derandomize=False, print_blob=True)
+    settings.register_profile("salekit", deadline=None, derandomize=True)
+    settings.load_profile("salekit")
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "bench" / "results" / "gpu-suite.json"

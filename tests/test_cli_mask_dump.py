@@ -8,11 +8,14 @@ import json
 import re
 import shutil
 import subprocess
+import tracemalloc
 import xml.etree.ElementTree as ElementTree
 import zlib
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from salekit.cli.main import cli
 from test_cli import decode_png, salekit
 from test_host_mask_lists import random_mask
 
@@ -416,6 +419,26 @@ def test_large_masks_keep_isolated_blocks(tmp_path):
     data = json.loads(re.search(r"const mask = (\{.*\});", page).group(1))
     cells = np.frombuffer(zlib.decompress(base64.b64decode(data["heads"][0]["cells"])), np.uint8).reshape(4096, 8192)
     assert cells.sum() == 1 and cells[2500, 308] == 1
+
+
+@pytest.mark.parametrize("arguments", ["", "--overlay diagonal", "--format svg", "--diff"])
+def test_drawing_takes_a_few_bytes_a_block(tmp_path, arguments):
+    """A small file may hold billions of blocks. Counts and pictures are made row by row, not with 8 bytes a block."""
+    rows, columns = 2000, 16000
+    mask = BlockMask(np.full((1, 1, rows, columns // 32), 0x10, np.uint32), 1, 1, rows, columns, False)
+    for name in ("a.npz", "b.npz"):
+        mask.save_npz(tmp_path / name)
+    arguments += f" {tmp_path / 'b.npz'}" if arguments == "--diff" else ""
+    output = ["-o", str(tmp_path / "out")] if "svg" in arguments else []
+    warm = CliRunner().invoke(cli, ["mask-dump", "--help"])
+    tracemalloc.start()
+    try:
+        result = CliRunner().invoke(cli, ["mask-dump", str(tmp_path / "a.npz"), *arguments.split(), *output])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert warm.exit_code == result.exit_code == 0, result.output
+    assert peak <= 7 * rows * columns
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ pytestmark = pytest.mark.gpu
 cp = pytest.importorskip("cupy")
 
 import salekit
+from salekit.block_mask import BlockMask
 from salekit.jit import device_arch
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -25,6 +26,10 @@ CALLS = {
     "not causal": {"estimator": "int8", "causal": False},
     "dense": {"dense_below": 1 << 30},
 }
+TAU = 20.0  # of these arrays half of the blocks are skipped; at 0.05 none is
+SERVING = ("packed", "paged", "chunk", "chunk of a given prompt")
+LENGTHS = ((700, 900), (1, 2000), (0, 5), (333, 333))  # rows and keys of sequences
+PAGE_SIZE = 64
 
 
 def make(batch=1, seqlen_q=1555, seqlen_k=2077, heads=4, kv_heads=2, head_dim=128, seed=0):
@@ -37,9 +42,48 @@ def make(batch=1, seqlen_q=1555, seqlen_k=2077, heads=4, kv_heads=2, head_dim=12
 def run(arrays, name, **more):
     if name == "low-bit" and device_arch() != "sm_90a":
         pytest.skip("int8-fp8 runs on Hopper")
-    options = {"thresholds": 0.05, "dense_below": 0, "return_lse": True, "return_mask": True, **CALLS[name], **more}
+    options = {"thresholds": TAU, "dense_below": 0, "return_lse": True, "return_mask": True, **CALLS[name], **more}
     out, lse, mask = salekit.sparse_attention(*arrays, **options)
     return out, lse, mask.words
+
+
+def call_of(name, seed=0):
+    """A call without arguments, of CALLS or SERVING, which returns its results."""
+    if name in CALLS:
+        arrays = make(seed=seed)
+        return lambda: run(arrays, name)
+    options = {"thresholds": TAU, "dense_below": 0, "estimator": "int8", "return_lse": True}
+    if name.startswith("chunk"):
+        return chunk_of(name, seed, options)
+    rows, keys = (np.array(lengths, np.int32) for lengths in zip(*LENGTHS))
+    pages = -(-keys // PAGE_SIZE)
+    num_keys = int(pages.sum()) * PAGE_SIZE if name == "paged" else int(keys.sum())
+    q, k, v = (x[0] for x in make(seqlen_q=int(rows.sum()), seqlen_k=num_keys, seed=seed))
+    sums_q, sums_k = (cp.asarray(np.concatenate(([0], np.cumsum(x))).astype(np.int32)) for x in (rows, keys))
+    if name == "paged":
+        k, v = (x.reshape(-1, PAGE_SIZE, *x.shape[1:]) for x in (k, v))
+        order = np.random.default_rng(seed).permutation(len(k)).astype(np.int32)
+        table = np.full((len(keys), pages.max()), -1, np.int32)
+        for of_sequence, end, count in zip(table, np.cumsum(pages), pages):
+            of_sequence[:count] = order[end - count : end]
+        options.update(block_table=cp.asarray(table), seqlens_k=cp.asarray(keys))
+        sums_k = None
+    longest = int(rows.max()), int(keys.max())
+    return lambda: salekit.sparse_attention_varlen(q, k, v, sums_q, sums_k, *longest, **options)
+
+
+def chunk_of(name, seed, options):
+    """A few rows of a prompt and all keys until then; with statistics of the whole prompt, if that is given."""
+    q, k, v = make(seqlen_q=200, seqlen_k=4096, seed=seed)
+    if name != "chunk":
+        options["k_statistics"] = salekit.key_statistics(k)
+    k, v = k[:, :3000], v[:, :3000]
+
+    def call():
+        out, lse, mask = salekit.sparse_attention(q, k, v, full_rows=0, return_mask=True, **options)
+        return out, lse, mask.words
+
+    return call
 
 
 def bits(results):
@@ -73,31 +117,42 @@ class Busy:
         self.thread.join()
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - {"dense"}) + ["chunk", "chunk of a given prompt"])
+def test_the_calls_skip_blocks(name):
+    """Or there would be little to be unsteady about."""
+    words = call_of(name)()[2].get()
+    lengths = (200, 3000) if name.startswith("chunk") else (1555, 2077)
+    options = CALLS.get(name, {})
+    causal, (left, right) = options.get("causal", True), options.get("window_size", (-1, -1))
+    mask = BlockMask(words, *options.get("block", (128, 32)), *lengths, causal, left, right)
+    assert 0.2 < mask.density().min() and mask.density().max() < 0.8
+
+
+@pytest.mark.parametrize("name", (*CALLS, *SERVING))
 def test_a_hundred_runs(name):
-    arrays = make()
-    want = bits(run(arrays, name))
+    call = call_of(name)
+    want = bits(call())
     streams = [cp.cuda.Stream(non_blocking=True) for _ in range(3)]
     cp.cuda.Device().synchronize()
     with Busy() as busy:
         for index in range(100):
             with streams[index % 3] as stream:
-                got = run(arrays, name)
+                got = call()
                 stream.synchronize()
             assert bits(got) == want, index
     assert busy.calls > 0
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", (*CALLS, *SERVING))
 def test_replays_beside_other_work(name):
-    arrays = make(seed=1)
-    want = bits(run(arrays, name))
+    call = call_of(name, seed=1)
+    want = bits(call())
     stream = cp.cuda.Stream(non_blocking=True)
     with stream:
-        run(arrays, name)
+        call()
         stream.synchronize()
         stream.begin_capture()
-        results = run(arrays, name)
+        results = call()
         graph = stream.end_capture()
     with Busy():
         for _ in range(25):

@@ -404,8 +404,56 @@ def test_a_bound_that_nothing_fits(cache, monkeypatch):
 @pytest.mark.parametrize("value", ["", "many", "-1", "1e9", "9" * 40])
 def test_a_bound_that_is_none(cache, monkeypatch, value):
     monkeypatch.setenv("SALEKIT_CACHE_MAX_BYTES", value)
-    with pytest.raises(ArgumentError, match="SALEKIT_CACHE_MAX_BYTES: got"):
-        jit.compile_kernel(SPEC, ARCH)
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match="SALEKIT_CACHE_MAX_BYTES: got"):
+            jit.compile_kernel(SPEC, ARCH)
+        assert not cache.exists()
+
+
+# --- where it lies -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("chosen, base, home, want", [
+    ("/a/b", "/x", "/h", "/a/b"),
+    ("~/b", "/x", "/h", "/h/b"),
+    ("b/../c", "/x", "/h", "HERE/c"),
+    ("", "/x", "/h", "/x/salekit"),
+    ("", "~/x", "/h", "/h/x/salekit"),
+    ("", "", "/h", "/h/.cache/salekit"),
+    ("", "", None, None),
+    ("~/b", "/x", None, None),
+    ("/a/b", "", None, "/a/b"),
+])
+def test_where_the_cache_lies(tmp_path, monkeypatch, chosen, base, home, want):
+    """home None: HOME is not set, and the user is in no list of users."""
+    import pwd
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setenv("SALEKIT_CACHE_DIR", chosen)
+    monkeypatch.setenv("XDG_CACHE_HOME", base)
+    monkeypatch.setenv("HOME", home) if home else monkeypatch.delenv("HOME")
+    assert jit.cache_dir() == (want and Path(want.replace("HERE", str(tmp_path))))
+
+
+def test_a_user_without_a_home(tmp_path, digest):
+    """Kernels stay in memory, which is said once; no folder called ~ appears."""
+    homeless = """
+        import os, pwd
+        def unknown(uid):
+            raise KeyError(uid)
+        pwd.getpwuid = unknown
+        del os.environ["HOME"]
+    """
+    where = dict(SALEKIT_CACHE_DIR="", XDG_CACHE_HOME="", CUPY_CACHE_DIR=tmp_path / "of-cupy")  # which makes a ~, too
+    move = f"import os; os.chdir({str(tmp_path)!r})"
+    code, output, problems = run(move, homeless, COMPILE, COMPILE, **where)
+    assert code == 0 and output.split() == [digest, "None"] * 2 and not (tmp_path / "~").exists(), problems
+    assert problems.count("CacheWarning") == 1 and "no kernel cache, for this user has no home folder" in problems
+    doctor = "from salekit.cli.main import main; main(['doctor', '--json'])"
+    code, output, problems = run(move, homeless, doctor, **where)
+    assert code == 0 and json.loads(output)["cache"].startswith("there is no kernel cache"), problems
 
 
 # --- who can write it --------------------------------------------------------------------------------------------
@@ -633,6 +681,32 @@ def test_without_a_compiler(tmp_path, how):
     )
     assert code == 3 and output == "" and problems.count("\n") == 1
     assert "NVRTC cannot be used" in problems and 'pip install "salekit[cuda12]"' in problems
+
+
+@pytest.mark.parametrize("command, code", [("['kernels', '--arch', 'sm_80']", 3), ("['doctor', '--json']", 0)])
+def test_an_nvrtc_without_its_builtins(tmp_path, command, code):
+    """A library of NVRTC's own that it loads when it compiles: one error, not one a kernel."""
+    found, output, problems = run(
+        f"""
+        from salekit import jit
+        real = jit._nvrtc()
+        class Partial:
+            def __getattr__(self, name):
+                return getattr(real, name)
+            def compileProgram(self, *_):
+                raise real.NVRTCError(7)
+            def getProgramLog(self, _):
+                return "nvrtc: error: failed to open libnvrtc-builtins.so.12.9.\\n  Make sure that it is installed.\\n"
+        jit._nvrtc = Partial
+        from salekit.cli.main import main
+        main({command})
+        """,
+        SALEKIT_CACHE_DIR=tmp_path / "cache",
+    )
+    said = output if code == 0 else problems
+    assert found == code and said.count("NVRTC is installed in part") == 1 and "--force-reinstall" in said, problems
+    assert code == 0 or (output == "" and problems.count("\n") == 1)
+    assert code or json.loads(output)["nvrtc"] is None
 
 
 # --- loading -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from salekit.cli.main import cli
 
+import salekit
 from salekit import reference
 from salekit.block_mask import BlockMask
 from salekit.errors import FileFormatError
@@ -29,7 +31,7 @@ from salekit.fuzz.cases import Case, Spot
 from salekit.plans import BLOCKS, DTYPES, ESTIMATORS, HEAD_DIMS, Plan
 
 MOST = 420  # keys: some query blocks, some words of a mask
-SETTINGS = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+SETTINGS = dict(suppress_health_check=list(HealthCheck))
 SHARP = Case(seed=5, lengths=((300, 333),), num_heads=4, num_kv_heads=2, dtype="bfloat16", thresholds=(0.05,))
 
 
@@ -269,6 +271,26 @@ def test_wrong_outputs_are_found(options, on_gpu):
     assert "elements" in failed(case, dataclasses.replace(answer, untouched=False), on_gpu)
 
 
+@pytest.mark.parametrize("kind", ("varlen", "paged"))
+@pytest.mark.parametrize("out", cases.OUTS)
+def test_packed_calls_are_made_twice(kind, out, monkeypatch):
+    """A second call that gives other bits is found."""
+    case = SHARP.replace(kind=kind, lengths=((70, 90), (33, 200)), out=out)
+    real, made = salekit.sparse_attention_varlen, []
+
+    def varlen(*inputs, return_lse=False, **options):
+        result = real(*inputs, return_lse=return_lse, **options)
+        made.append(return_lse)
+        if not return_lse:
+            result[5, 0, 0] += 1
+        return result
+
+    assert not checking.check_case(case, False).failed
+    monkeypatch.setattr(salekit, "sparse_attention_varlen", varlen)
+    (check,) = checking.check_case(case, False).failed
+    assert (check.stage, check.compared) == ("call", checking.TWO_CALLS) and made == [True, False]
+
+
 @pytest.mark.parametrize("on_gpu", (False, True))
 def test_a_lost_last_key_is_found(on_gpu):
     """Each row without its own key, as an off-by-one in the causal limit makes it."""
@@ -450,6 +472,14 @@ def test_nan_is_replayed(tmp_path):
     assert refused.exit_code == 2 and "--seqlen" in refused.output
 
 
+def test_a_case_that_is_refused_fails(tmp_path):
+    """The fuzzer draws what has to work: a refusal is what it looks for."""
+    case = SHARP.replace(lengths=((70, 70),), thresholds=(-1.0,))
+    cases.save(tmp_path / "case.npz", case, cases.make_arrays(case), "")
+    result = CliRunner().invoke(cli, ["validate", "--input", str(tmp_path / "case.npz"), "--backend", "numpy"])
+    assert result.exit_code == 5 and "runs (ArgumentError: thresholds: got -1;" in " ".join(result.output.split())
+
+
 def edited(path, edit_meta=None, **entries):
     with np.load(path) as file:
         content = {name: file[name] for name in file.files}
@@ -474,6 +504,8 @@ def edited(path, edit_meta=None, **entries):
         (lambda meta: meta["case"].update(causal=1), {}, "causal: got"),
         (lambda meta: meta["case"].update(thresholds=0.5), {}, "thresholds: got"),
         (lambda meta: meta["case"].update(thresholds=["nan"]), {}, "thresholds: got"),
+        (lambda meta: meta["case"].update(thresholds=[10**400]), {}, "thresholds: got"),
+        (lambda meta: meta["case"].update(softmax_scale=-(10**400)), {}, "softmax_scale: got"),
         (lambda meta: meta["case"].update(thresholds=[1, 2]), {}, "thresholds: wants one, or one a head"),
         (lambda meta: meta["case"].update(num_kv_heads=3), {}, "num_heads"),
         (lambda meta: meta["case"].update(lengths=[[1, 2, 3]]), {}, "lengths: got"),
@@ -538,6 +570,40 @@ def test_the_command(tmp_path, monkeypatch):
     more = runner.invoke(cli, arguments)
     assert more.exit_code == 5 and "not written" in more.output and not (tmp_path / "none").exists()
     assert runner.invoke(cli, ["fuzz", "--cases", "3", "--minutes", "1"]).exit_code == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_failures_that_cannot_be_written_are_reported(tmp_path, monkeypatch, workers):
+    """A full disk: the run goes on, and what was drawn is in the report; of a case that ends its process, too."""
+    real = running.check_case
+
+    def check_case(case, on_gpu, given=None):
+        if case == dies:
+            raise RuntimeError("the GPU is lost")
+        return real(case, on_gpu, given)
+
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    lose_a_key(monkeypatch)
+    dies = cases.draw(11, 5)
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+    monkeypatch.setattr(running, "check_case", check_case)
+    monkeypatch.setattr(running, "save", full)
+    monkeypatch.setattr(running, "SHRINK_SECONDS", 0.0)
+    arguments = f"fuzz --cases 6 --seed 11 --backend numpy --workers {workers} -o {tmp_path}".split()
+    as_json = CliRunner().invoke(cli, [*arguments, "--json"])
+    report = json_of(as_json)
+    assert as_json.exit_code == 2 and report["cases"] == 6 and not list(tmp_path.iterdir())
+    failed = {case["case"]: case for case in report["failed_cases"]}
+    assert len(failed) >= 2 and "the GPU is lost" in failed[5]["checks"][0]["compared"]
+    for index, case in failed.items():
+        assert case["file"] is None and case["drawn"] == cases.draw(11, index).describe() and case["shrunk"]
+        assert case["not_written"] == f"{tmp_path}/fuzz-11-{index}.npz: No space left on device"
+    running._written.clear()
+    text = CliRunner().invoke(cli, arguments)
+    assert text.exit_code == 2 and text.output.count("could not be written") == len(failed), text.output
 
 
 def test_a_soak_ends_in_time():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -49,6 +51,31 @@ def test_each_kernel_has_two():
     for mutation in MUTATIONS:  # a mutated header is one that the kernel includes
         kernel_file = f"kernels/{mutation.kernel}.cu"
         assert mutation.file in dict(mutations.jit._headers(kernel_file)), mutation.label
+
+
+def test_each_has_tests_of_its_own():
+    """What ``first`` selects, by pytest's rules for -k and with the markers of a run: a test or more of its file."""
+    pytest.importorskip("cupy")
+    wanted = {mutation.first: mutations.first_arguments(mutation.first) for mutation in MUTATIONS}
+    files = sorted({file for file, *_ in wanted.values()})
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-m", mutations.MARKERS]
+    collected = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert collected.returncode == 0, collected.stdout
+    names = [line for line in collected.stdout.lower().splitlines() if "::" in line]
+    for first, (file, option, words) in wanted.items():
+        assert option == "-k"
+        chosen = [name for name in names if name.startswith(f"{file}::") and is_chosen(words, name.split("/")[1])]
+        assert chosen, f"{first} selects nothing"
+
+
+def is_chosen(words: str, name: str) -> bool:
+    """Whether pytest's -k chooses a test of this name, in small letters."""
+    def of_name(word):
+        return word[0] if word[0] in ("and", "or", "not") else str(word[0].lower() in name)
+
+    return eval(re.sub(r"[\w:+\-.\[\]]+", of_name, words))
 
 
 @pytest.mark.parametrize("label", ("mask_from_scores:one-block-more", "store_floats:first-value"))

@@ -11,8 +11,10 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
 import tracemalloc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -292,6 +294,36 @@ def test_the_twin_keeps_nothing():
     assert sizes[1] - sizes[0] <= 20_000
 
 
+def test_the_twin_in_several_threads():
+    """Calls of other shapes, estimators and options beside each other: each has the bits that it has alone."""
+    def make(seqlen, heads):
+        rng = np.random.default_rng(seqlen)
+        return [rng.standard_normal((1, seqlen, h, 64)).astype(np.float16) for h in (heads, 2, 2)]
+
+    def call(index):
+        tensors, more = tensors_of[index % 3], options[index // 3 % len(options)]
+        out, lse, mask = salekit.sparse_attention(*tensors, dense_below=0, return_lse=True, return_mask=True, **more)
+        return out.tobytes() + lse.tobytes() + mask.words.tobytes()
+
+    tensors_of = [make(200, 4), make(333, 2), make(500, 2)]
+    options = [
+        {"estimator": "int8"}, {"estimator": "int4", "thresholds": 0.1}, {"estimator": "int8-sp24", "query_stride": 2},
+        {"attend": "int8-fp8"}, {"skipped": "pool"}, {"softcap": 20.0, "window_size": 90, "causal": False},
+    ]
+    number = len(tensors_of) * len(options)
+    alone = [call(index) for index in range(number)]
+    start = threading.Barrier(8)
+
+    def work(first):
+        start.wait()
+        return [(index % number, call(index % number)) for index in range(first, first + 9)]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = [pair for of_thread in pool.map(work, range(0, 32, 4)) for pair in of_thread]
+    assert {index for index, _ in found} == set(range(number))
+    assert all(result == alone[index] for index, result in found)
+
+
 # --- forks -------------------------------------------------------------------------------------------------------
 def run(code):
     return subprocess.run(
@@ -391,8 +423,62 @@ def test_a_child_of_a_process_without_cuda_or_cupy():
     assert result.stdout == "0\n", result.stderr
 
 
-def test_the_check_costs_nothing_that_can_be_measured():
-    """An attribute that is looked at; the question to the driver is one of a fork."""
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+def test_a_child_that_is_forked_while_a_kernel_compiles(tmp_path):
+    """NVRTC would wait in it for ever: one error there, what the cache holds, and no end of it in its own children. A
+    child that is forked afterwards compiles."""
+    result = run(f"""
+        import os, threading
+        from salekit import jit
+        from salekit.errors import GpuError
+        os.environ["SALEKIT_CACHE_DIR"] = {str(tmp_path / "cache")!r}
+        nvrtc, inside, go = jit._nvrtc(), threading.Event(), threading.Event()
+
+        class Slow:
+            def __getattr__(self, name):
+                return getattr(nvrtc, name)
+
+            def compileProgram(self, *arguments):
+                if threading.current_thread() is not threading.main_thread():
+                    inside.set()
+                    go.wait()
+                nvrtc.compileProgram(*arguments)
+
+        jit._nvrtc = Slow
+        held, other, third = (jit.KernelSpec("coarsen_mask", (factor,)) for factor in ("2", "4", "8"))
+        jit.compile_kernel(held, "sm_80")
+
+        def said():
+            assert jit.compile_kernel(held, "sm_80").path is not None
+            try:
+                jit.compile_kernel(other, "sm_80")
+                return ""
+            except GpuError as error:
+                return str(error)
+
+        def child(generations):
+            pid = os.fork()
+            if pid == 0:
+                text = said()
+                is_right = text.startswith("this process was forked while its parent compiled") and "\\n" not in text
+                os._exit(0 if is_right and (generations == 1 or child(generations - 1) == 0) else 1)
+            return os.waitpid(pid, 0)[1]
+
+        thread = threading.Thread(target=jit.compile_kernel, args=(third, "sm_80"))
+        thread.start()
+        inside.wait()
+        while_compiling = child(2)
+        go.set()
+        thread.join()
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if said() == "" else 1)
+        print(while_compiling, os.waitpid(pid, 0)[1])
+    """)
+    assert result.returncode == 0 and result.stdout == "0 0\n", result.stderr
+
+
+def test_arrays_of_the_gpu_are_refused_where_cuda_is_dead():
     assert forks.is_dead is False and arrays.import_cupy() is cupy
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forks, "is_dead", True)

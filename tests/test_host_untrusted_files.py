@@ -155,7 +155,8 @@ SAFETENSORS = {
                             v=entry("F16", SHAPE, NUM_BYTES, 2 * NUM_BYTES)), data=2 * NUM_BYTES),
         "q: got shape",
     ),
-    "a hundred axes": (dict(header=changed(q=entry("F16", [1] * 97 + [4, 2, 64], 0, NUM_BYTES))), "q: "),
+    "65 axes": (dict(header=changed(q=entry("F16", [1] * 62 + [4, 2, 64], 0, NUM_BYTES))), "q: has 65 axes; wants at"),
+    "100,000 axes": (dict(header=changed(q=entry("F16", [2**62] * 100_000, 0, NUM_BYTES))), "q: has 100000 axes"),
     "a name twice": (
         dict(header=json.dumps(GOOD)[:-1] + ', "q": ' + json.dumps(entry("F16", SHAPE, 0, 10**9)) + "}"), "'q' twice"
     ),
@@ -315,6 +316,8 @@ NPZ = {
     "float32": (npy(tensor().astype(np.float32)), "q: got dtype float32"),
     "the other byte order": (npy(tensor().astype(">f2")), "q: got dtype >f2"),
     "a record": (npy(np.zeros(SHAPE[:3], "<f2,<f2")), "q: got"),
+    "a record of a float16": (npy(tensor().view([("a", "<f2")])), "q: got"),
+    "a record of two bytes": (npy(tensor().view("u1,u1")), "q: got"),
     "texts": (npy(np.full(SHAPE, "a")), "q: got dtype"),
 }
 
@@ -421,17 +424,17 @@ def test_metadata_that_are_no_text(tmp_path):
 
 
 # --- archives that expand ----------------------------------------------------------------------------------------
-def bomb(path, num_bytes, members=("q",), shape=None):
+def bomb(path, num_bytes, members=("q",), shape=None, descr="<f2", others=None):
     """Deflated zeros, a thousand to one, written without ever having them all."""
     rows = num_bytes // (2 * 64)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in members:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                file.write(npy(shape=shape or (1, rows, 1, 64), data=b""))
+                file.write(npy(descr=descr, shape=shape or (1, rows, 1, 64), data=b""))
                 for _ in range(num_bytes // MIB):
                     file.write(bytes(MIB))
-        for name in {"q", "k", "v"} - set(members):
-            archive.writestr(f"{name}.npy", npy(tensor()))
+        for name, data in (others or {name: npy(tensor()) for name in {"q", "k", "v"} - set(members)}).items():
+            archive.writestr(f"{name}.npy", data)
     return path
 
 
@@ -488,6 +491,15 @@ def test_a_mask_takes_twice_its_bytes(tmp_path):
     assert code == 0 and output == "(1, 2, 8192, 1024) 0x5a5a5a5a False\n", problems
 
 
+@pytest.mark.parametrize("mib, match", [(80, "would expand to 335544320; wants at most"), (64, "do not fit in memory")])
+def test_a_mask_of_rows_of_a_byte(tmp_path, mib, match):
+    """In words of 32 bits they take four times that."""
+    path = tmp_path / "m.npz"
+    meta = {"batch": 1, "num_heads": mib, "block_q": 1, "block_k": 1, "seqlen_q": MIB, "seqlen_k": 8, "causal": False}
+    bomb(path, MIB, [f"h{i}" for i in range(mib)], (MIB, 1), "|u1", {"__meta__": npy(np.array(json.dumps(meta)))})
+    refuses_within_limits("block_mask.BlockMask.load_npz", path, match)
+
+
 # --- masks -------------------------------------------------------------------------------------------------------
 MASKS = {
     "block 0": ({"block_q": 0}, "block_q is 0"),
@@ -504,6 +516,13 @@ MASKS = {
     "a window of texts": ({"window": ["1", "2"]}, "window is"),
     "a window that is a number": ({"window": 5}, "window is 5"),
     "causal by a number": ({"causal": 1}, "causal is 1"),
+    "more heads than arrays": ({"num_heads": 8}, "has 2 arrays; wants 1x8, one a head"),
+    "fewer heads than arrays": ({"num_heads": 1}, "has 2 arrays; wants 1x1, one a head"),
+    "no heads": ({"num_heads": 0}, "has 2 arrays; wants 1x0, one a head"),
+    "heads that are true": ({"num_heads": True}, "num_heads is True"),
+    "a schema to come": ({"schema": 99}, "got schema 99 of a mask; wants 1"),
+    "a schema that is true": ({"schema": True}, "got schema True of a mask"),
+    "a schema that is a list": ({"schema": [1]}, "got schema .1. of a mask"),
 }
 
 
@@ -626,7 +645,7 @@ def test_json_of_any_size(tmp_path):
         file.truncate(2**33)
     refuses_within_limits("thresholds.load_thresholds", path, f"has {2**33} bytes; wants at most")
     path.write_text("[" + "[]," * (MIB * 8) + "[]]")  # 24 MiB of text, a gigabyte of lists
-    refuses_within_limits("thresholds.load_thresholds", path, "")
+    refuses_within_limits("thresholds.load_thresholds", path, "does not fit in memory")
 
 
 # --- what is no plain file ---------------------------------------------------------------------------------------

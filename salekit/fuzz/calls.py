@@ -40,10 +40,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Packed:
-    """What a packed or paged call gave: out [total_q, num_heads, head_dim], lse [num_heads, total_q]."""
+    """What a packed or paged call gave: out [total_q, num_heads, head_dim], lse [num_heads, total_q]; again: out of a
+    second call that returned nothing else."""
 
     out: np.ndarray
     lse: np.ndarray
+    again: np.ndarray
     first_rows: np.ndarray  # [sequences + 1]
     untouched: bool
 
@@ -231,11 +233,10 @@ def _packed(case: Case, given: dict[str, list[np.ndarray]], on_gpu: bool) -> Pac
         q, k, v = (_widened(x) for x in (q, k, v))
     on_device = on_gpu and case.on_device
     sums_q, sums_k = (_on(x.astype(np.int32), on_device) for x in (first_rows, first_keys))
-    options = dict(case.options(), thresholds=thresholds_of(case, on_gpu), return_lse=True)
-    more: dict[str, Any] = {}
+    options = dict(case.options(), thresholds=thresholds_of(case, on_gpu))
     if case.kind == "paged":
         k, v, table = _pages(case, k, v, keys, first_keys)
-        more = dict(block_table=_on(table, on_gpu), seqlens_k=_on(keys.astype(np.int32), on_device))
+        options.update(block_table=_on(table, on_gpu), seqlens_k=_on(keys.astype(np.int32), on_device))
         sums_k = None
     placed = [
         _on(x, on_gpu) if case.strides != "padded" or case.kind == "paged" and i else _on_view(x, on_gpu)
@@ -243,11 +244,12 @@ def _packed(case: Case, given: dict[str, list[np.ndarray]], on_gpu: bool) -> Pac
     ]
     out, whole, place = _output(case.replace(layout="bshd"), q[None], on_gpu)
     out = None if out is None else out[0]
-    result, lse = salekit.sparse_attention_varlen(
-        *placed, sums_q, sums_k, int(rows.max(initial=0)), int(keys.max(initial=0)), out=out, **options, **more
-    )
+    inputs = (*placed, sums_q, sums_k, int(rows.max(initial=0)), int(keys.max(initial=0)))
+    result, lse = salekit.sparse_attention_varlen(*inputs, out=out, return_lse=True, **options)
+    again = _off(salekit.sparse_attention_varlen(*inputs, **options))
     host, untouched = _result(result, out, whole, place)
-    return Packed(np.ascontiguousarray(host if out is None else host[0]), _off(lse), first_rows, untouched)
+    host = np.ascontiguousarray(host if out is None else host[0])
+    return Packed(host, _off(lse), again, first_rows, untouched)
 
 
 def _widened(x: np.ndarray) -> np.ndarray:

@@ -196,7 +196,10 @@ def _from_json(name: str, key: str, value: Any) -> Any:
             return float(x)
         if isinstance(x, bool) or not isinstance(x, (int, float)):
             raise refuse("numbers")
-        return float(x)
+        try:
+            return float(x)
+        except OverflowError:
+            raise refuse("numbers that float64 holds") from None
 
     def count(x: Any, least: int = 0) -> int:
         if isinstance(x, bool) or not isinstance(x, int) or not least <= x <= 2**62:

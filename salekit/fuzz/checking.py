@@ -18,6 +18,7 @@ from .oracle import Attention, with_pools
 
 BLOCKS_ON_TWIN = 4  # query blocks of a head whose bits are decided in float64 when the twin is what is checked
 CALLED = "runs"  # the check that a call raises nothing
+TWO_CALLS = "output bits of two calls"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def check_answers(case: Case, answers: list[calls.Answer], packed: calls.Packed 
         if packed is not None:
             _check_packed(case, index, answer, packed, on_gpu, add)
     if packed is not None:
+        add(equal("call", TWO_CALLS, packed.again.view(np.uint16), packed.out.view(np.uint16)))
         add(equal("packed", "elements around out that were written", not packed.untouched, False))
     if case.kind == "chunked" and case.statistics and case.estimator != "int4":
         _check_chunks(case, answers, add)
@@ -107,7 +109,7 @@ def sinks_of(case: Case) -> np.ndarray | None:
 def _check_answer(case: Case, answer: calls.Answer, on_gpu: bool, add: Callable[[Check], None]) -> int:
     """Checks of a call on its own; how many bits are the other than the twin's, by roundings."""
     if answer.again is not None:
-        add(equal("call", "output bits of two calls", answer.again.view(np.uint16), answer.out.view(np.uint16)))
+        add(equal("call", TWO_CALLS, answer.again.view(np.uint16), answer.out.view(np.uint16)))
     add(equal("call", "elements around out that were written", not answer.untouched, False))
     in_doubt = 0
     if answer.mask is not None:

@@ -36,7 +36,8 @@ GROUPS = ("kind", "estimator", "attend", "skipped", "dtype", "head_dim", "layout
 
 @dataclass(frozen=True)
 class Result:
-    """Of one case. file: where it was written when it failed, unless MOST_WRITTEN were; shrunk: as it was written."""
+    """Of one case. file: where it was written when it failed, unless MOST_WRITTEN were or it could not be, of which
+    not_written says why; shrunk: as it was, or was to be, written."""
 
     index: int
     case: Case
@@ -44,6 +45,7 @@ class Result:
     in_doubt: int
     seconds: float
     file: str | None = None
+    not_written: str | None = None
     shrunk: Case | None = None
     live_bytes: int | None = None  # of CuPy's pool, that are still in use after the case
 
@@ -116,6 +118,7 @@ class Report:
                 {
                     "case": result.index,
                     "file": result.file,
+                    "not_written": result.not_written,
                     "drawn": result.case.describe(),
                     "shrunk": None if result.shrunk is None else result.shrunk.describe(),
                     "checks": [check.to_json() for check in result.failed],
@@ -154,8 +157,7 @@ def run_case(
         return result
     if announce is not None:
         announce(result)
-    file, smaller = write_failure(seed, index, case, outcome.failed, on_gpu, folder)
-    return replace(result, file=file, shrunk=smaller)
+    return write_failure(result, seed, on_gpu, folder)
 
 
 def is_long(index: int, on_gpu: bool, soak: bool) -> bool:
@@ -170,25 +172,32 @@ def name_of(check: Check) -> tuple[str, str]:
 _written: Counter = Counter()  # by check, in this process
 
 
-def write_failure(
-    seed: int, index: int, case: Case, failed: list[Check], on_gpu: bool, folder: str | None
-) -> tuple[str | None, Case | None]:
-    """(the file, or None without a folder; the case in it). Neither when this check has failed often enough."""
-    name = name_of(failed[0])
+def write_failure(result: Result, seed: int, on_gpu: bool, folder: str | None) -> Result:
+    """The result with its case made small and, if there is a folder, written; as it is when this check has failed often
+    enough."""
+    name = name_of(result.failed[0])
     _written[name] += 1
     if _written[name] > MOST_WRITTEN:
-        return None, None
+        return result
 
     def fails(smaller: Case) -> bool:
         return name in map(name_of, check_case(smaller, on_gpu).failed)
 
-    smaller = shrink(case, fails, SHRINK_SECONDS)
+    result = replace(result, shrunk=shrink(result.case, fails, SHRINK_SECONDS))
+    check = result.failed[0]
+    return _written_to(folder, seed, result, f"{check.stage}: {check.compared}")
+
+
+def _written_to(folder: str | None, seed: int, result: Result, check: str) -> Result:
     if folder is None:
-        return None, smaller
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = Path(folder) / f"fuzz-{seed}-{index}.npz"
-    save(file, smaller, make_arrays(smaller), f"{failed[0].stage}: {failed[0].compared}")
-    return str(file), smaller
+        return result
+    file = Path(folder) / f"fuzz-{seed}-{result.index}.npz"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save(file, result.shrunk, make_arrays(result.shrunk), check)
+    except OSError as error:  # no room, perhaps: what was drawn is not lost
+        return replace(result, not_written=f"{file}: {error.strerror or error}")
+    return replace(result, file=str(file))
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
@@ -414,12 +423,7 @@ def _note(message: tuple | Result | str | None, failing: dict[int, Result]) -> N
 
 
 def _lost(seed: int, index: int, why: str, on_gpu: bool, folder: str | None, soak: bool) -> Result:
-    """The result of a case that took its process with it; written as it was drawn."""
+    """The result of a case that took its process with it, as it was drawn."""
     case = draw(seed, index, long=is_long(index, on_gpu, soak))
     check = Check("call", f"{CALLED} ({why.strip()[-400:]})", 1.0, 0.0, False)
-    file = None
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        file = str(Path(folder) / f"fuzz-{seed}-{index}.npz")
-        save(file, case, make_arrays(case), f"call: {CALLED}")
-    return Result(index, case, [check], 0, 0.0, file, case)
+    return _written_to(folder, seed, Result(index, case, [check], 0, 0.0, shrunk=case), f"call: {CALLED}")
