@@ -31,7 +31,7 @@ WORKSPACE_ALIGNMENT = 256  # what every allocator of GPU memory gives at least
 TENSOR_VIEW = np.dtype([("pointer", "<u8"), ("stride_batch", "<i8"), ("stride_row", "<i8"), ("stride_head", "<i8")])
 
 _DLPACK_HOST, _DLPACK_CUDA = (1, 3), (2, 13)  # DLDeviceType: CPU and pinned; CUDA and managed
-_MAX_WORK = 1000  # candidates that NumPy tries before it is not known whether two views have an element in common
+_MAX_WORK = 100_000  # candidates that NumPy tries before it is not known whether two views have an element in common
 _REFUSED_BY_NUMPY = "DLPack only supports"  # the start of what NumPy's export says of a dtype that DLPack had not
 FEWER = "Free memory, or pass fewer rows of q at a time (docs/serving.md) or fewer heads"
 _WRITTEN = ("out", "workspace")  # arguments that a call writes to

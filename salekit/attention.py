@@ -201,7 +201,8 @@ def sparse_attention_varlen(
     dense_below: the whole call is dense when max_seqlen_k, or what the window holds of it, is not above it.
     k_statistics: a KeyStatistics whose batch is that of the sequences, or None.
     workspace: None, or memory on q's GPU to use instead of the stream's: a contiguous array of at least
-        :func:`varlen_workspace_bytes` bytes, aligned to 256, that nothing else uses before the call has run there.
+        :func:`varlen_workspace_bytes` bytes, aligned to 256, that nothing else uses before the call has run there. The
+        twin does not look at it.
     debug: check what is on the GPU, too (see below); None: as the environment variable SALEKIT_DEBUG says, 1 or 0.
 
     Returns out (like q), or (out, lse): lse float32 [num_heads, total_q]. A sequence may have no rows or no keys: out 0
@@ -253,7 +254,10 @@ def varlen_workspace_bytes(*arguments: Any, **options: Any) -> int:
     counts is shapes, strides, dtypes, the largest lengths, options, ``return_lse``, and whether lengths, thresholds and
     sink logits are on the host: calls that agree in these take the same.
     """
-    given = _VARLEN.bind(*arguments, **options)
+    try:
+        given = _VARLEN.bind(*arguments, **options)
+    except TypeError as error:
+        raise TypeError(f"varlen_workspace_bytes(): {error}") from None
     given.apply_defaults()
     given = given.arguments
     with arrays.on_stream(given["q"], given["stream"]) as device:
@@ -268,6 +272,7 @@ def varlen_workspace_bytes(*arguments: Any, **options: Any) -> int:
 
 
 _VARLEN = inspect.signature(sparse_attention_varlen)
+varlen_workspace_bytes.__signature__ = _VARLEN.replace(return_annotation="int")
 
 
 def _call(

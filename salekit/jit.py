@@ -272,6 +272,8 @@ def cache_dir() -> Path | None:
     chosen = os.environ.get("SALEKIT_CACHE_DIR")
     if not chosen:
         chosen = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "salekit")
+    if chosen.startswith("~") and os.environ.get("HOME") == "":
+        return None
     found = os.path.expanduser(chosen)
     return None if found.startswith("~") else Path(os.path.abspath(found))
 

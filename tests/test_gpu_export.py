@@ -39,7 +39,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-KINDS = ((128, "bfloat16"), (64, "float16"), (192, "bfloat16"))
+KINDS = ((128, "bfloat16"), (64, "float16"), (96, "float16"), (192, "bfloat16"), (256, "bfloat16"))
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda x: f"d{x[0]}-{x[1]}")

@@ -225,6 +225,28 @@ def test_views_that_are_hard_to_tell_apart(monkeypatch):
     assert not arrays.have_common_bytes(a, b)
 
 
+def test_out_is_refused_where_elements_are_shared():
+    """Random views of one buffer, padded in every axis, against the sets of their elements."""
+    rng, memory, kinds = np.random.default_rng(3), np.zeros(60_000, np.float16), set()
+    for _ in range(300):
+        views = []
+        for _ in range(2):
+            batch, rows, heads = rng.integers(1, (4, 30, 4))
+            head = 64 + 8 * rng.integers(0, 4)
+            row = heads * head + 8 * rng.integers(0, 5)
+            each = rows * row + 8 * rng.integers(0, 900)
+            start = 8 * rng.integers(0, (memory.size - batch * each) // 8)
+            at = start + each * np.arange(batch)[:, None, None, None] + row * np.arange(rows)[:, None, None]
+            at = at + head * np.arange(heads)[:, None] + np.arange(64)
+            shape, strides = (batch, rows, heads, 64), (2 * each, 2 * row, 2 * head, 2)
+            views.append((np.lib.stride_tricks.as_strided(memory[start:], shape, strides), set(at.ravel().tolist())))
+        (a, of_a), (b, of_b) = views
+        first, last = zip(arrays.span(a), arrays.span(b))
+        kinds.add(kind := (max(first) < min(last), bool(of_a & of_b)))
+        assert arrays.have_common_bytes(a, b) == kind[1]
+    assert kinds == {(False, False), (True, False), (True, True)}
+
+
 def test_read_only_out():
     out = np.empty_like(Q)
     out.flags.writeable = False

@@ -136,8 +136,8 @@ def test_operations_are_those_of_the_kernels():
     assert constant(text, "MEASURE_WARPGROUPS") == ceilings._WARPGROUPS
     assert constant(text, "MEASURE_PRODUCTS") == ceilings._PRODUCTS
     wgmma = {
-        "HalfProducts<BFloat16>": r"wgmma_m64n(128)k(16)_ss",
-        "HalfProducts<Half>": r"wgmma_m64n(128)k(16)_ss",
+        "HalfProducts<BFloat16>": r"wgmma_m64k(16)_ss<Element, 64>",
+        "HalfProducts<Half>": r"wgmma_m64k(16)_ss<Element, 64>",
         "Int8Products": r"wgmma_m64n(128)k(32)_s8",
         "SparseInt8Products": r"wgmma_sp_m64n(128)k(64)_s8",
         "E4m3Products": r"wgmma_m64(k32)_rs_e4m3",
@@ -148,6 +148,8 @@ def test_operations_are_those_of_the_kernels():
         assert found
         if kind == "E4m3Products":  # 68 sums a lane are 136 columns
             assert "float sums[68]" in body[: body.index("\n};")] and (columns, depth) == (136, 32)
+        elif kind.startswith("HalfProducts"):  # 64 sums a lane
+            assert (columns, depth) == (128, int(found[1]))
         else:
             assert (columns, depth) == tuple(map(int, found.groups()))
     text = source("measure_products")

@@ -68,6 +68,19 @@ def test_tiles_hold_rows(head_dim, code_bits):
         assert found[0] == 8 * 256 + 1024 and len(found) == 1024 == found[-1] - found[0] + 1
 
 
+@pytest.mark.parametrize("row_bytes", (64, 128, 256))
+def test_wgmma_finds_each_byte(row_bytes):
+    """By the addresses that a descriptor gives: wgmma_descriptor and wgmma_step of cuda_src/ptx/wgmma.cuh."""
+    rows = np.random.default_rng(row_bytes).integers(-128, 128, (1, 1, 128, row_bytes)).astype(np.int8)
+    tile = codes.rows_to_tiles(rows, 8)[0, 0, 0].view(np.int8)
+    row, byte = np.arange(128)[:, None], np.arange(32)[None]
+    for step in range(row_bytes // 32):
+        base = 16 * (step // 4 * (1024 // 16) + step % 4 * 2)
+        address = base + row // 8 * (8 * row_bytes) + row % 8 * min(row_bytes, 128) + byte
+        address ^= (address >> 7 & (min(row_bytes, 128) // 16 - 1)) << 4
+        assert np.array_equal(tile[address], rows[0, 0, :, 32 * step : 32 * step + 32])
+
+
 def test_padded_dims():
     assert [padded_dim(x) for x in HEAD_DIMS] == [64, 128, 128, 256, 256]
 
