@@ -56,8 +56,8 @@ def all_specs(arch: str, with_variants: bool = True) -> list[tuple[str, KernelSp
     with_variants: those with lengths, softcap, windows and sink logits, too.
 
     Of kernels with softcap, windows and sink logits: in bfloat16 each of the three and all of them, with head_dim 96,
-    192 and 256 all of them; of those with lengths, in bfloat16, none of the three and all of them. Other combinations
-    compile as well.
+    192 and 256 all of them, and each alone of attend_sm90; of those with lengths, in bfloat16, none of the three and
+    all of them. Other combinations compile as well.
     """
     found: dict[KernelSpec, str] = {}
     for dtype, head_dim, (block_q, block_k), estimator, kv_heads in product(
@@ -82,9 +82,14 @@ def all_specs(arch: str, with_variants: bool = True) -> list[tuple[str, KernelSp
                 found.setdefault(spec, stage)
         for spec in attend_specs(plan.replace(seqlen_q=_LONG, seqlen_k=_LONG)):
             found.setdefault(spec, "attend")
-        features = _features_of(dtype, head_dim, estimator) if with_variants else ()
-        for changes, has_sinks in features:
+        has_features = with_variants and dtype == "bfloat16" and estimator != "int8-sp24"
+        for changes, has_sinks in _FEATURES if has_features else ():
             changed = plan.replace(**changes)
+            if head_dim not in WGMMA_HEAD_DIMS and (changes, has_sinks) != _ALL_FEATURES:
+                for spec in attend_specs(changed, has_sinks):
+                    if spec.source == "attend_sm90":
+                        found.setdefault(spec, "attend")
+                continue
             for spec in anchor_specs(changed, has_sinks):
                 found.setdefault(spec, "anchors")
             for size in (plan.seqlen_k, _LONG):
@@ -124,12 +129,6 @@ def all_specs(arch: str, with_variants: bool = True) -> list[tuple[str, KernelSp
             for spec in attend_specs(packed.replace(attend="int8-fp8")):
                 found.setdefault(spec, "attend")
     return [(stage, spec) for spec, stage in found.items()]
-
-
-def _features_of(dtype: str, head_dim: int, estimator: str) -> tuple:
-    if estimator == "int8-sp24" or dtype != "bfloat16":
-        return ()
-    return _FEATURES if head_dim in WGMMA_HEAD_DIMS else (_ALL_FEATURES,)
 
 
 def call_specs(plan: Plan) -> list[KernelSpec]:

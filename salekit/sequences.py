@@ -389,17 +389,8 @@ class SequencesProgram:
 _programs: workspaces.RecentlyUsed[SequencesProgram] = workspaces.RecentlyUsed(MAX_PROGRAMS)
 
 
-def run_gpu(
-    sequences: Sequences,
-    thresholds: Any,
-    return_lse: bool,
-    out: Any,
-    k_statistics: Any,
-    device: int,
-    workspace: Any = None,
-) -> tuple[Any, Any]:
-    """A checked call with CuPy arrays; q's GPU and the call's stream are current."""
-    arguments = (sequences, thresholds, return_lse, out, k_statistics, device, workspace)
+def run_gpu(*arguments: Any) -> tuple[Any, Any]:
+    """A checked call with CuPy arrays, the arguments of :func:`_run_gpu`; q's GPU and the call's stream are current."""
     found = None
     try:
         found = _run_gpu(*arguments)
@@ -462,7 +453,7 @@ def _run_gpu(
     out: Any,
     k_statistics: Any,
     device: int,
-    workspace: Any,
+    workspace: Any = None,
 ) -> tuple[Any, Any]:
     cupy, plan, q = arrays.import_cupy(), sequences.plan, sequences.q
     thresholds = check_thresholds(thresholds, plan.num_heads, q)

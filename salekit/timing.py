@@ -528,7 +528,7 @@ def git_commit() -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    command = ["git", *arguments]
+    command = ["git", "--no-optional-locks", *arguments]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
