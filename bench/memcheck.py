@@ -85,8 +85,7 @@ def main() -> None:
         for window in (None, (40, 0)):  # masks of all that is visible
             visible = dict(thresholds=0.0, window_size=window, return_mask=True)
             assert salekit.sparse_attention(*gpu, **visible)[1].density().max() == 1
-            salekit.sparse_attention(gpu[0], *(x[:, :0] for x in gpu[1:]), **visible)
-            calls += 2
+            calls += 1
         dense = salekit.dense_attention(*gpu).get().astype(np.float32)
         twin = salekit.dense_attention(q, k, v).astype(np.float32)
         assert np.linalg.norm(dense - twin) <= 1e-2 * np.linalg.norm(twin)
@@ -104,11 +103,11 @@ def check_tools() -> int:
         q, k, v = workloads.llm_like_qkv(seqlen, 2, 1, head_dim, cuda=True)
         assert all(np.isfinite(x.get().astype(np.float32)).all() for x in (q, k, v))
         calls += 1
-    archs = {device_arch(), "sm_80"}
-    for measured in (measured for arch in sorted(archs) for measured in ceilings._products(arch).values()):
-        checksums = cupy.empty((2, measured.threads), np.uint32)
-        jit.get_kernel(measured.spec)((2,), (measured.threads,), (checksums, np.int32(3)))
-        calls += 1
+    for arch in dict.fromkeys((device_arch(), "sm_80")):
+        for measured in ceilings._products(arch).values():
+            checksums = cupy.empty((2, measured.threads), np.uint32)
+            jit.get_kernel(measured.spec)((2,), (measured.threads,), (checksums, np.int32(3)))
+            calls += 1
     return calls
 
 

@@ -398,8 +398,10 @@ def run_gpu(*arguments: Any) -> tuple[Any, Any]:
         if not memory.is_short(error):
             raise
     if found is None:
-        advice = "Free memory, or pass fewer sequences at a time, whose largest lengths size the workspace; workspace= "
-        advice += "takes memory that is there"
+        advice = (
+            "Free memory, or pass fewer sequences at a time, whose largest lengths size the workspace; workspace= "
+            "takes memory that is there"
+        )
         found = memory.once_more(lambda: _run_gpu(*arguments), 0, "packed sequences and their workspace", advice)
     return found
 

@@ -41,8 +41,8 @@ struct AttendInt8Fp8Sm90Storage {
 
 // Fills a tile's four slots from 32-key blocks of BYTES each; in one copy when they are neighbours.
 template <int BYTES>
-__device__ __forceinline__ void load_slots(uint32_t smem_address, const uint8_t* blocks_gmem, const SlotKeys<ATTEND_SLOTS>& keys,
-                                           uint32_t barrier) {
+__device__ __forceinline__ void load_slots(uint32_t smem_address, const uint8_t* blocks_gmem,
+                                           const SlotKeys<ATTEND_SLOTS>& keys, uint32_t barrier) {
   if (keys.are_neighbours) {
     bulk_copy(smem_address, blocks_gmem + int64_t(keys.first[0] / KEY_BLOCK) * BYTES, ATTEND_SLOTS * BYTES, barrier);
     return;

@@ -2,9 +2,9 @@
 //
 // out[b, i, h, :] = softmax(softmax_scale * q_i . k_j) v_j over the selected, visible keys j; lse is natural log.
 // Warpgroup 0 produces: a warp for K and one for V each walk the mask bits from the last block to the first and gather
-// 32-key slots into tiles of 128 keys, 96 or 64 (tile/attend_ring.cuh). Warpgroups 1 and 2 consume, 64 rows each, and take
-// turns to issue their products: q.k of one tile and p.v of the tile before it, so that the softmax of the one runs
-// under both's products.
+// 32-key slots into tiles of 128 keys, 96 or 64 (tile/attend_ring.cuh). Warpgroups 1 and 2 consume, 64 rows each, and
+// take turns to issue their products: q.k of one tile and p.v of the tile before it, so that the softmax of the one
+// runs under both's products.
 // A mask of 64-row blocks gives each warpgroup bits of its own: their union is gathered, and what a warpgroup has not
 // selected scores -inf.
 // Grid: a CTA of 384 threads for each multiprocessor, or fewer; each takes one work item (128 rows of a head) after the
@@ -25,8 +25,8 @@
 
 constexpr int EARLY_EXPONENTIALS = 16;  // of a lane's scores, taken before p.v of the tile before is waited for
 
-// What of K and V shared memory holds: so many keys a tile (SM90_TILE_KEYS of salekit/attend_grid.py) and tiles. Rows are
-// halves of 64 dims; those of 96 end in zeros.
+// What of K and V shared memory holds: so many keys a tile (SM90_TILE_KEYS of salekit/attend_grid.py) and tiles. Rows
+// are halves of 64 dims; those of 96 end in zeros.
 template <int HEAD_DIM>
 struct AttendTiles {
   static constexpr int SLOTS = HEAD_DIM <= 128 ? 4 : HEAD_DIM == 192 ? 3 : 2;
@@ -237,7 +237,8 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll
           for (int i = 0; i < NUM_SCORES; ++i) s[i] = cap(s[i]);
         }
-        if (WINDOWED && SlotStarts<SLOTS>(tile.first_key).first[0] < sequence.visible_begin<WINDOWED>(first_row + ATTEND_BLOCK_Q - 1))
+        if (WINDOWED && SlotStarts<SLOTS>(tile.first_key).first[0] <
+                            sequence.visible_begin<WINDOWED>(first_row + ATTEND_BLOCK_Q - 1))
           mask_scores_before(s, tile.first_key, sequence.visible_begin<WINDOWED>(row),
                              sequence.visible_begin<WINDOWED>(row + 8));
         if ((selected != ALL_SLOTS) | (tile.first_key.w + KEY_BLOCK > visible_to_all))

@@ -50,77 +50,38 @@ template <typename Element>
 __device__ __forceinline__ void wgmma_m64n64k16_rs(float (&d)[32], const uint32_t (&a)[4], uint64_t b_desc,
                                                    bool accumulate);
 
+// COLUMNS: N, 2 * REGS; then the operands behind d, as text.
+#define SALEKIT_WGMMA_SS(ELEMENT, NAME, REGS, COLUMNS, A_AND_B, FLAG) \
+  template <> \
+  __device__ __forceinline__ void wgmma_m64k16_ss<ELEMENT, REGS>(float (&d)[REGS], uint64_t a_desc, uint64_t b_desc, \
+                                                                bool accumulate) { \
+    asm volatile( \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, " FLAG ", 0;\n" \
+        "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." NAME "." NAME " {" SALEKIT_D##REGS##_TEXT \
+        "}, " A_AND_B ", p, 1, 1, 0, 0;\n}" \
+        : SALEKIT_D##REGS##_OUT \
+        : "l"(a_desc), "l"(b_desc), "r"(int(accumulate))); \
+  }
+
+#define SALEKIT_WGMMA_RS(ELEMENT, NAME, REGS, COLUMNS, A, B) \
+  template <> \
+  __device__ __forceinline__ void wgmma_m64k16_rs<ELEMENT, REGS>(float (&d)[REGS], const uint32_t (&a)[4], \
+                                                                uint64_t b_desc) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." NAME "." NAME " {" SALEKIT_D##REGS##_TEXT \
+                 "}, {" A "}, " B ", 1, 1, 1, 1;" \
+                 : SALEKIT_D##REGS##_OUT \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc)); \
+  }
+
 #define SALEKIT_WGMMA(ELEMENT, NAME) \
-  template <> \
-  __device__ __forceinline__ void wgmma_m64k16_ss<ELEMENT, 32>(float (&d)[32], uint64_t a_desc, uint64_t b_desc, \
-                                                              bool accumulate) { \
-    asm volatile( \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" SALEKIT_D32_TEXT \
-        "}, %32, %33, p, 1, 1, 0, 0;\n}" \
-        : SALEKIT_D32_OUT \
-        : "l"(a_desc), "l"(b_desc), "r"(int(accumulate))); \
-  } \
-  template <> \
-  __device__ __forceinline__ void wgmma_m64k16_ss<ELEMENT, 48>(float (&d)[48], uint64_t a_desc, uint64_t b_desc, \
-                                                              bool accumulate) { \
-    asm volatile( \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n" \
-        "wgmma.mma_async.sync.aligned.m64n96k16.f32." NAME "." NAME " {" SALEKIT_D48_TEXT \
-        "}, %48, %49, p, 1, 1, 0, 0;\n}" \
-        : SALEKIT_D48_OUT \
-        : "l"(a_desc), "l"(b_desc), "r"(int(accumulate))); \
-  } \
-  template <> \
-  __device__ __forceinline__ void wgmma_m64k16_ss<ELEMENT, 64>(float (&d)[64], uint64_t a_desc, uint64_t b_desc, \
-                                                              bool accumulate) { \
-    asm volatile( \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " {" SALEKIT_D64_TEXT \
-        "}, %64, %65, p, 1, 1, 0, 0;\n}" \
-        : SALEKIT_D64_OUT \
-        : "l"(a_desc), "l"(b_desc), "r"(int(accumulate))); \
-  } \
-  template <> \
-  __device__ __forceinline__ void wgmma_m64k16_rs<ELEMENT, 32>(float (&d)[32], const uint32_t (&a)[4], \
-                                                              uint64_t b_desc) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" SALEKIT_D32_TEXT \
-                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;" \
-                 : SALEKIT_D32_OUT \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc)); \
-  } \
-  template <> \
-  __device__ __forceinline__ void wgmma_m64k16_rs<ELEMENT, 48>(float (&d)[48], const uint32_t (&a)[4], \
-                                                              uint64_t b_desc) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n96k16.f32." NAME "." NAME " {" SALEKIT_D48_TEXT \
-                 "}, {%48, %49, %50, %51}, %52, 1, 1, 1, 1;" \
-                 : SALEKIT_D48_OUT \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc)); \
-  } \
-  template <> \
-  __device__ __forceinline__ void wgmma_m64k16_rs<ELEMENT, 64>(float (&d)[64], const uint32_t (&a)[4], \
-                                                              uint64_t b_desc) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " {" SALEKIT_D64_TEXT \
-                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;" \
-                 : SALEKIT_D64_OUT \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc)); \
-  } \
-  template <> \
-  __device__ __forceinline__ void wgmma_m64k16_rs<ELEMENT, 96>(float (&d)[96], const uint32_t (&a)[4], \
-                                                              uint64_t b_desc) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32." NAME "." NAME " {" SALEKIT_D96_TEXT \
-                 "}, {%96, %97, %98, %99}, %100, 1, 1, 1, 1;" \
-                 : SALEKIT_D96_OUT \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc)); \
-  } \
-  template <> \
-  __device__ __forceinline__ void wgmma_m64k16_rs<ELEMENT, 128>(float (&d)[128], const uint32_t (&a)[4], \
-                                                              uint64_t b_desc) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." NAME "." NAME " {" SALEKIT_D128_TEXT \
-                 "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;" \
-                 : SALEKIT_D128_OUT \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc)); \
-  } \
+  SALEKIT_WGMMA_SS(ELEMENT, NAME, 32, "64", "%32, %33", "%34") \
+  SALEKIT_WGMMA_SS(ELEMENT, NAME, 48, "96", "%48, %49", "%50") \
+  SALEKIT_WGMMA_SS(ELEMENT, NAME, 64, "128", "%64, %65", "%66") \
+  SALEKIT_WGMMA_RS(ELEMENT, NAME, 32, "64", "%32, %33, %34, %35", "%36") \
+  SALEKIT_WGMMA_RS(ELEMENT, NAME, 48, "96", "%48, %49, %50, %51", "%52") \
+  SALEKIT_WGMMA_RS(ELEMENT, NAME, 64, "128", "%64, %65, %66, %67", "%68") \
+  SALEKIT_WGMMA_RS(ELEMENT, NAME, 96, "192", "%96, %97, %98, %99", "%100") \
+  SALEKIT_WGMMA_RS(ELEMENT, NAME, 128, "256", "%128, %129, %130, %131", "%132") \
   template <> \
   __device__ __forceinline__ void wgmma_m64k16_rs<ELEMENT, 64>(float (&d)[64], const uint32_t (&a)[4], \
                                                               uint64_t b_desc, bool accumulate) { \
@@ -155,3 +116,5 @@ __device__ __forceinline__ void wgmma_m64n64k16_rs(float (&d)[32], const uint32_
 SALEKIT_WGMMA(BFloat16, "bf16")
 SALEKIT_WGMMA(Half, "f16")
 #undef SALEKIT_WGMMA
+#undef SALEKIT_WGMMA_SS
+#undef SALEKIT_WGMMA_RS
