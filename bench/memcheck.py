@@ -11,7 +11,8 @@
 the copy engine stores, on Hopper the pools of skipped keys: --no-pools leaves them out. SALEKIT_GUARD=1 is salekit's
 own guard bands, between which all memory is NaN at first: results would show what is read before it is written, those
 pools included.
-CuPy's memory pool is off, so that each buffer is an allocation that the tool can see the ends of.
+CuPy's memory pool is off, so that each buffer is an allocation that the tool can see the ends of. Kernels that hand
+work items out have two CTAs at longer lengths: items and tiles then go round their rings more than once.
 """
 
 import importlib
@@ -32,9 +33,10 @@ from salekit.plans import HEAD_DIMS as ALL_HEAD_DIMS
 cupy.cuda.set_allocator(None)
 FEW = "--few" in sys.argv
 POOLS = "--no-pools" not in sys.argv
-LENGTHS = ((65, 63), (333, 300)) if FEW else ((1, 1), (65, 63), (127, 1029), (333, 300))
+LENGTHS = ((65, 63), (333, 700)) if FEW else ((1, 1), (65, 63), (127, 1029), (333, 300))
 DTYPES = (ml_dtypes.bfloat16,) if FEW else (np.float16, ml_dtypes.bfloat16)
 HEAD_DIMS = (128,) if FEW else ALL_HEAD_DIMS
+MULTIPROCESSORS = jit.multiprocessors
 if "--dims" in sys.argv:
     HEAD_DIMS = tuple(int(dim) for dim in sys.argv[sys.argv.index("--dims") + 1].split(","))
 
@@ -45,6 +47,7 @@ def main() -> None:
     estimate = importlib.import_module("salekit.estimate")
     calls, arch = 0, device_arch()
     for (seqlen_q, seqlen_k), dtype, head_dim in product(LENGTHS, DTYPES, HEAD_DIMS):
+        jit.multiprocessors = MULTIPROCESSORS if seqlen_q < 100 else lambda: 2
 
         def draw(seqlen, heads):
             return rng.standard_normal((1, seqlen, heads, head_dim)).astype(np.float32).astype(dtype)

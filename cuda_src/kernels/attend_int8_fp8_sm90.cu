@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(384, 1)
   } else {
     setmaxnreg_inc<232>();
     const int warpgroup = warp / 4 - 1;
-    const bool leader = threadIdx.x % 128 == 0;
+    const bool elected = threadIdx.x % 32 == 0;
     const uint64_t q_desc = wgmma_descriptor<HEAD_DIM>(shared_address(smem.Q_smem) + warpgroup * 64 * HEAD_DIM);
     const uint64_t k_desc = wgmma_descriptor<HEAD_DIM>(shared_address(smem.K_smem[0]));
     const uint64_t v_desc = v_descriptor(shared_address(smem.V_smem[0]));
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(384, 1)
       LowBitOutput<HEAD_DIM> output;
       output.sums = smem.sums[warpgroup][0] + threadIdx.x % 128;
       output.clear();
-      // Read before the products: a warp may release a stage when the products are done, ahead of the other warps.
+      // Read before the products, after which a stage is released.
       float k_scale[ATTEND_SLOTS];
       auto read_k_scale = [&](int of_stage) {
 #pragma unroll
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(384, 1)
         wgmma_commit();
         wgmma_wait<0>();
         touch(s);
-        if (leader) mbarrier_arrive(&ring.k_empty[stage]);
+        mbarrier_arrive(&ring.k_empty[stage]);
         state.exponents(x, s, row_scale, k_scale);
         mask_tile(x, first_tile);
         state.raise(x);
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(384, 1)
           wgmma_commit();
           wgmma_wait<1>();
           touch(s);
-          if (leader) mbarrier_arrive(&ring.k_empty[next]);
+          mbarrier_arrive(&ring.k_empty[next]);
           state.exponents(x, s, row_scale, k_scale);
           mask_tile(x, tile);
           // Taken before it is known whether they are right: they hide the search for maxima. A raise is rare.
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(384, 1)
           }
           wgmma_wait<0>();
           touch(output.o);
-          if (leader) mbarrier_arrive(&ring.v_empty[stage]);
+          if (elected) mbarrier_arrive(&ring.v_empty[stage]);
           if (raised) output.rescale(state.rescale);
           output.promote_in_turn(t);
           // One stretch without branches: ptxas hides the sums and the rounding behind the exponentials.
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(384, 1)
           phase = next_phase;
         }
       }
-      if (leader) mbarrier_arrive(&ring.q_empty);
+      if (elected) mbarrier_arrive(&ring.q_empty);
       if (item.num_tiles > 0) {
         mbarrier_wait(&ring.v_full[stage], phase);
         wgmma_fence();
@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(384, 1)
         wgmma_commit();
         wgmma_wait<0>();
         touch(output.o);
-        if (leader) mbarrier_arrive(&ring.v_empty[stage]);
+        if (elected) mbarrier_arrive(&ring.v_empty[stage]);
 #pragma unroll
         for (int j = 0; j < HEAD_DIM / 8 + 1; ++j) output.collect(j);
 #pragma unroll

@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(384, 1)
   } else {
     setmaxnreg_inc<232>();
     const int warpgroup = warp / 4 - 1;
-    const bool leader = threadIdx.x % 128 == 0;
+    const bool elected = threadIdx.x % 32 == 0;
     const float value_scale = FEATURES & SOFTCAP ? softcap : softmax_scale;  // of a score that is held
     const float scale_log2 = value_scale * 1.4426950408889634f, slack = 8.f / scale_log2;
     const SoftCap cap = {cap_factor};
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(384, 1)
         wgmma_commit();
         wgmma_wait<0>();
         touch(s);
-        if (leader) mbarrier_arrive(&ring.k_empty[stage]);
+        mbarrier_arrive(&ring.k_empty[stage]);
         mask_tile(s, first_tile);
         state.raise(s, scale_log2);
         if (!is_first) {
@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(384, 1)
           bar_arrive(TURN_BARRIER + 1 - warpgroup, 256);
           wgmma_wait<1>();
           touch(s);
-          if (leader) mbarrier_arrive(&ring.k_empty[next]);
+          mbarrier_arrive(&ring.k_empty[next]);
           mask_tile(s, tile);
           const bool raised = state.needs_raise(s, slack);
           if (raised) state.raise(s, scale_log2);
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(384, 1)
           computed_before(s[EARLY_EXPONENTIALS - 1]);
           wgmma_wait<0>();
           touch(o);
-          if (leader) mbarrier_arrive(&ring.v_empty[stage]);
+          if (elected) mbarrier_arrive(&ring.v_empty[stage]);
           if (raised) {
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] *= state.rescale[i / 2 % 2];
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(384, 1)
           phase = next_phase;
         }
       }
-      if (leader) mbarrier_arrive(&ring.q_empty);
+      if (elected) mbarrier_arrive(&ring.q_empty);
       if (item.num_tiles > 0) {
         mbarrier_wait(&ring.v_full[stage], phase);
         wgmma_fence();
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(384, 1)
         wgmma_commit();
         wgmma_wait<0>();
         touch(o);
-        if (leader) mbarrier_arrive(&ring.v_empty[stage]);
+        if (elected) mbarrier_arrive(&ring.v_empty[stage]);
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
       if (is_done) continue;

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < ESTIMATE_STAGES; ++stage) {
       mbarrier_init(&smem.full[stage], 1);
-      mbarrier_init(&smem.empty[stage], 4 * ESTIMATE_CONSUMERS);  // every consumer warp
+      mbarrier_init(&smem.empty[stage], 128 * ESTIMATE_CONSUMERS);  // each lane, for what it has read
     }
     mbarrier_init(&smem.q_full, 1);
     mbarrier_init_fence();
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(128 * (ESTIMATE_CONSUMERS + 1), 1)
         }
         if (__any_sync(~0u, vote)) certain |= 1u << index;
       }
-      if (lane == 0) mbarrier_arrive(&smem.empty[stage]);
+      mbarrier_arrive(&smem.empty[stage]);
       if (++stage == ESTIMATE_STAGES) stage = 0, parity ^= 1;
       votes[0] |= (certain & 15) << shift;
       votes[1] |= (certain >> ESTIMATE_BLOCKS) << shift;

@@ -110,11 +110,11 @@ __global__ void __launch_bounds__(512, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < KV_STAGES; ++i) {
       mbarrier_init(&smem.kv_full[i], 1);
-      mbarrier_init(&smem.kv_empty[i], POOL_CONSUMERS);
+      mbarrier_init(&smem.kv_empty[i], POOL_CONSUMERS * 128);  // each lane, for what it has read
     }
     for (int i = 0; i < UNIT_STAGES; ++i) {
       mbarrier_init(&smem.q_full[i], 1 + 32);
-      mbarrier_init(&smem.q_empty[i], POOL_CONSUMERS);
+      mbarrier_init(&smem.q_empty[i], POOL_CONSUMERS * 128);
     }
     mbarrier_init_fence();
   }
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(512, 1)
     if (unit < 0) break;
     if (smem.units[q.index].has_new_keys) {
       if (has_keys) {
-        if (leader) mbarrier_arrive(&smem.kv_empty[kv.index]);
+        mbarrier_arrive(&smem.kv_empty[kv.index]);
         kv.advance();
       }
       has_keys = true;
@@ -220,8 +220,7 @@ __global__ void __launch_bounds__(512, 1)
       }
     }
     if (turn != consumer) {
-      bar_sync(WARPGROUP_BARRIER + consumer, 128);  // all of the warpgroup have read
-      if (leader) mbarrier_arrive(&smem.q_empty[q.index]);
+      mbarrier_arrive(&smem.q_empty[q.index]);
       continue;
     }
 
@@ -334,9 +333,7 @@ __global__ void __launch_bounds__(512, 1)
     }
     fence_proxy_async();
     bar_sync(WARPGROUP_BARRIER + consumer, 128);
-    if (leader) {
-      store_pools(value_map);
-      mbarrier_arrive(&smem.q_empty[q.index]);
-    }
+    if (leader) store_pools(value_map);
+    mbarrier_arrive(&smem.q_empty[q.index]);
   }
 }

@@ -15,7 +15,8 @@ constexpr int ATTEND_TILE_K = ATTEND_SLOTS * KEY_BLOCK;
 constexpr int ATTEND_RUN = 16;   // neighbouring query blocks of a head before the next head
 constexpr int TURN_BARRIER = 2;  // named barriers 2 and 3: the turns of the two consumers
 constexpr int ITEM_SLOTS = 2;    // work items on their way from the warp that fetches K to all others
-constexpr int ITEM_READERS = 9;  // the warp that fetches V and eight consumer warps
+constexpr int CONSUMER_WARPS = 8;
+constexpr int ITEM_READERS = CONSUMER_WARPS + 1;  // and the warp that fetches V
 
 struct WorkItem {
   int index;  // -1: there is no more work
@@ -84,7 +85,8 @@ struct Rows {
   }
 };
 
-// Barriers of Q, of STAGES tiles of K and V, and of the work items.
+// Barriers of Q, of STAGES tiles of K and V, and of the work items. What products read, each warp releases; what lanes
+// read, those lanes: what comes next is then ordered by the stage's barrier alone, as racecheck sees it.
 template <int STAGES, int SLOTS = ATTEND_SLOTS>
 struct AttendRing {
   alignas(16) SlotTile tiles[STAGES];
@@ -97,11 +99,11 @@ struct AttendRing {
     for (int stage = 0; stage < STAGES; ++stage) {
       mbarrier_init(&k_full[stage], 1);
       mbarrier_init(&v_full[stage], 1);
-      mbarrier_init(&k_empty[stage], 2);
-      mbarrier_init(&v_empty[stage], 2);
+      mbarrier_init(&k_empty[stage], 32 * CONSUMER_WARPS);  // each lane, for what it has read of `tiles`
+      mbarrier_init(&v_empty[stage], CONSUMER_WARPS);
     }
     mbarrier_init(&q_full, 1);
-    mbarrier_init(&q_empty, 2);
+    mbarrier_init(&q_empty, CONSUMER_WARPS);
     for (int slot = 0; slot < ITEM_SLOTS; ++slot) {
       mbarrier_init(&item_full[slot], 1);
       mbarrier_init(&item_empty[slot], ITEM_READERS);
@@ -123,12 +125,13 @@ struct ItemCursor {
   template <int STAGES, int SLOTS>
   __device__ __forceinline__ WorkItem receive(AttendRing<STAGES, SLOTS>& ring) {
     mbarrier_wait(&ring.item_full[slot], phase);
-    const WorkItem& read = ring.items[slot];
-    // Shuffled, so that the compiler knows them to be uniform.
-    const WorkItem item = {__shfl_sync(~0u, read.index, 0), __shfl_sync(~0u, read.num_tiles, 0)};
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(&ring.item_empty[slot]);
+    WorkItem item = {};
+    if (threadIdx.x % 32 == 0) {  // it says for its warp that the item was read, and is the one that reads
+      item = ring.items[slot];
+      mbarrier_arrive(&ring.item_empty[slot]);
+    }
     advance();
-    return item;
+    return {__shfl_sync(~0u, item.index, 0), __shfl_sync(~0u, item.num_tiles, 0)};
   }
 };
 
