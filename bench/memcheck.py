@@ -36,9 +36,9 @@ POOLS = "--no-pools" not in sys.argv
 LENGTHS = ((65, 63), (333, 700)) if FEW else ((1, 1), (65, 63), (127, 1029), (333, 300))
 DTYPES = (ml_dtypes.bfloat16,) if FEW else (np.float16, ml_dtypes.bfloat16)
 HEAD_DIMS = (128,) if FEW else ALL_HEAD_DIMS
-MULTIPROCESSORS = jit.multiprocessors
 if "--dims" in sys.argv:
     HEAD_DIMS = tuple(int(dim) for dim in sys.argv[sys.argv.index("--dims") + 1].split(","))
+MULTIPROCESSORS = jit.multiprocessors  # of this GPU
 
 
 def main() -> None:

@@ -137,7 +137,8 @@ static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 typedef struct plan {
   const salekit_export *exported;
   salekit_problem problem; /* estimator resolved, counts clamped */
-  int is_empty, is_hopper, has_wgmma_dim; /* WGMMA_HEAD_DIMS: of Hopper's kernels for anchors, int4 and 8 bits */
+  int is_empty, is_hopper;
+  int has_wgmma_dim; /* on Hopper, of WGMMA_HEAD_DIMS: its kernels for anchors, int4 and int8-fp8 take it */
   int is_low_bit, is_int4, is_pruned, holds_tested_rows;
   int64_t batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, group_size, offset;
   int64_t padded_q, padded_k, padded_dim, num_q_blocks, num_words, code_row_bytes;
@@ -228,9 +229,9 @@ static salekit_status make_plan(plan *p, const salekit_export *exported, const s
   x->local = (int)min_of(x->local, MAX_SEQLEN);
   p->is_empty = x->batch == 0 || x->seqlen_q == 0 || x->seqlen_k == 0;
   p->is_hopper = strcmp(exported->arch, "sm_90a") == 0;
-  p->has_wgmma_dim = exported->head_dim == 64 || exported->head_dim == 128;
+  p->has_wgmma_dim = p->is_hopper && (exported->head_dim == 64 || exported->head_dim == 128);
   p->is_low_bit = x->attend == SALEKIT_INT8_FP8;
-  if (p->is_low_bit && !(p->is_hopper && p->has_wgmma_dim))
+  if (p->is_low_bit && !p->has_wgmma_dim)
     return fail(error, SALEKIT_ARGUMENT,
                 "attend: SALEKIT_INT8_FP8 is built for sm_90a with head_dim 64 and 128, these kernels are for %s, %d",
                 exported->arch, exported->head_dim);
@@ -395,7 +396,7 @@ static CUdeviceptr lay_out(const plan *p, CUdeviceptr base, buffers *b) {
     b->fine = b->words;
     if (p->problem.block_k != KEY_BLOCK)
       b->fine = take(&estimated, q_heads * p->num_q_blocks * ceil_div(p->seqlen_k, 32 * KEY_BLOCK) * 4);
-    if (p->is_int4 && p->is_hopper && p->has_wgmma_dim)
+    if (p->is_int4 && p->has_wgmma_dim)
       b->bounds = take(&estimated, q_heads * p->padded_k / CODE_TILE_ROWS * KEY_BOUNDS_FLOATS * 4);
     estimated = max_address(estimated, max_address(summed, limited));
     b->k_mean = take(&estimated, kv_heads * row);
@@ -579,8 +580,8 @@ static void quantize_int8(run *r) {
                      b->k_scale);
   const int64_t positions = p->q_rows.num_positions, q_ctas = positions / rows;
   if (p->is_pruned && p->is_hopper)
-    LAUNCH(r, QUANTIZE_INT8_Q_SPARSE, positions / max_of(rows, 64), p->num_heads, p->batch, 256, ARG(r->call->q), ARG(b->q_codes),
-           ARG(b->q_scale), ARG(b->rms), ARG(p->q_rows), INT_ARG(p->group_size));
+    LAUNCH(r, QUANTIZE_INT8_Q_SPARSE, positions / max_of(rows, 64), p->num_heads, p->batch, 256, ARG(r->call->q),
+           ARG(b->q_codes), ARG(b->q_scale), ARG(b->rms), ARG(p->q_rows), INT_ARG(p->group_size));
   else
     LAUNCH(r, p->is_pruned ? QUANTIZE_INT8_Q_PRUNED : QUANTIZE_INT8_Q, q_ctas, p->num_heads, p->batch, 256,
            ARG(r->call->q), ARG(b->q_codes), ARG(b->q_scale), ARG(b->rms), ARG(p->q_rows),
@@ -601,7 +602,7 @@ static void anchor_statistics(run *r) {
   const plan *p = r->p;
   const buffers *b = r->b;
   const int64_t num_tiles = ceil_div(p->seqlen_q, TILE_ROWS), slots = local_slots(p);
-  if (p->is_hopper && p->has_wgmma_dim && p->shape.sink_end <= KEY_BLOCK && slots <= 6 &&
+  if (p->has_wgmma_dim && p->shape.sink_end <= KEY_BLOCK && slots <= 6 &&
       can_encode(r->call->q, p->batch, p->seqlen_q, p->num_heads) &&
       can_encode(r->call->k, p->batch, p->seqlen_k, p->num_kv_heads)) {
     const CUtensorMap rows = q_map(r, TILE_ROWS, 1);
@@ -640,7 +641,7 @@ static void estimate(run *r) {
   const int wide = p->problem.block_q == 128;
   const int64_t heads = p->batch * p->num_heads;
   const CUdeviceptr none = 0;
-  if (p->is_hopper && p->has_wgmma_dim && p->is_int4) {
+  if (p->has_wgmma_dim && p->is_int4) {
     LAUNCH(r, INT4_BOUNDS, p->padded_k / CODE_TILE_ROWS, p->num_heads, p->batch, CODE_TILE_ROWS, ARG(b->k_scale),
            ARG(b->correction), ARG(b->bounds), ARG(p->shape));
     LAUNCH(r, ESTIMATE_INT4_SM90 + wide, ceil_div(p->seqlen_q, 256) * heads, 1, 1, 384, ARG(b->q_codes),
