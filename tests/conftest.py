@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from contextlib import suppress
 from functools import lru_cache
@@ -18,6 +19,9 @@ import pytest
 
 # Before anything imports NumPy: the twin's products are small, and threads that wait for more take the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# A script's job in the background ignores Ctrl-C, and so would the processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 with suppress(ImportError):  # which the GPU tests do without
     from hypothesis import settings

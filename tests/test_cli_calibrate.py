@@ -268,10 +268,13 @@ def test_interrupted_calibration_leaves_nothing(tmp_path):
     command = [sys.executable, "-m", "salekit", "calibrate", tmp_path / "in.npz", "--backend", "numpy"]
     command += ["-o", tmp_path / "t.json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(3)
-    assert process.poll() is None  # at work: it takes much longer
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        time.sleep(3)
+        assert process.poll() is None  # at work: it takes much longer
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "Traceback" not in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.npz"]
 

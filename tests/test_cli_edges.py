@@ -489,10 +489,13 @@ def test_workers_end_quietly(kill, delay, tmp_path):
         cwd=ROOT,
         start_new_session=True,
     )
-    assert process.stderr.readline().startswith("fuzz: seed 1")
-    time.sleep(0.2 + delay)
-    kill(process.pid, signal.SIGINT if kill is os.killpg else signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)  # which waits for all that could write there
+    try:
+        assert process.stderr.readline().startswith("fuzz: seed 1")
+        time.sleep(0.2 + delay)
+        kill(process.pid, signal.SIGINT if kill is os.killpg else signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)  # which waits for all that could write there
+    finally:
+        process.kill()
     assert process.returncode == 130 and errors.strip() in ("", "all cases until it was interrupted ok"), errors
 
 
